@@ -1,0 +1,17 @@
+// Emulated csrc/ptx/barrier.cuh.
+#pragma once
+
+#include "common/types.cuh"
+
+namespace ptx {
+
+inline void block_sync() { emu::barrier(0, emu::S.fiber->block->threads); }
+inline void named_sync(int id, int threads) { emu::barrier(id, threads); }
+inline void warp_sync() { emu::warp_barrier(); }
+inline int shuffle(int value, int lane) { return emu::shuffle(value, lane); }
+inline void device_fence() {}
+inline int atomic_add(int* address, int value) { return atomicAdd(address, value); }
+inline float4 load_l2(const float4* address) { return *address; }
+inline void store_l2(float4* address, float4 v) { *address = v; }
+
+}  // namespace ptx
