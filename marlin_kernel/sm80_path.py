@@ -1,6 +1,7 @@
 """The sm_80 kernel (csrc/sm80): its configurations, its launch geometry, and the calls that run it.
 
-It serves Ampere and Ada, and every newer GPU as a fallback; MARLIN_KERNEL_FORCE_SM80=1 selects it everywhere.
+It serves Ampere and Ada, and every newer GPU as a fallback; MARLIN_KERNEL_FORCE_SM80=1 selects it
+everywhere.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ HEADER = "sm80/kernel.cuh"
 WARP = 32
 WARP_FEATURES = 64
 FRAGMENT_BYTES = 16  # one accumulator fragment of one lane
-FIXED_SPLIT_BLOCKS = (
-    128  # batch_invariant: k ranges per tile aim at this many blocks at M <= tile_m
-)
+FIXED_SPLIT_BLOCKS = 128  # batch_invariant: k ranges x column tiles stay within this many blocks
 
 _SCALARS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 
 @dataclass(frozen=True)
 class Sm80Config:
-    """One row of the table of tile shapes; the meaning of each field stands in csrc/sm80/tile_config.cuh."""
+    """One row of the table of tile shapes; csrc/sm80/tile_config.cuh says what each field means."""
 
     warp_m: int
     warps_m: int
@@ -78,7 +77,7 @@ class Sm80Config:
 class Geometry:
     """How one multiplication is laid over the GPU.
 
-    grid: blocks; splits: k ranges per tile, 0 for stream-K; partial_bytes, counters: workspace needed.
+    grid: blocks; splits: k ranges per tile, 0 for stream-K; partial_bytes, counters: workspace.
     """
 
     grid: int
@@ -90,7 +89,10 @@ class Geometry:
 def geometry(
     config: Sm80Config, m: int, n: int, k_padded: int, sms: int, batch_invariant: bool = False
 ) -> Geometry:
-    """Launch geometry of C[m, n] with m, n > 0. With batch_invariant the split depends on K and N only."""
+    """Launch geometry of C[m, n], m, n > 0. With batch_invariant the split knows only K and N.
+
+    Raises ConfigError if K is too large for the kernel.
+    """
     columns = -(-n // config.tile_n)
     tiles = -(-m // config.tile_m) * columns
     k_tiles = -(-k_padded // config.tile_k)
@@ -105,3 +107,23 @@ def geometry(
     if 2 * grid * grid * k_tiles >= 2**32:
         raise ConfigError(f"K={k_padded} is too large for the kernel's 32-bit partition")
     return Geometry(grid, 0, 2 * grid * config.slot_bytes(), 2 * grid * config.output_warps)
+
+
+# Tile shapes by tokens per block. Up to 32 tokens two warps share a tile and split k; from 64 on a
+# warp's accumulators fill its registers, and more tokens mean more warps.
+CONFIGS = (
+    Sm80Config(warp_m=8, warps_m=1, warps_n=4, warps_k=2, tile_k=64, stages=6),
+    Sm80Config(warp_m=16, warps_m=1, warps_n=4, warps_k=2, tile_k=64, stages=5),
+    Sm80Config(warp_m=32, warps_m=1, warps_n=4, warps_k=2, tile_k=64, stages=4),
+    Sm80Config(warp_m=64, warps_m=1, warps_n=4, warps_k=1, tile_k=64, stages=4),
+    Sm80Config(warp_m=64, warps_m=2, warps_n=4, warps_k=1, tile_k=64, stages=3),
+)
+
+# The rows for batch_invariant: they differ along tokens only, so that every row of a result is
+# summed in the same order whichever of them computes it.
+BATCH_INVARIANT_CONFIGS = (
+    Sm80Config(warp_m=8, warps_m=1, warps_n=4, warps_k=1, tile_k=64, stages=6, blocks_per_sm=2),
+    Sm80Config(warp_m=16, warps_m=1, warps_n=4, warps_k=1, tile_k=64, stages=5, blocks_per_sm=2),
+    Sm80Config(warp_m=32, warps_m=1, warps_n=4, warps_k=1, tile_k=64, stages=4, blocks_per_sm=2),
+    *CONFIGS[3:],
+)

@@ -43,8 +43,8 @@ def build(
 ) -> ctypes.CDLL:
     """Compile tests/emulator/`main` against the kernel sources and load it.
 
-    mutation: (header relative to csrc, text, replacement): the text must occur exactly once; it is replaced
-    in a copy of the sources. Libraries are kept in the temporary directory by content.
+    mutation: (header relative to csrc, text, replacement): the text must occur exactly once; it is
+    replaced in a copy of the sources. Libraries are kept in the temporary directory by content.
     Raises RuntimeError with the compiler's output.
     """
     options = [f"-D{name}={value}" for name, value in defines.items()]

@@ -6,9 +6,9 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
+from emulator.build import STATUS, build
 from torch import Tensor
 
-from emulator.build import STATUS, build
 from marlin_kernel.sm80_path import Geometry, Sm80Config
 
 
@@ -51,8 +51,8 @@ class Sm80Library:
     ) -> str:
         """Launch; a [M, K] may have any row stride, out [M, N] is contiguous.
 
-        Returns "finished", or what went wrong. Workspaces start as the kernel's contract says: the partial
-        sums as NaN, the counters as zero; counters that do not end as zero count as a failure.
+        Returns "finished", or what went wrong. Workspaces start as the kernel's contract says:
+        partial sums as NaN, counters as zero; counters left nonzero count as a failure.
         """
         partials = torch.full((geometry.partial_bytes // 4 + 4,), float("nan"))
         arrivals = torch.zeros(geometry.counters + 1, dtype=torch.int32)
