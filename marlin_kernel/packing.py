@@ -1,4 +1,9 @@
-"""Exact packing of integer codes into Marlin's words and back. No rounding happens here."""
+"""Exact packing of integer codes into Marlin's words and back. No rounding happens here.
+
+A packed tile is a permutation of bits, so packing is two tensor operations: join the codes of each
+byte, then permute bytes. `layout.tile_order` states the same order code by code; the tests compare
+the two.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +11,20 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .layout import TILE_K, TILE_N, tile_order, words_shape
+from .layout import TILE_K, TILE_N, words_shape
 from .weight_types import WeightType
 
-_ROWS_AT_ONCE = 512  # rows of codes packed per step: bounds the int64 temporaries
-
-
-def _to_words(codes: Tensor, bits: int) -> Tensor:
-    """int [..., 32 // bits] codes, low bits first -> int32 [...] (bit 31 becomes the sign)."""
-    shifts = torch.arange(0, 32, bits, device=codes.device, dtype=torch.int64)
-    words = (codes.to(torch.int64) << shifts).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def _from_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [...] -> uint8 [..., 32 // bits], low bits first. Inverse of `_to_words`."""
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
+# Axes of a tile. The four bits of k in a tile are (kh, kq, kq, kl) = 8 kh + 2 kq + kl; a lane of
+# the warp is 4 nq + kq, with nq the low three bits of n. What is left of n counts 8-column
+# fragments: 4 bits keep its lowest bit (nl) inside the word. Words are ordered (k tile, n block,
+# lane, j).
+#                      k tile, kh, kq, kl, n block, j, nl, nq
+_AXES_4 = (2, 4, 2, 4, 2, 8)  # kh, kq, kl | j, nl, nq
+_AXES_8 = (2, 4, 2, 8, 8)  # kh, kq, kl | j, nq
 
 
 def check_codes(codes: Tensor, wtype: WeightType) -> None:
-    """Raise ConfigError unless every code fits into the type's bits."""
+    """Raise ConfigError unless every code is an integer that fits into the type's bits."""
     if codes.is_floating_point():
         raise ConfigError(f"codes have dtype {codes.dtype}; integer codes travel as integers")
     if codes.numel():
@@ -40,7 +38,7 @@ def check_codes(codes: Tensor, wtype: WeightType) -> None:
 def pack(codes: Tensor, wtype: WeightType) -> Tensor:
     """Pack integer codes into Marlin's tile order (FORMAT.md).
 
-    codes: any integer dtype [K, N], values in [0, 2**bits); K % 16 == 0, N % 64 == 0 (`pad_codes`).
+    codes: any integer dtype [K, N], values in [0, 2**bits); K % 16 == 0, N % 64 == 0.
     Returns int32 [K // 16, N * 16 // pack_factor], contiguous, on the device of `codes`.
     Raises ConfigError naming the offending dimension or value. Inverse: `unpack`.
 
@@ -50,18 +48,23 @@ def pack(codes: Tensor, wtype: WeightType) -> Tensor:
     k, n = codes.shape
     if k % TILE_K or n % TILE_N:
         raise ConfigError(
-            f"codes of shape [{k}, {n}] do not fill tiles of {TILE_K} x {TILE_N}; pad_codes() first"
+            f"codes of shape [{k}, {n}] do not fill tiles of {TILE_K} x {TILE_N}; pad them first "
+            "(formats.write does)"
         )
     check_codes(codes, wtype)
-    order = tile_order(wtype.bits).to(codes.device)
-    out = torch.empty(words_shape(k, n, wtype), dtype=torch.int32, device=codes.device)
-    for row in range(0, k, _ROWS_AT_ONCE):
-        part = codes[row : row + _ROWS_AT_ONCE]
-        tiles = part.reshape(-1, TILE_K, n // TILE_N, TILE_N).transpose(1, 2)
-        fields = tiles.reshape(-1, TILE_K * TILE_N)[:, order]
-        words = _to_words(fields.reshape(-1, wtype.pack_factor), wtype.bits)
-        out[row // TILE_K : row // TILE_K + part.shape[0] // TILE_K] = words.reshape(-1, out.shape[1])
-    return out
+    codes = codes.to(torch.uint8).contiguous()
+    tiles_k, blocks = k // TILE_K, n // TILE_N
+    if wtype.bits == 4:
+        kh, kq, kl, j, nl, nq = _AXES_4
+        x = codes.view(tiles_k, kh, kq, kl, blocks, j, nl, nq)
+        x = x[:, 0] | (x[:, 1] << 4)  # low nibble k, high nibble k + 8
+        x = x.permute(0, 3, 6, 1, 4, 2, 5)  # tile, block, nq, kq, j | kl, nl: 4 bytes of a word
+    else:
+        kh, kq, kl, j, nq = _AXES_8
+        x = codes.view(tiles_k, kh, kq, kl, blocks, j, nq)
+        x = x.permute(0, 4, 6, 2, 5, 3, 1)  # tile, block, nq, kq, j | kl, kh
+    words = x.contiguous().view(-1).view(torch.int32)
+    return words.view(words_shape(k, n, wtype))
 
 
 def unpack(words: Tensor, wtype: WeightType) -> Tensor:
@@ -70,32 +73,34 @@ def unpack(words: Tensor, wtype: WeightType) -> Tensor:
     n = width * wtype.pack_factor // TILE_K
     if width * wtype.pack_factor % TILE_K or n % TILE_N:
         raise ConfigError(f"packed width {width} is not a multiple of a tile for {wtype.name}")
-    inverse = torch.argsort(tile_order(wtype.bits)).to(words.device)
-    fields = _from_words(words, wtype.bits).reshape(-1, TILE_K * TILE_N)[:, inverse]
-    tiles = fields.reshape(tiles_k, n // TILE_N, TILE_K, TILE_N)
-    return tiles.transpose(1, 2).reshape(tiles_k * TILE_K, n)
-
-
-def pad_codes(codes: Tensor, wtype: WeightType, k_padded: int, n_padded: int) -> Tensor:
-    """Extend codes [K, N] to [k_padded, n_padded] with the type's middle code (weight zero)."""
-    k, n = codes.shape
-    if (k, n) == (k_padded, n_padded):
-        return codes
-    return torch.nn.functional.pad(codes, (0, n_padded - n, 0, k_padded - k), value=wtype.midpoint)
+    blocks = n // TILE_N
+    x = words.contiguous().view(-1).view(torch.uint8)
+    if wtype.bits == 4:
+        kh, kq, kl, j, nl, nq = _AXES_4
+        x = x.view(tiles_k, blocks, nq, kq, j, kl, nl).permute(0, 3, 5, 1, 4, 6, 2)
+        x = torch.stack((x & 15, x >> 4), dim=1)
+    else:
+        kh, kq, kl, j, nq = _AXES_8
+        x = x.view(tiles_k, blocks, nq, kq, j, kl, kh).permute(0, 6, 3, 5, 1, 4, 2)
+    return x.reshape(tiles_k * TILE_K, n)
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
     """Pack along dim 1, low bits first: integers [R, C] -> int32 [R, ceil(C * bits / 32)].
 
-    The order of compressed-tensors' ``weight_packed`` and of GPTQ's ``qzeros``; GPTQ's ``qweight`` is
-    ``pack_rows(codes.T).T``. Missing codes of the last word are zero.
+    The order of compressed-tensors' ``weight_packed`` and of GPTQ's ``qzeros``; GPTQ's ``qweight``
+    is ``pack_rows(codes.T).T``. Missing codes of the last word are zero.
     """
     rows, cols = values.shape
-    factor = 32 // bits
-    values = torch.nn.functional.pad(values.to(torch.int64), (0, -cols % factor))
-    return _to_words(values.reshape(rows, -1, factor), bits)
+    values = torch.nn.functional.pad(values.to(torch.uint8), (0, -cols % (32 // bits)))
+    if bits == 4:
+        values = values[:, 0::2] | (values[:, 1::2] << 4)
+    return values.contiguous().view(torch.int32)
 
 
 def unpack_rows(words: Tensor, bits: int, columns: int) -> Tensor:
     """uint8 [R, columns] from int32 [R, ceil(columns * bits / 32)]. Inverse of `pack_rows`."""
-    return _from_words(words, bits).reshape(words.shape[0], -1)[:, :columns]
+    values = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=2).view(words.shape[0], -1)
+    return values[:, :columns].contiguous()

@@ -1,0 +1,221 @@
+"""Where and in which memory layout a packed layer is computed.
+
+A layout is how the weights of a layer lie in memory while it is used:
+    codes   centred int8 codes [K, N], scales [G, N] in natural order; dequantize and multiply
+    marlin  the on-disk tensors; unpack, dequantize and multiply, on any device
+    sm80    the kernels of `sm80_path`     (permuted 4-byte words of `B`)
+    sm90    the kernels of `launch`        (likewise)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import formats
+from .errors import ConfigError
+from .formats import LayerSpec, QuantizedLinear
+from .layout import unpermute_columns
+from .packing import unpack, unpack_rows
+from .weight_types import WeightType
+
+ENVIRONMENT = "MARLIN_KERNEL_BACKEND"
+LAYOUTS = ("codes", "marlin", "sm80", "sm90")
+_KERNEL_MODULES = {"sm90": "launch", "sm80": "sm80_path"}  # preferred first
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layout chosen for a layer, and why."""
+
+    layout: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tensors of a layer in a layout: what `ops.gemm` takes.
+
+    weights: int8 [K, N] ("codes"), else int32 words; scales: float16; zeros: centred int8 [G, N]
+    ("codes"), int32 words ("marlin") or None; perm: int64 [K], activations are gathered by it (the
+    weight rows of an act-order layer are sorted by group), or None.
+    """
+
+    layout: str
+    weights: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+
+
+def kernel_group_size(group_size: int, k: int) -> int:
+    """Group size in the words of the kernels: -1 for one group."""
+    return -1 if group_size == k else group_size
+
+
+@functools.cache
+def kernels(layout: str) -> ModuleType:
+    """The module that runs a kernel layout. Raises ConfigError if its parts are not installed."""
+    try:
+        return importlib.import_module(f".{_KERNEL_MODULES[layout]}", __package__)
+    except ImportError as error:
+        raise ConfigError(f"the {layout} kernels cannot be loaded: {error}") from error
+
+
+def _supports(layout: str, device: torch.device, spec: LayerSpec, dtype: torch.dtype) -> bool:
+    try:
+        supports = getattr(kernels(layout), "supports", None)
+    except ConfigError:
+        return False
+    group_size = kernel_group_size(spec.group_size, spec.k)
+    return supports is not None and supports(device, spec.weight_type.name, group_size, dtype)
+
+
+def select_backend(device: torch.device, spec: LayerSpec, dtype: torch.dtype) -> Selection:
+    """Choose the layout for a layer on `device` with activations of `dtype`. Changes nothing.
+
+    The environment variable MARLIN_KERNEL_BACKEND names a layout to use instead.
+    Raises ConfigError if that one is unknown or cannot serve the layer.
+    """
+    forced = os.environ.get(ENVIRONMENT)
+    if forced:
+        if forced not in LAYOUTS:
+            raise ConfigError(f"{ENVIRONMENT}={forced!r} is not one of {', '.join(LAYOUTS)}")
+        if forced in _KERNEL_MODULES and not _supports(forced, device, spec, dtype):
+            raise ConfigError(
+                f"{ENVIRONMENT}={forced} cannot serve {spec.weight_type.name} with "
+                f"group_size={spec.group_size} and {dtype} on {device}; unset it"
+            )
+        return Selection(forced, f"{ENVIRONMENT} is set")
+    if device.type != "cuda":
+        return Selection("codes", f"dequantize and multiply on {device.type}")
+    for layout in _KERNEL_MODULES:
+        if _supports(layout, device, spec, dtype):
+            return Selection(layout, f"kernel for {spec.weight_type.name} and {dtype} on {device}")
+    return Selection(
+        "marlin", f"no kernel for {spec.weight_type.name} and {dtype} on {device}: dequantize"
+    )
+
+
+def prepare(
+    layout: str, tensors: Mapping[str, Tensor], spec: LayerSpec, dtype: torch.dtype
+) -> Prepared:
+    """Convert a layer's on-disk tensors (by suffix) to a layout, on the device they are on."""
+    words, scales, zeros = tensors["B"], tensors["s"], tensors.get("z")
+    perm = torch.argsort(tensors["g_idx"], stable=True) if spec.act_order else None
+    if layout == "codes":
+        codes, scales, zeros = natural(words, scales, zeros, spec.k, spec.n, spec.weight_type)
+        groups = spec.groups
+        return Prepared(
+            layout,
+            codes,
+            scales[:groups].contiguous(),
+            None if zeros is None else zeros[:groups].contiguous(),
+            perm,
+        )
+    if layout in _KERNEL_MODULES:
+        group_size = kernel_group_size(spec.group_size, spec.k)
+        words, scales = kernels(layout).convert_layout(
+            words, scales, spec.k, spec.n, group_size, dtype
+        )
+    return Prepared(layout, words, scales, zeros, perm)
+
+
+def restore(prepared: Prepared, disk_scales: Tensor | None, spec: LayerSpec) -> dict[str, Tensor]:
+    """On-disk tensors of a prepared layer. Inverse of `prepare`.
+
+    disk_scales: `s` as it was, which the kernel layouts may have rounded to another dtype; not
+    needed for "codes".
+    """
+    g_idx = None
+    if prepared.perm is not None:
+        g_idx = torch.empty(spec.k, dtype=torch.int32, device=prepared.perm.device)
+        sorted_groups = torch.arange(spec.k, dtype=torch.int32, device=g_idx.device)
+        g_idx[prepared.perm] = sorted_groups // spec.group_size
+    if prepared.layout == "codes":
+        wtype = spec.weight_type
+        codes = _uncentre(prepared.weights, wtype)
+        if prepared.perm is not None:
+            codes = torch.empty_like(codes).index_copy_(0, prepared.perm, codes)
+        zeros = None if prepared.zeros is None else _uncentre(prepared.zeros, wtype)
+        layer = QuantizedLinear(codes, prepared.scales, zeros, g_idx, None, wtype, spec.group_size)
+        return formats.write(layer, "marlin", act_order=spec.act_order)
+    words = prepared.weights
+    if prepared.layout in _KERNEL_MODULES:
+        words = _invert_words(prepared, disk_scales, spec)
+    tensors = {"B": words, "s": disk_scales, "z": prepared.zeros, "g_idx": g_idx}
+    return {suffix: tensor for suffix, tensor in tensors.items() if tensor is not None}
+
+
+def _invert_words(prepared: Prepared, disk_scales: Tensor, spec: LayerSpec) -> Tensor:
+    """`B` from the words of a kernel layout, which are the same words in another order.
+
+    The order is found by converting the numbers 0, 1, 2, ... in place of the words.
+    """
+    shape, _ = formats.tensor_shapes("marlin", spec)["B"]
+    words = prepared.weights.reshape(-1)
+    count = torch.arange(words.numel(), dtype=torch.int32, device=words.device)
+    order, _ = kernels(prepared.layout).convert_layout(
+        count.view(shape),
+        disk_scales,
+        spec.k,
+        spec.n,
+        kernel_group_size(spec.group_size, spec.k),
+        torch.float16,
+    )
+    out = torch.empty_like(words)
+    out[order.reshape(-1).long()] = words
+    return out.view(shape)
+
+
+def natural(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, k: int, n: int, wtype: WeightType
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Centred codes and natural scales of on-disk Marlin tensors, without the padding of K and N.
+
+    words, scales, zeros: `B`, `s`, `z`. Returns (int8 [K, N], float16 [G', N], int8 [G', N] or
+    None); a centred code is ``code - 2**(bits - 1)``, so a symmetric weight is ``scale * code``.
+    """
+    codes = _centre(unpack(words, wtype)[:k, :n].contiguous(), wtype)
+    scales_n = unpermute_columns(scales, grouped=scales.shape[0] > 1)[:, :n]
+    if zeros is not None:
+        zeros = _centre(unpack_rows(zeros, wtype.bits, scales.shape[1])[:, :n], wtype)
+    return codes, scales_n, zeros
+
+
+def _centre(codes: Tensor, wtype: WeightType) -> Tensor:
+    """uint8 code -> int8 code - 2**(bits - 1). The subtraction wraps, as it must for 8 bits."""
+    return (codes - wtype.midpoint).view(torch.int8)
+
+
+def _uncentre(codes: Tensor, wtype: WeightType) -> Tensor:
+    """Inverse of `_centre`."""
+    return codes.view(torch.uint8) + wtype.midpoint
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Weights ``scale * (code - zero)`` as `dtype` [K, N] in few passes over memory.
+
+    codes, zeros: centred int8 [K, N], [G, N] (zeros None: 0); scales: float16 [G, N], natural
+    column order; group_size: inputs per scale. The product is formed in float32 and rounded once.
+    """
+    k, n = codes.shape
+    whole = k // group_size  # the last group may be partial
+    weight = codes.to(torch.float32)
+    parts = [(weight[: whole * group_size].view(whole, group_size, n), slice(0, whole))]
+    if k % group_size:
+        parts.append((weight[whole * group_size :].view(1, -1, n), slice(whole, whole + 1)))
+    for part, rows in parts:
+        if zeros is not None:
+            part -= zeros[rows, None].to(torch.float32)
+        part *= scales[rows, None].to(torch.float32)
+    return weight.to(dtype)

@@ -1,0 +1,180 @@
+"""The operator `torch.ops.marlin_kernel.gemm` and the original Marlin entry point `mul`.
+
+The operator has a fake implementation, so that torch.compile traces through it. It has no gradient:
+packed layers are for inference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .errors import ConfigError
+from .layout import packed_shape
+from .weight_types import weight_type as lookup
+
+_SCHEMA = (
+    "gemm(Tensor a, Tensor weights, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+    "int k, int n, int group_size, str weight_type, str layout, bool batch_invariant) -> Tensor"
+)
+_ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _gemm(
+    a: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    n: int,
+    group_size: int,
+    weight_type: str,
+    layout: str,
+    batch_invariant: bool,
+) -> Tensor:
+    _check_activations(a, weights, k)
+    rows = a.reshape(-1, k)
+    if perm is not None:
+        rows = rows.index_select(1, perm)
+    if rows.shape[0] == 0:
+        out = rows.new_empty(0, n)
+    elif layout in ("sm80", "sm90"):
+        out = _run_kernel(rows, weights, scales, bias, k, n, group_size, layout, batch_invariant)
+    else:
+        if layout == "marlin":
+            wtype = lookup(weight_type)
+            weights, scales, zeros = backends.natural(weights, scales, zeros, k, n, wtype)
+        out = _multiply_dequantized(rows, weights, scales, zeros, bias, group_size)
+    return out.view(*a.shape[:-1], n)
+
+
+def _gemm_fake(
+    a: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    n: int,
+    group_size: int,
+    weight_type: str,
+    layout: str,
+    batch_invariant: bool,
+) -> Tensor:
+    _check_activations(a, weights, k)
+    return a.new_empty(*a.shape[:-1], n)
+
+
+_library = torch.library.Library("marlin_kernel", "DEF")
+_library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
+_library.impl("gemm", _gemm, "CPU")
+_library.impl("gemm", _gemm, "CUDA")
+torch.library.register_fake("marlin_kernel::gemm", _gemm_fake, lib=_library)
+
+gemm = torch.ops.marlin_kernel.gemm.default
+"""``out[..., n] = a[..., k] @ W[k, n] + bias`` for a layer in a layout of `backends`.
+
+a: float16, bfloat16 or float32 [..., k], any strides; weights, scales, zeros, perm: the tensors of
+backends.Prepared; bias: [n] or None; k, n: sizes without padding; group_size: inputs per scale, k
+for one group; batch_invariant: a row's result must not depend on the other rows (kernel layouts).
+Returns a new tensor of the dtype of `a`, accumulated in float32.
+"""
+
+
+def _check_activations(a: Tensor, weights: Tensor, k: int) -> None:
+    if a.dtype not in _ACTIVATIONS:
+        raise ConfigError(f"activations have dtype {a.dtype}; use one of {_ACTIVATIONS}")
+    if a.dim() == 0 or a.shape[-1] != k:
+        raise ConfigError(f"activations of shape {list(a.shape)} do not end in the {k} inputs")
+    if a.device != weights.device:
+        raise ConfigError(
+            f"activations are on {a.device}, the weights on {weights.device}; move one of them"
+        )
+
+
+def _multiply_dequantized(
+    rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    # float16 products on CPUs go through a path 50 times slower than float32
+    slow_half = rows.dtype is torch.float16 and rows.device.type == "cpu"
+    dtype = torch.float32 if slow_half else rows.dtype
+    weight = backends.dequantize(codes, scales, zeros, group_size, dtype)
+    out = torch.mm(rows.to(dtype), weight)
+    if bias is not None:
+        out += bias.to(dtype)
+    return out.to(rows.dtype)
+
+
+def _run_kernel(
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    k: int,
+    n: int,
+    group_size: int,
+    layout: str,
+    batch_invariant: bool,
+) -> Tensor:
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = rows.new_empty(rows.shape[0], n)
+    if bias is not None and bias.dtype != rows.dtype:
+        bias = bias.to(rows.dtype)
+    shape = packed_shape(k, n, group_size)
+    backends.kernels(layout).gemm(
+        rows,
+        weights,
+        scales,
+        bias,
+        out,
+        k,
+        n,
+        shape.k_padded,
+        shape.n_padded,
+        backends.kernel_group_size(group_size, k),
+        batch_invariant=batch_invariant,
+    )
+    return out
+
+
+def mul(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    s: Tensor,
+    workspace: Tensor | None = None,
+    thread_k: int = -1,
+    thread_n: int = -1,
+    sms: int = -1,
+    max_par: int = 16,
+) -> None:
+    """``C = A @ dequantize(B, s)`` with the arguments of the original Marlin.
+
+    A: float16 [M, K]; B: int32 [K / 16, 2 N], symmetric 4-bit codes in Marlin order; C: float16
+    [M, N], overwritten; s: float16 [G, N] in Marlin's column order, one group if G == 1. workspace,
+    thread_k, thread_n, sms, max_par: accepted and not needed; workspace is left as it is.
+    Raises ConfigError if the shapes do not belong together.
+    """
+    k, n = A.shape[-1], C.shape[-1]
+    if B.dim() != 2 or s.dim() != 2 or B.shape != (k // 16, 2 * n) or s.shape[1] != n or k % 64:
+        raise ConfigError(
+            f"A {list(A.shape)}, B {list(B.shape)}, C {list(C.shape)} and s {list(s.shape)} do not "
+            "belong together: B is [K / 16, 2 N], s is [K / group_size, N], K a multiple of 64"
+        )
+    if C.shape[:-1] != A.shape[:-1] or C.dtype != A.dtype:
+        raise ConfigError(
+            f"C is {C.dtype} {list(C.shape)}, A is {A.dtype} {list(A.shape)}; they must share the "
+            "dtype and all dimensions but the last"
+        )
+    group_size = k // s.shape[0]
+    C.copy_(gemm(A, B, s, None, None, None, k, n, group_size, "uint4b8", "marlin", False))
