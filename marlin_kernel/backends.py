@@ -198,24 +198,3 @@ def _centre(codes: Tensor, wtype: WeightType) -> Tensor:
 def _uncentre(codes: Tensor, wtype: WeightType) -> Tensor:
     """Inverse of `_centre`."""
     return codes.view(torch.uint8) + wtype.midpoint
-
-
-def dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    """Weights ``scale * (code - zero)`` as `dtype` [K, N] in few passes over memory.
-
-    codes, zeros: centred int8 [K, N], [G, N] (zeros None: 0); scales: float16 [G, N], natural
-    column order; group_size: inputs per scale. The product is formed in float32 and rounded once.
-    """
-    k, n = codes.shape
-    whole = k // group_size  # the last group may be partial
-    weight = codes.to(torch.float32)
-    parts = [(weight[: whole * group_size].view(whole, group_size, n), slice(0, whole))]
-    if k % group_size:
-        parts.append((weight[whole * group_size :].view(1, -1, n), slice(whole, whole + 1)))
-    for part, rows in parts:
-        if zeros is not None:
-            part -= zeros[rows, None].to(torch.float32)
-        part *= scales[rows, None].to(torch.float32)
-    return weight.to(dtype)

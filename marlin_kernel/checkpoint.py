@@ -1,4 +1,4 @@
-"""Checkpoint folders: read any safetensors folder lazily, write a packed one atomically.
+"""Checkpoint folders: write packed ones atomically, convert between formats; reads are re-exported.
 
 A packed folder is an ordinary Hugging Face folder (config.json, tokenizer files, safetensors) plus
 `marlin_manifest.json`, which is written last and carries the hash of every tensor.
@@ -8,263 +8,69 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
-import pickle
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from . import formats
+from .checkpoint_files import (
+    INDEX,
+    MANIFEST,
+    MANIFEST_VERSION,
+    PROBE,
+    SINGLE,
+    Checkpoint,
+    layer_tensors,
+    open_checkpoint,
+    packed_scheme,
+    read_layer,
+    read_manifest,
+    read_original,
+    read_probe,
+    source_hash,
+    tensor_hash,
+    verify_tensors,
+)
 from .errors import CheckpointError, ConfigError
 from .formats import LayerSpec, QuantizedLinear
-from .layout import unpermute_columns
-from .packing import unpack
-from .schemes import Scheme, quantization_config, scheme_of
-from .weight_types import weight_type
+from .schemes import Scheme, quantization_config
 
-MANIFEST = "marlin_manifest.json"
-# Safetensors inside, but not by name: servers load every *.safetensors of a folder as weights.
-PROBE = "marlin_probe.st"
-MANIFEST_VERSION = 1
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "INDEX",
+    "MANIFEST",
+    "MANIFEST_VERSION",
+    "PROBE",
+    "SINGLE",
+    "check_target",
+    "convert",
+    "layer_tensors",
+    "open_checkpoint",
+    "packed_scheme",
+    "read_layer",
+    "read_manifest",
+    "read_original",
+    "read_probe",
+    "source_hash",
+    "tensor_hash",
+    "verify_tensors",
+]
+
 PADDING_RULE = (
     "marlin: K to a multiple of max(64, group size), N to a multiple of 64; added codes equal the "
     "zero point, added scales are 0, so padding weighs exactly zero; other formats: none"
 )
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _GIB = 1 << 30
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a safetensors folder by name; an access maps that tensor alone into memory.
-
-    path: the folder; files: tensor name -> file. Tensors are on the CPU, in their stored dtype.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.files = _tensor_files(self.path)
-        self._open: dict[Path, Any] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._handle(name).get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors, without reading them."""
-        return {name: self.shape(name) for name in self}
-
-    def config(self) -> dict[str, Any]:
-        """Content of config.json. Raises CheckpointError if there is none."""
-        return _read_json(self.path / "config.json")
-
-    def _handle(self, name: str) -> Any:
-        file = self.files[name]
-        if file not in self._open:
-            self._open[file] = _open_safetensors(file)
-        return self._open[file]
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a local safetensors folder, sharded or not, packed or plain.
-
-    Raises CheckpointError if the folder, an indexed shard or a tensor is missing, or if it holds
-    pickled weights only.
-    """
-    return Checkpoint(path)
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a folder; a checkpoint is a Hugging Face model folder"
-        )
-    if (path / _INDEX).is_file():
-        entries = _read_json(path / _INDEX).get("weight_map", {})
-        files = {name: path / file for name, file in entries.items()}
-    elif (path / _SINGLE).is_file():
-        return dict.fromkeys(_open_safetensors(path / _SINGLE).keys(), path / _SINGLE)
-    else:
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-            raise CheckpointError(
-                f"{path} holds pickled weights only; convert them to safetensors first, for example "
-                "by loading and saving the model with transformers (save_pretrained)"
-            )
-        raise CheckpointError(f"{path} holds neither {_SINGLE} nor {_INDEX}")
-    present: dict[Path, set[str]] = {}
-    for name, file in files.items():
-        if file not in present:
-            present[file] = set(_open_safetensors(file).keys())
-        if name not in present[file]:
-            raise CheckpointError(f"{_INDEX} says that {name} is in {file}, which lacks it")
-    return files
-
-
-def _open_safetensors(file: Path) -> Any:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete")
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises its own type, OSError or ValueError
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-
-
-def packed_scheme(checkpoint: Checkpoint) -> Scheme:
-    """Scheme of a packed folder. Raises CheckpointError if the folder is not quantized."""
-    config = checkpoint.config().get("quantization_config")
-    if config is None:
-        raise CheckpointError(f"{checkpoint.path}/config.json has no quantization_config")
-    return scheme_of(config, checkpoint.shapes())
-
-
-def layer_tensors(checkpoint: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Tensors of the layer at path `name`, keyed by suffix."""
-    prefix = name + "."
-    return {n[len(prefix) :]: checkpoint[n] for n in checkpoint if n.startswith(prefix)}
-
-
-def read_layer(checkpoint: Checkpoint, scheme: Scheme, name: str) -> QuantizedLinear:
-    """The quantized layer at path `name` of a packed folder."""
-    spec = scheme.layer(name, bias=f"{name}.bias" in checkpoint)
-    tensors = layer_tensors(checkpoint, name)
-    return formats.read(tensors, scheme.fmt, spec, gptq_version=scheme.gptq_version, name=name)
-
-
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a packed folder (FORMAT.md lists its keys).
-
-    Raises CheckpointError if there is none or if it is of another version.
-    """
-    file = Path(path) / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: not a complete checkpoint of this tool")
-    manifest = _read_json(file)
-    if manifest.get("format_version") != MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{file} has format_version={manifest.get('format_version')}, this version reads "
-            f"{MANIFEST_VERSION}; update marlin_kernel"
-        )
-    return manifest
-
-
-def verify_tensors(path: str | os.PathLike[str]) -> list[str]:
-    """Names of tensors that differ from the manifest's hashes, are missing, or are not listed."""
-    expected = read_manifest(path)["tensors"]
-    checkpoint = Checkpoint(path)
-    different = set(expected) ^ set(checkpoint)
-    different |= {
-        n for n in expected.keys() & checkpoint if tensor_hash(checkpoint[n]) != expected[n]
-    }
-    return sorted(different)
-
-
-def read_probe(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor] | None:
-    """(token_ids int64 [T], logits float32 [T, V]) stored with a checkpoint, or None."""
-    if "probe" not in read_manifest(path):
-        return None
-    with _open_safetensors(Path(path) / PROBE) as tensors:
-        return tensors.get_tensor("token_ids"), tensors.get_tensor("logits")
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and the bytes of a tensor in row-major order."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    digest = hashlib.sha256(f"{dtype} {list(tensor.shape)}\0".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def source_hash(path: str | os.PathLike[str]) -> str:
-    """sha256 that identifies a source checkpoint: a file, or the config and weights of a folder."""
-    path = Path(path)
-    patterns = ("config.json", "*.safetensors", "*.safetensors.index.json")
-    files = [path] if path.is_file() else sorted(f for p in patterns for f in path.glob(p))
-    if not files:
-        raise CheckpointError(f"{path} holds no checkpoint to hash")
-    total = hashlib.sha256()
-    for file in files:
-        digest = hashlib.sha256()
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        total.update(f"{file.name} {digest.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def read_original(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
-    """Read a `*.marlin` or `*.marlin.g128` state dict of the original Marlin repository.
-
-    Returns (quantized layers by module path, all other tensors by name). Sizes come from the
-    shapes: ``B`` int32 [K / 16, 2 N], ``s`` float16 [G, N], symmetric 4-bit codes. The file is read
-    with ``weights_only=True``, so it cannot run code.
-    Raises CheckpointError if it is not such a file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is not a state dict of plain tensors: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{path} is not a state dict of plain tensors")
-    names = [name.removesuffix(".B") for name in state if name.endswith(".B")]
-    if not names:
-        raise CheckpointError(f"{path} holds no Marlin layer (no tensor named *.B)")
-    layers = {}
-    for name in names:
-        words, scales = state.pop(f"{name}.B"), state.pop(f"{name}.s", None)
-        state.pop(f"{name}.workspace", None)
-        if scales is None or words.dim() != 2 or words.shape[1] != 2 * scales.shape[1]:
-            raise CheckpointError(f"{name}.B and {name}.s do not belong together")
-        k, groups = 16 * words.shape[0], scales.shape[0]
-        wtype = weight_type("uint4b8")
-        layers[name] = QuantizedLinear.of(
-            unpack(words, wtype),
-            unpermute_columns(scales, grouped=groups > 1),
-            wtype,
-            k // groups,
-            bias=state.pop(f"{name}.bias", None),
-        )
-    return layers, state
-
-
-# ---- writing -------------------------------------------------------------------------------------
 
 
 class CheckpointWriter:
@@ -398,6 +204,7 @@ class CheckpointWriter:
             "layers": {name: self._layer_facts(spec) for name, spec in self._specs.items()},
             "source": dict(source or {}),
             "settings": dict(settings or {}),
+            "ignore": list(ignore),
             "tensors": self._hashes,
             **({"probe": self._probe} if self._probe else {}),
         }
@@ -432,7 +239,7 @@ class CheckpointWriter:
         """Give shards their final names, which hold their number, and write the index."""
         count = len(self._shards)
         if count == 1:
-            os.rename(self._folder / "shard-0", self._folder / _SINGLE)
+            os.rename(self._folder / "shard-0", self._folder / SINGLE)
             return
         weight_map = {}
         for i, names in enumerate(self._shards):
@@ -440,7 +247,7 @@ class CheckpointWriter:
             os.rename(self._folder / f"shard-{i}", self._folder / file)
             weight_map |= dict.fromkeys(names, file)
         metadata = {"total_size": self._bytes}
-        self._write_json(_INDEX, {"metadata": metadata, "weight_map": weight_map})
+        self._write_json(INDEX, {"metadata": metadata, "weight_map": weight_map})
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"
@@ -454,7 +261,7 @@ def check_target(out: str | os.PathLike[str], overwrite: bool) -> None:
         return
     if not (out / MANIFEST).is_file():
         raise ConfigError(
-            f"{out} exists and is not a checkpoint of this tool; choose another folder, or remove it"
+            f"{out} exists and is no checkpoint of this tool; choose another folder, or remove it"
         )
     if not overwrite:
         raise ConfigError(f"{out} already holds a checkpoint; pass overwrite to replace it")
@@ -489,7 +296,7 @@ def convert(
                 writer.add(name, checkpoint[name])
         for name in scheme.modules:
             writer.add_layer(name, read_layer(checkpoint, scheme, name))
-        skipped = ("config.json", "quantize_config.json", _INDEX, MANIFEST)
+        skipped = ("config.json", "quantize_config.json", INDEX, MANIFEST)
         for file in sorted(checkpoint.path.iterdir()):
             if file.is_file() and file.name not in skipped and file.suffix != ".safetensors":
                 writer.add_file(file.name, file)

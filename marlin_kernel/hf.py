@@ -115,7 +115,7 @@ class MarlinQuantizer(HfQuantizer):
 
 
 class _StoredLayer(nn.Module):
-    """Stands in for one linear layer while its tensors are loaded, under the names of its format."""
+    """Stands in for a linear layer while its tensors are loaded under the names of its format."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _StoredLayer(nn.Module):
                     f"{name}.{suffix} has shape {found and list(found)}, expected {list(shape)}: "
                     "the checkpoint is damaged or incomplete"
                 )
-            # The loader converts floating-point tensors to the dtype that it finds here.
+            # The loader converts floating-point tensors to the dtype that it finds here
             self.register_buffer(suffix, torch.empty(shape, dtype=stored or dtype, device="meta"))
 
     def moves_groups(self) -> bool:
@@ -220,9 +220,8 @@ def load_model(
     """
     device = torch.device(device)
     name = os.fspath(path)
-    options: dict[str, Any] = {
-        "dtype": dtype or (torch.float32 if device.type == "cpu" else "auto")
-    }
+    default = torch.float32 if device.type == "cpu" else "auto"
+    options: dict[str, Any] = {"dtype": dtype or default}
     if name.endswith(".gguf"):
         name = str(Path(name).parent)
         options["gguf_file"] = Path(path).name
@@ -246,6 +245,8 @@ def load_model(
         name, config=config, output_loading_info=True, **options
     )
     _check_loaded(model, info, packed)
+    if "gguf_file" in options:  # the model is an ordinary one now
+        model.hf_quantizer.remove_quantization_config(model)
     model.eval().requires_grad_(False)
     model.to(device)
     for module in model.modules():
@@ -296,8 +297,8 @@ def _verify_probe(model: PreTrainedModel, path: Path) -> None:
     if not float(difference) <= limit:
         raise CheckpointError(
             f"the logits of the probe tokens differ by {float(difference):.4g} from those stored "
-            f"with {path} (limit {limit:.4g} for {model.dtype}), though all tensors are intact: the "
-            "installed transformers or torch computes this model differently"
+            f"with {path} (limit {limit:.4g} for {model.dtype}), though all tensors are intact: "
+            "the installed transformers or torch computes this model differently"
         )
 
 

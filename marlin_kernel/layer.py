@@ -115,8 +115,8 @@ class Layer(nn.Module):
             row, column = divmod(worst, spec.n)
             raise ConfigError(
                 f"linear.weight[{column}, {row}] = {float(weight[row, column]):.6g} lies "
-                f"{float(distance[row, column]):.3g} steps from the grid of its group; pass weights "
-                "that were quantized with these scales and zeros"
+                f"{float(distance[row, column]):.3g} steps from the grid of its group; pass "
+                "weights that were quantized with these scales and zeros"
             )
         packed = QuantizedLinear.of(
             codes.to(torch.uint8),

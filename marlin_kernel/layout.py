@@ -1,14 +1,15 @@
-"""Where each code lives in the packed words: padding, the 16 x 64 tile, and the column order of scales.
+"""Where each code lives in the packed words: padding, the 16 x 64 tile, and the column order of
+scales.
 
-Everything here is derived from one fact: one lane of a warp holds, of the 16 x 8 operand fragment of
-``mma.m16n8k16``, the rows ``k = 2 * (lane % 4) + {0, 1, 8, 9}`` of column ``n = lane // 4``. FORMAT.md
-draws the tile. Frantar et al., "MARLIN" (2024), section 3.
+Everything here is derived from one fact: one lane of a warp holds, of the 16 x 8 operand fragment
+of ``mma.m16n8k16``, the rows ``k = 2 * (lane % 4) + {0, 1, 8, 9}`` of column ``n = lane // 4``.
+FORMAT.md draws the tile. Frantar et al., "MARLIN" (2024), section 3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ WARP = 32  # lanes
 PAD_K = 64  # K is padded to whole pipeline steps of the kernels (4 tiles)
 PAD_N = TILE_N
 
-# Which of a lane's codes a bit field holds, low bits first: (row offset, column offset). Rows come in
-# the order (0, 8 | 1, 9) so that one mask extracts the pair (k, k + 1) of a half2 after a shift.
+# Which of a lane's codes a bit field holds, low bits first: (row offset, column offset). Rows come
+# in the order (0, 8 | 1, 9) so that one mask extracts the pair (k, k + 1) of a half2 after a shift.
 _FIELDS = {
     4: tuple(zip((0, 8, 0, 8, 1, 9, 1, 9), (0, 0, 8, 8, 0, 0, 8, 8), strict=True)),
     8: tuple(zip((0, 8, 1, 9), (0, 0, 0, 0), strict=True)),
@@ -48,8 +49,8 @@ class PackedShape:
 def packed_shape(k: int, n: int, group_size: int) -> PackedShape:
     """Apply the padding rule: K to a multiple of max(64, group size), N to a multiple of 64.
 
-    Padding rows and columns hold the middle code (weight zero). The last group may cover fewer than
-    group_size real inputs. Raises ConfigError for a group size that no type allows.
+    Padding weighs exactly zero: added codes equal the zero point of their group, added groups and
+    columns have scale 0. The last group may cover fewer than group_size real inputs. Raises ConfigError for a group size that no type allows.
     """
     g = normalize_group_size(group_size, k)
     multiple = PAD_K if g == k else max(PAD_K, g)
@@ -58,9 +59,10 @@ def packed_shape(k: int, n: int, group_size: int) -> PackedShape:
     return PackedShape(k, n, g, k_padded, -(-n // PAD_N) * PAD_N, groups)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_order(bits: int) -> Tensor:
-    """int64 [16 * 64]: entry i is the index ``16 x 64 row-major`` of the i-th code of a packed tile.
+    """int64 [16 * 64]: entry i is the index ``16 x 64 row-major`` of the i-th code of a packed
+    tile.
 
     Codes are counted word by word, and inside a word from the low bits up.
     """
@@ -77,12 +79,13 @@ def tile_order(bits: int) -> Tensor:
     return torch.tensor(order, dtype=torch.int64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scale_order(grouped: bool) -> Tensor:
     """int64 permutation of 64 (grouped) or 32 (one group) columns: stored[i] = natural[order[i]].
 
-    Grouped: a lane reads the 8 scales of the columns ``lane // 4 + 8 * j`` it multiplies. One group:
-    scales apply to the accumulator, whose lane holds the column pairs ``2 * (lane % 4) + {0, 1}``.
+    Grouped: a lane reads the 8 scales of the columns ``lane // 4 + 8 * j`` it multiplies. One
+    group: scales apply to the accumulator, whose lane holds the column pairs ``2 * (lane % 4) + {0,
+    1}``.
     """
     if grouped:
         return torch.tensor([i + 8 * j for i in range(8) for j in range(8)])

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends
+from . import backends, dense
 from .errors import ConfigError
+from .formats import LayerSpec
 from .layout import packed_shape
 from .weight_types import weight_type as lookup
 
@@ -47,7 +49,7 @@ def _gemm(
         if layout == "marlin":
             wtype = lookup(weight_type)
             weights, scales, zeros = backends.natural(weights, scales, zeros, k, n, wtype)
-        out = _multiply_dequantized(rows, weights, scales, zeros, bias, group_size)
+        out = dense.multiply(rows, weights, scales, zeros, bias, group_size, lookup(weight_type))
     return out.view(*a.shape[:-1], n)
 
 
@@ -94,24 +96,6 @@ def _check_activations(a: Tensor, weights: Tensor, k: int) -> None:
         raise ConfigError(
             f"activations are on {a.device}, the weights on {weights.device}; move one of them"
         )
-
-
-def _multiply_dequantized(
-    rows: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-) -> Tensor:
-    # float16 products on CPUs go through a path 50 times slower than float32
-    slow_half = rows.dtype is torch.float16 and rows.device.type == "cpu"
-    dtype = torch.float32 if slow_half else rows.dtype
-    weight = backends.dequantize(codes, scales, zeros, group_size, dtype)
-    out = torch.mm(rows.to(dtype), weight)
-    if bias is not None:
-        out += bias.to(dtype)
-    return out.to(rows.dtype)
 
 
 def _run_kernel(
@@ -176,5 +160,29 @@ def mul(
             f"C is {C.dtype} {list(C.shape)}, A is {A.dtype} {list(A.shape)}; they must share the "
             "dtype and all dimensions but the last"
         )
-    group_size = k // s.shape[0]
-    C.copy_(gemm(A, B, s, None, None, None, k, n, group_size, "uint4b8", "marlin", False))
+    spec = LayerSpec(k, n, lookup("uint4b8"), k // s.shape[0])
+    layout = backends.select_backend(A.device, spec, A.dtype).layout
+    if layout == "codes":  # would unpack on every call what a Layer unpacks once
+        layout = "marlin"
+    B, s = _converted(layout, B, s, spec, A.dtype)
+    C.copy_(gemm(A, B, s, None, None, None, k, n, spec.group_size, "uint4b8", layout, False))
+
+
+_conversions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _converted(
+    layout: str, B: Tensor, s: Tensor, spec: LayerSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weights of `mul` in a kernel's layout, converted once per `B` and kept as long as it lives.
+
+    `Layer.prepare` needs no such copy.
+    """
+    if layout == "marlin":
+        return B, s
+    key = (layout, dtype, B._version, s.data_ptr(), s._version)
+    found = _conversions.get(B)
+    if found is None or found[0] != key:
+        prepared = backends.prepare(layout, {"B": B, "s": s}, spec, dtype)
+        found = _conversions[B] = (key, prepared.weights, prepared.scales)
+    return found[1:]

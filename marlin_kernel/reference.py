@@ -1,4 +1,4 @@
-"""The ground truth in plain torch: round to nearest, dequantize, multiply. Slow, obvious, any device."""
+"""The ground truth in plain torch: round, dequantize, multiply. Slow, obvious, any device."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def dequantize(
 ) -> Tensor:
     """Weights ``s * (q - z)`` as `dtype` [K, N].
 
-    codes: integer [K, N]; scales: float [G, N]; zeros: integer [G, N], or None for a symmetric type;
-    g_idx: int [K], group of each input. The product is formed in float32 and rounded once.
+    codes: integer [K, N]; scales: float [G, N]; zeros: integer [G, N], or None for a symmetric
+    type; g_idx: int [K], group of each input. The product is formed in float32 and rounded once.
     """
     g_idx = g_idx.long()
     if g_idx.numel() and bool((g_idx[1:] >= g_idx[:-1]).all()):

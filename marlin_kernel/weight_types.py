@@ -1,8 +1,8 @@
 """The table of weight types: the single place that says what a code means.
 
-Every type decodes as ``w = s * (q - z)`` with unsigned codes ``q`` of ``bits`` bits. Symmetric types
-have the constant zero point ``bias``; the others carry integer zero points per group and column.
-Names follow vLLM's scalar types (``uint4b8``: unsigned 4 bits, bias 8).
+Every type decodes as ``w = s * (q - z)`` with unsigned codes ``q`` of ``bits`` bits. Symmetric
+types have the constant zero point ``bias``; the others carry integer zero points per group and
+column. Names follow vLLM's scalar types (``uint4b8``: unsigned 4 bits, bias 8).
 """
 
 from __future__ import annotations
