@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <deque>
 #include <functional>
 #include <random>
 #include <string>
@@ -33,12 +34,18 @@ constexpr long kIdleRounds = 200000;  // rounds of pure spinning before the run 
 enum Status { kFinished = 0, kDeadlock = 1, kEndless = 2, kViolation = 3 };
 enum class Landing { kLate, kEarly, kRandom };
 
-// A copy under way. `barrier` is null for cp.async, whose completion only its own thread observes.
+// A cp.async under way: its completion only its own thread observes.
 struct Copy {
   void* target;
   const void* source;
   int bytes, zeros;
-  uint64_t* barrier = nullptr;
+};
+
+// A bulk copy under way, completing on an mbarrier.
+struct Transfer {
+  std::function<void()> land;
+  int bytes;
+  uint64_t* barrier;
 };
 
 // Operands of one warp-wide instruction: slots alternate, so that a fast lane may enter the next
@@ -58,21 +65,24 @@ struct NamedBarrier {
 
 struct Block;
 
-// One asynchronous warpgroup instruction: runs once all 128 threads have brought their registers.
+// One asynchronous warpgroup instruction. It runs at some moment between the last thread's issue and the
+// first wait for it: accumulators change only then, and only then is shared memory read.
 struct GroupOperation {
-  int registered = 0;
-  bool done = false;
+  int issued = 0;  // threads
   float* accumulators[128];
-  const uint32_t* fragments[128];
+  uint32_t fragments[128][4];
   std::function<void(GroupOperation&)> execute;
 };
 
 struct Warpgroup {
-  std::vector<GroupOperation> operations;
+  std::deque<GroupOperation> operations;
+  unsigned ready = 0;     // operations that all threads have issued
+  unsigned executed = 0;  // of them
 };
 
 struct Block {
   dim3 index;
+  int number = 0;  // x fastest
   int threads = 0;
   NamedBarrier barriers[16];
   std::vector<Warp> warps;
@@ -98,7 +108,7 @@ struct Fiber {
   const uint64_t* mbarrier = nullptr;   // blocked while its phase parity == blocked_at
   std::vector<std::vector<Copy>> groups;  // cp.async, committed
   std::vector<Copy> current;              // cp.async, not yet committed
-  std::vector<unsigned> group_ends;       // wgmma: operations issued up to each commit
+  std::deque<unsigned> group_ends;        // wgmma: operations issued up to each commit
   unsigned issued = 0;                    // wgmma operations issued by this thread
   unsigned cluster_phase = 0;
 };
@@ -112,7 +122,7 @@ struct State {
   std::function<void()> body;
   std::vector<Block> blocks;
   std::vector<Cluster> clusters;
-  std::vector<Copy> in_flight;  // bulk copies
+  std::vector<Transfer> in_flight;
   std::mt19937 random;
   Landing landing = Landing::kLate;
   std::string violation;
@@ -271,32 +281,67 @@ inline void mbarrier_wait(uint64_t* b, uint32_t parity) {
   self->mbarrier = nullptr;
 }
 
-inline void complete(const Copy& c) {
-  land(c);
-  MBarrier& m = *reinterpret_cast<MBarrier*>(c.barrier);
-  m.bytes -= c.bytes + c.zeros;
+inline void complete(const Transfer& t) {
+  t.land();
+  MBarrier& m = *reinterpret_cast<MBarrier*>(t.barrier);
+  m.bytes -= t.bytes;
   mbarrier_update(m);
 }
-// A copy whose completion an mbarrier counts. Its bytes may land before they are announced.
-inline void start_bulk_copy(const Copy& c) {
-  check_shared(c.target, c.bytes + c.zeros);
-  mbarrier(c.barrier);
+inline void start_transfer(const Transfer& t) {
+  mbarrier(t.barrier);
   const bool now = S.landing == Landing::kEarly || (S.landing == Landing::kRandom && chance(2));
   if (now)
-    complete(c);
+    complete(t);
   else
-    S.in_flight.push_back(c);
+    S.in_flight.push_back(t);
 }
 inline void complete_one_in_flight() {
   const size_t i = S.landing == Landing::kRandom ? S.random() % S.in_flight.size() : 0;
-  const Copy c = S.in_flight[i];
+  const Transfer t = S.in_flight[i];
   S.in_flight.erase(S.in_flight.begin() + i);
-  complete(c);
+  complete(t);
+}
+
+// ---- warpgroup instructions ----
+inline Warpgroup& warpgroup() { return S.fiber->block->warpgroups[S.fiber->thread.x / 128]; }
+inline void execute_until(Warpgroup& w, unsigned count) {
+  for (; w.executed < count; w.executed++) {
+    GroupOperation& op = w.operations[w.executed];
+    op.execute(op);
+    op.execute = nullptr;
+  }
+}
+inline void issue(float* accumulators, const uint32_t (&fragment)[4],
+                  std::function<void(GroupOperation&)> execute) {
+  Warpgroup& w = warpgroup();
+  const unsigned number = S.fiber->issued++;
+  if (w.operations.size() <= number) w.operations.resize(number + 1);
+  GroupOperation& op = w.operations[number];
+  const int thread = S.fiber->thread.x % 128;
+  op.accumulators[thread] = accumulators;
+  memcpy(op.fragments[thread], fragment, 16);
+  op.execute = execute;
+  if (++op.issued == 128) {
+    w.ready++;
+    if (S.landing == Landing::kEarly || (S.landing == Landing::kRandom && chance(2)))
+      execute_until(w, w.ready);
+  }
+}
+inline void commit_group() { S.fiber->group_ends.push_back(S.fiber->issued); }
+inline void wait_groups(int pending) {
+  Warpgroup& w = warpgroup();
+  auto& ends = S.fiber->group_ends;
+  while (static_cast<int>(ends.size()) > pending) {
+    const unsigned needed = ends.front();
+    while (w.ready < needed) block_on(&w.ready, w.ready);
+    execute_until(w, needed);
+    ends.pop_front();
+  }
 }
 
 // ---- clusters ----
 inline Cluster& cluster() { return S.clusters[S.fiber->block->cluster]; }
-inline uint32_t cluster_rank() { return S.fiber->block->index.x % S.cluster_size; }
+inline uint32_t cluster_rank() { return S.fiber->block->number % S.cluster_size; }
 inline void cluster_arrive() {
   Cluster& c = cluster();
   S.fiber->cluster_phase = c.generation;
@@ -312,7 +357,7 @@ inline void cluster_wait() {
 // The same offset in the shared memory of block `rank` of this cluster.
 inline void* remote(const void* local, uint32_t rank) {
   Block& own = *S.fiber->block;
-  Block& other = S.blocks[own.index.x / S.cluster_size * S.cluster_size + rank];
+  Block& other = S.blocks[own.cluster * S.cluster_size + rank];
   return other.shared + (static_cast<const char*>(local) - own.shared);
 }
 
@@ -341,14 +386,15 @@ struct Stacks {  // kept between launches: mapping them anew costs more than mos
 inline Stacks stacks;
 
 inline void make_blocks(std::vector<Fiber>& fibers) {
-  const int blocks = S.grid.x, threads = S.block.x;
+  const int blocks = S.grid.x * S.grid.y, threads = S.block.x;
   S.blocks.assign(blocks, Block());
   S.clusters.assign((blocks + S.cluster_size - 1) / S.cluster_size, Cluster());
   fibers.resize(size_t(blocks) * threads);
   const size_t bytes = (S.shared_bytes + 1023) / 1024 * 1024;
   for (int b = 0; b < blocks; b++) {
     Block& block = S.blocks[b];
-    block.index = {unsigned(b), 0, 0};
+    block.index = {b % S.grid.x, b / S.grid.x, 0};
+    block.number = b;
     block.threads = threads;
     block.warps.resize(threads / kWarp);
     block.warpgroups.resize((threads + 127) / 128);

@@ -5,18 +5,26 @@
 namespace {
 template <class Config>
 int run(unsigned seed, int grid, const void* activations, const void* weights, const void* scales,
-        const void* bias, void* output, void* partials, int* arrivals, int m, int n, int k,
-        int n_padded, int k_padded, long long row_stride, int splits) {
+        const void* bias, void* output, void* partials, int* arrivals, long long row_stride, int m,
+        int n, int k, int n_padded, int k_padded, int splits, int in_turn) {
   using Scalar = typename Config::Scalar;
-  return emu::launch({unsigned(grid)}, {Config::THREADS}, sizeof(sm80::SharedStorage<Config>), 1, seed,
-                     [=] {
-                       sm80::gemm_w4a16<Config>(
-                           static_cast<const Scalar*>(activations),
-                           static_cast<const uint4*>(weights), static_cast<const Scalar*>(scales),
-                           static_cast<const Scalar*>(bias), static_cast<Scalar*>(output),
-                           static_cast<float4*>(partials), arrivals, m, n, k, n_padded, k_padded,
-                           row_stride, splits);
-                     });
+  const sm80::Problem<Scalar> problem = {static_cast<const Scalar*>(activations),
+                                         static_cast<const uint4*>(weights),
+                                         static_cast<const __half*>(scales),
+                                         static_cast<const Scalar*>(bias),
+                                         static_cast<Scalar*>(output),
+                                         static_cast<float4*>(partials),
+                                         arrivals,
+                                         row_stride,
+                                         m,
+                                         n,
+                                         k,
+                                         n_padded,
+                                         k_padded,
+                                         splits,
+                                         in_turn};
+  return emu::launch({unsigned(grid)}, {Config::THREADS}, sizeof(sm80::SharedStorage<Config>), 1,
+                     seed, [=] { sm80::gemm_w4a16<Config>(problem); });
 }
 }  // namespace
 
@@ -37,14 +45,14 @@ extern "C" __attribute__((visibility("default"))) int shared_bytes(int config) {
 
 extern "C" __attribute__((visibility("default"))) int run_gemm(
     int config, unsigned seed, int grid, const void* activations, const void* weights,
-    const void* scales, const void* bias, void* output, void* partials, int* arrivals, int m, int n,
-    int k, int n_padded, int k_padded, long long row_stride, int splits) {
+    const void* scales, const void* bias, void* output, void* partials, int* arrivals,
+    long long row_stride, int m, int n, int k, int n_padded, int k_padded, int splits, int in_turn) {
   switch (config) {
 #define X(number, ...)                                                                           \
   case number:                                                                                   \
     return run<sm80::TileConfig<__VA_ARGS__>>(seed, grid, activations, weights, scales, bias,    \
-                                              output, partials, arrivals, m, n, k, n_padded,     \
-                                              k_padded, row_stride, splits);
+                                              output, partials, arrivals, row_stride, m, n, k,   \
+                                              n_padded, k_padded, splits, in_turn);
     CONFIG_CASES
 #undef X
   }

@@ -9,7 +9,7 @@ import torch
 from emulator.build import STATUS, build
 from torch import Tensor
 
-from marlin_kernel.sm80_path import Geometry, Sm80Config
+from marlin_kernel.sm80_configs import Geometry, Sm80Config
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Sm80Library:
             ctypes.c_uint(seed),
             geometry.grid,
             *map(pointer, (a, words, scales, bias, out, partials, arrivals)),
-            *(a.shape[0], out.shape[1], a.shape[1], n_padded, words.shape[0] * 16),
             ctypes.c_longlong(a.stride(0)),
-            geometry.splits,
+            *(a.shape[0], out.shape[1], a.shape[1], n_padded, words.shape[0] * 16),
+            *(geometry.splits, geometry.in_turn),
         )
         if status:
             return f"{STATUS[status]} {self._library.violation().decode()}".strip()

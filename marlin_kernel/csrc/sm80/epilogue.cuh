@@ -47,7 +47,7 @@ class Epilogue {
       const int feature = first_feature + half * 8 + place_.lane / 4;
       const bool inside = feature < p_.n;
       float scale = 1.f;
-      if constexpr (!Config::GROUPED) scale = inside ? Element<Scalar>::to_float(p_.scales[feature]) : 0.f;
+      if constexpr (!Config::GROUPED) scale = inside ? Element<__half>::to_float(p_.scales[feature]) : 0.f;
       const float bias = inside && p_.bias != nullptr ? Element<Scalar>::to_float(p_.bias[feature]) : 0.f;
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t) {

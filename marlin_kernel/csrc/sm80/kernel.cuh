@@ -44,25 +44,12 @@ class LoadCursor {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::THREADS)
-    gemm_w4a16(const typename Config::Scalar* activations,  // [M, K]
-               const uint4* weights,                        // packed words [K' / 16, 2 N']
-               const typename Config::Scalar* scales,       // [groups, N'] or [N']
-               const typename Config::Scalar* bias,         // [N] or null
-               typename Config::Scalar* output,             // [M, N]
-               float4* partials,                            // workspace, contents arbitrary
-               int* arrivals,                               // workspace, zero on entry and on exit
-               int m, int n, int k,                         // real sizes
-               int n_padded, int k_padded,                  // sizes of the packed weights
-               long long row_stride,                        // elements between rows of A
-               int splits) {                                // 0: stream-K; > 0: k ranges per tile
-  const Problem<typename Config::Scalar> problem = {
-      activations, weights, scales, bias,     output,   partials,   arrivals,
-      m,           n,       k,      n_padded, k_padded, row_stride, splits};
+__global__ void __launch_bounds__(Config::THREADS, 1)
+    gemm_w4a16(const __grid_constant__ Problem<typename Config::Scalar> problem) {
   SharedStorage<Config>& shared = ptx::shared_memory<SharedStorage<Config>>();
-  const Partition partition((m + Config::TILE_M - 1) / Config::TILE_M,
-                            (n + Config::TILE_N - 1) / Config::TILE_N,
-                            (k_padded + Config::TILE_K - 1) / Config::TILE_K, splits, gridDim.x);
+  const Partition partition(ceil_div(problem.m, Config::TILE_M), ceil_div(problem.n, Config::TILE_N),
+                            ceil_div(problem.k_padded, Config::TILE_K), problem.splits,
+                            problem.in_turn, gridDim.x);
   const WarpPlace<Config> place;
   Loader<Config> loader(problem, shared);
   LoadCursor ahead(partition, blockIdx.x);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "dequant/int4.cuh"
-#include "ptx/bit_ops.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 #include "sm80/load.cuh"
@@ -66,32 +65,48 @@ __device__ __forceinline__ void load_tokens(const uint4* activations,
   }
 }
 
-// Multiplies a weight fragment by its scales: the low half of `scales` belongs to the fragment's rows 0..7
-// (a[0], a[2]), the high half to rows 8..15 (a[1], a[3]).
-template <class Scalar>
-__device__ __forceinline__ void scale_fragment(uint32_t (&a)[4], uint32_t scales) {
-  const uint32_t low = ptx::permute_bytes(scales, scales, 0x1010);
-  const uint32_t high = ptx::permute_bytes(scales, scales, 0x3232);
-  a[0] = ptx::mul2(a[0], low, Scalar{});
-  a[1] = ptx::mul2(a[1], high, Scalar{});
-  a[2] = ptx::mul2(a[2], low, Scalar{});
-  a[3] = ptx::mul2(a[3], high, Scalar{});
+// Scales of the 8 features lane / 4 + 8 * i of one group, as they lie in shared memory (fp16).
+__device__ __forceinline__ uint32_t scale_pair(const uint4& scales, int j) {
+  return j == 0 ? scales.x : j == 1 ? scales.y : j == 2 ? scales.z : scales.w;
 }
 
-// Adds one stage to the accumulators. With groups the scale multiplies the weight fragment, which rounds the
-// weight to the compute type exactly as a dequantized matrix would hold it.
+// total += scale * sums, and sums = 0.
+template <class Config>
+__device__ __forceinline__ void add_scaled(Accumulators<Config>& total, Accumulators<Config>& sums,
+                                           const uint4& scales) {
+#pragma unroll
+  for (int j = 0; j < ROW_TILES; ++j) {
+    const uint32_t pair = scale_pair(scales, j);
+    float scale[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      scale[h] = Element<__half>::to_float(reinterpret_cast<const __half*>(&pair)[h]);
+#pragma unroll
+    for (int t = 0; t < Config::TOKEN_TILES; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total.values[j][t][i] += scale[i / 2] * sums.values[j][t][i];
+  }
+  sums.clear();
+}
+
+// Adds one stage to `total`. Where the scales of groups go is the configuration's choice: on the weights
+// (8 products per code word, whatever the number of tokens) or on the sums (2 per token and group).
 template <class Config>
 __device__ __forceinline__ void multiply_stage(const SharedStorage<Config>& shared, int stage,
                                                const WarpPlace<Config>& place,
-                                               Accumulators<Config>& acc) {
+                                               Accumulators<Config>& total) {
   using Scalar = typename Config::Scalar;
-  uint4 scales = {};  // of the current group
-#pragma unroll
+  constexpr bool SCALE_SUMS = Config::GROUPED && !Config::SCALE_WEIGHTS;
+  constexpr int GROUP_STEPS = Config::GROUP_STEPS < Config::STEPS ? Config::GROUP_STEPS : Config::STEPS;
+  Accumulators<Config> group_sums;
+  Accumulators<Config>& sums = SCALE_SUMS ? group_sums : total;
+  if constexpr (SCALE_SUMS) group_sums.clear();
+  uint4 scales = {};
+#pragma unroll(Config::UNROLL)
   for (int i = 0; i < Config::STEPS; ++i) {
     const int step = place.warp_k * Config::STEPS + i;
     if constexpr (Config::GROUPED) {
-      // Scales of the 8 features lane / 4 + 8 * j of this warp lie side by side.
-      if (i % Config::GROUP_STEPS == 0) {
+      if (i % GROUP_STEPS == 0) {
         const int row = Config::SCALE_ROWS > 1 ? step / Config::GROUP_STEPS : 0;
         scales = shared.scales[stage][row * (Config::TILE_N / CHUNK) +
                                       place.warp_n * (WARP_FEATURES / CHUNK) + place.lane / 4];
@@ -102,15 +117,18 @@ __device__ __forceinline__ void multiply_stage(const SharedStorage<Config>& shar
     uint32_t b[Config::TOKEN_TILES][2];
     load_tokens<Config>(shared.activations[stage], place, step, b);
     const uint32_t words[ROW_TILES] = {packed.x, packed.y, packed.z, packed.w};
-    const uint32_t pairs[ROW_TILES] = {scales.x, scales.y, scales.z, scales.w};
 #pragma unroll
     for (int j = 0; j < ROW_TILES; ++j) {
       uint32_t a[4];
-      dequant::int4_to_fragment(a, words[j], Scalar{});
-      if constexpr (Config::GROUPED) scale_fragment<Scalar>(a, pairs[j]);
+      dequant::int4_to_fragment(a, words[j], Scalar());
+      if constexpr (Config::GROUPED && !SCALE_SUMS)
+        dequant::RowScales<Scalar>(scale_pair(scales, j)).apply(a);
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t)
-        ptx::mma_m16n8k16(acc.values[j][t], a, b[t], Scalar{});
+        ptx::mma_m16n8k16(sums.values[j][t], a, b[t], Scalar());
+    }
+    if constexpr (SCALE_SUMS) {
+      if ((i + 1) % GROUP_STEPS == 0) add_scaled(total, group_sums, scales);
     }
   }
 }

@@ -10,8 +10,8 @@
 //   k2    1        2             workspace: slot 2b for the first, slot 2b + 1 for the second.
 //
 // Fixed split (splits > 0). Every tile is cut at the same places whatever M is, so a row of the result has
-// the same bits in every batch. With fewer tiles than blocks the parts of a tile go to different blocks;
-// otherwise one block takes all parts of its tile in turn and adds them up in the same order.
+// the same bits in every batch. Either the parts of a tile go to different blocks, or (in_turn, for many
+// tiles) one block takes all parts of its tile one after the other and adds them up in the same order.
 #pragma once
 
 #include "sm80/tile_config.cuh"
@@ -34,8 +34,13 @@ struct Unit {
 
 class Partition {
  public:
-  __device__ Partition(int token_tiles, int column_tiles, int k_tiles, int splits, int grid)
-      : token_tiles_(token_tiles), column_tiles_(column_tiles), k_tiles_(k_tiles), splits_(splits) {
+  __device__ Partition(int token_tiles, int column_tiles, int k_tiles, int splits, bool in_turn,
+                       int grid)
+      : token_tiles_(token_tiles),
+        column_tiles_(column_tiles),
+        k_tiles_(k_tiles),
+        splits_(splits),
+        in_turn_(in_turn) {
     tiles_ = token_tiles * column_tiles;
     const long long iterations = static_cast<long long>(tiles_) * k_tiles;
     blocks_ = iterations < grid ? static_cast<int>(iterations) : grid;
@@ -97,8 +102,8 @@ class Partition {
 
   __device__ bool split_unit(int block, int index, Unit& u) const {
     int tile;
-    u.in_turn = tiles_ >= blocks_;
-    if (u.in_turn) {
+    u.in_turn = in_turn_;
+    if (in_turn_) {
       tile = block + index / splits_ * blocks_;
       u.part = index % splits_;
     } else {
@@ -128,6 +133,7 @@ class Partition {
   }
 
   int token_tiles_, column_tiles_, k_tiles_, splits_;
+  bool in_turn_;
   int tiles_;
   int blocks_;                      // blocks that have work
   int whole_waves_ = 0;             // tiles that every block computes alone

@@ -16,13 +16,14 @@ constexpr int ROW_TILES = 4;      // mma of 16 features in one warp
 constexpr int CHUNK = 8;          // 16-bit elements in one 16-byte copy
 constexpr int STAGING_PAD = 8;    // elements that shift the rows of the output staging by 4 banks
 
-template <class Scalar_,     // __half or __nv_bfloat16: activations, scales, bias, output
+template <class Scalar_,     // __half or __nv_bfloat16: activations, bias, output (scales are __half)
           int WARP_M_,       // tokens of one warp: 8, 16, 32 or 64
           int WARPS_M_,      // warps along tokens
           int WARPS_N_,      // warps along features
           int WARPS_K_,      // warps that share one output tile and split each stage along k
           int TILE_K_,       // k of one stage
           int STAGES_,       // depth of the copy ring
+          bool SCALE_WEIGHTS_,  // groups: scale every weight, not the sum of every group
           int GROUP_SIZE_>   // inputs per scale; 0: one scale per feature, applied to the accumulator
 struct TileConfig {
   using Scalar = Scalar_;
@@ -32,6 +33,7 @@ struct TileConfig {
   static constexpr int WARPS_K = WARPS_K_;
   static constexpr int TILE_K = TILE_K_;
   static constexpr int STAGES = STAGES_;
+  static constexpr bool SCALE_WEIGHTS = SCALE_WEIGHTS_;
   static constexpr int GROUP_SIZE = GROUP_SIZE_;
 
   static constexpr int TILE_M = WARP_M * WARPS_M;
@@ -40,6 +42,9 @@ struct TileConfig {
   static constexpr int THREADS = OUTPUT_WARPS * WARPS_K * WARP;
   static constexpr int TOKEN_TILES = WARP_M / MMA_TOKENS;  // mma of one warp along tokens
   static constexpr int STEPS = TILE_K / MMA_K / WARPS_K;   // k16 steps of one warp in one stage
+
+  // Steps that the compiler may interleave: with 64 tokens the accumulators leave no registers for more.
+  static constexpr int UNROLL = WARP_M < 64 ? STEPS : 1;
 
   static constexpr bool GROUPED = GROUP_SIZE > 0;
   static constexpr int SCALE_ROWS = !GROUPED ? 0 : TILE_K > GROUP_SIZE ? TILE_K / GROUP_SIZE : 1;
@@ -55,6 +60,8 @@ struct TileConfig {
   static_assert(WARP_M <= 64, "the accumulators of 64 tokens fill 128 registers");
   static_assert(TILE_K % 64 == 0, "the swizzle permutes the eight 16-byte chunks of 64 elements");
   static_assert(TILE_K % (MMA_K * WARPS_K) == 0, "every warp takes whole k16 steps of a stage");
+  static_assert(!GROUPED || SCALE_WEIGHTS || WARP_M <= 32,
+                "a group's own sums beside the total ones would not fit the registers");
   static_assert(STAGES >= 2, "one stage is read while another one lands");
   static_assert(!GROUPED || TILE_K % GROUP_SIZE == 0 || GROUP_SIZE % TILE_K == 0,
                 "a stage holds whole groups or lies inside one");
@@ -80,20 +87,21 @@ struct alignas(128) SharedStorage {
                                  [MMA_TOKENS * (WARP_FEATURES + STAGING_PAD)];
 };
 
-// Sizes and addresses of one multiplication C[M, N] = A[M, K] W[K, N].
+// Sizes and addresses of one multiplication C[M, N] = A[M, K] W[K, N] (+ bias): the kernel's argument.
 template <class Scalar>
 struct Problem {
-  const Scalar* activations;  // [M, K], row stride below
-  const uint4* weights;       // packed [K' / 16, 2 N'] words
-  const Scalar* scales;       // grouped: [K' / group, N'], columns in the grouped order; else [N'] plain
+  const Scalar* activations;  // [M, K]
+  const uint4* weights;       // packed words [K' / 16, 2 N'], as on disk
+  const __half* scales;       // groups: [K' / group, N'], columns in the stored order; else [N'] plain
   const Scalar* bias;         // [N] or null
-  Scalar* output;             // [M, N]
-  float4* partials;           // workspace for partial sums of tiles that several blocks share
+  Scalar* output;             // [M, N], contiguous
+  float4* partials;           // workspace for sums of tiles that several blocks share; any contents
   int* arrivals;              // workspace of counters: zero on entry and on exit
-  int m, n, k;                // real sizes
-  int n_padded, k_padded;     // N' (multiple of 64), K' (multiple of 64 and of the group)
   long long row_stride;       // elements between rows of A
+  int m, n, k;                // real sizes
+  int n_padded, k_padded;     // N' (a multiple of 64), K' (a multiple of 64 and of the group)
   int splits;                 // 0: stream-K over the grid; > 0: every tile is cut into that many k ranges
+  int in_turn;                // splits > 0: one block takes all parts of a tile
 };
 
 }  // namespace sm80

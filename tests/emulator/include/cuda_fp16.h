@@ -51,6 +51,8 @@ typedef _Float16 __half;
 typedef _Float16 half;
 struct alignas(4) __half2 {
   __half x, y;
+  __half2() = default;
+  __half2(__half low, __half high) : x(low), y(high) {}
 };
 typedef __half2 half2;
 

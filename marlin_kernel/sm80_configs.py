@@ -1,0 +1,173 @@
+"""Configurations of the sm_80 kernel (csrc/sm80) as data, and the geometry of a launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from marlin_kernel.compiler import KernelSource
+from marlin_kernel.errors import ConfigError
+
+HEADER = "sm80/kernel.cuh"
+WARP = 32
+WARP_FEATURES = 64
+FRAGMENT_BYTES = 16  # one accumulator fragment of one lane
+FIXED_SPLIT_BLOCKS = 128  # batch_invariant: k ranges x column tiles stay within this many blocks
+
+SCALARS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+
+
+@dataclass(frozen=True)
+class Sm80Config:
+    """One row of the table of tile shapes; csrc/sm80/tile_config.cuh says what each field means."""
+
+    warp_m: int
+    warps_m: int
+    warps_n: int
+    warps_k: int
+    tile_k: int
+    stages: int
+    scale_weights: bool
+    blocks_per_sm: int = 1
+
+    @property
+    def tile_m(self) -> int:
+        return self.warp_m * self.warps_m
+
+    @property
+    def tile_n(self) -> int:
+        return WARP_FEATURES * self.warps_n
+
+    @property
+    def output_warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        return self.output_warps * self.warps_k * WARP
+
+    def source(self, dtype: torch.dtype, group_size: int) -> KernelSource:
+        """What to compile; group_size 0 means one scale per feature."""
+        arguments = self.template_arguments(dtype, group_size)
+        return KernelSource(HEADER, f"sm80::gemm_w4a16<sm80::TileConfig<{arguments}>>")
+
+    def template_arguments(self, dtype: torch.dtype, group_size: int) -> str:
+        """Arguments of TileConfig; group_size 0 means one scale per feature."""
+        numbers = (
+            *(self.warp_m, self.warps_m, self.warps_n, self.warps_k),
+            *(self.tile_k, self.stages, str(self.scale_weights).lower(), group_size),
+        )
+        return ", ".join([SCALARS[dtype], *map(str, numbers)])
+
+    def shared_bytes(self, group_size: int) -> int:
+        """Size of the kernel's SharedStorage (the emulator tests compare it with sizeof)."""
+        fragments = self.warp_m // 8 * 4
+        stage = self.tile_k * self.tile_n // 2 + self.tile_m * self.tile_k * 2
+        scales = max(1, self.tile_k // group_size) * self.tile_n * 2 if group_size else 0
+        total = self.stages * (stage + scales) if group_size else self.stages * stage + 16
+        reduced = (self.warps_k - 1) * self.output_warps * fragments * WARP
+        total += FRAGMENT_BYTES * max(1, reduced)
+        total += self.output_warps * 8 * (WARP_FEATURES + 8) * 2
+        return -(-total // 128) * 128
+
+    def slot_bytes(self) -> int:
+        """Workspace bytes of one partial tile."""
+        return self.tile_m * self.tile_n * 4
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one multiplication is laid over the GPU.
+
+    grid: blocks; splits: k ranges per tile, 0 for stream-K; in_turn: with splits, one block takes
+    all ranges of a tile; partial_bytes, counters: workspace.
+    """
+
+    grid: int
+    splits: int
+    in_turn: bool
+    partial_bytes: int
+    counters: int
+
+
+def geometry(
+    config: Sm80Config, m: int, n: int, k_padded: int, sms: int, batch_invariant: bool = False
+) -> Geometry:
+    """Launch geometry of C[m, n], m, n > 0. With batch_invariant the split knows only K and N.
+
+    Raises ConfigError if K is too large for the kernel.
+    """
+    columns = -(-n // config.tile_n)
+    tiles = -(-m // config.tile_m) * columns
+    k_tiles = -(-k_padded // config.tile_k)
+    blocks = sms * config.blocks_per_sm
+    if batch_invariant:
+        splits = max(1, min(k_tiles, FIXED_SPLIT_BLOCKS // columns))
+        in_turn = tiles >= blocks or tiles * splits > 2 * blocks
+        grid = min(blocks, tiles if in_turn else tiles * splits)
+        slots = grid if in_turn else tiles * splits
+        counters = tiles * config.output_warps if not in_turn else 0
+        return Geometry(grid, splits, in_turn, slots * config.slot_bytes(), counters)
+    grid = min(blocks, tiles * k_tiles)
+    if 2 * grid * grid * k_tiles >= 2**32:
+        raise ConfigError(f"K={k_padded} is too large for the kernel's 32-bit partition")
+    slots, counters = 2 * grid, 2 * grid * config.output_warps
+    return Geometry(grid, 0, False, slots * config.slot_bytes(), counters)
+
+
+def _row(
+    warp_m: int,
+    warps: tuple[int, int, int],
+    stages: int,
+    scale_weights: bool,
+    tile_k: int = 64,
+    blocks_per_sm: int = 1,
+) -> Sm80Config:
+    return Sm80Config(warp_m, *warps, tile_k, stages, scale_weights, blocks_per_sm)
+
+
+# Tile shapes by tokens per block; warps are counted along tokens, features and k. Up to 32 tokens
+# two warps share a tile and split k, and groups are scaled in their sums; from 64 on the
+# accumulators of a warp fill its registers, weights are scaled, and more tokens mean more warps.
+CONFIGS = (
+    _row(8, (1, 4, 2), 6, False),
+    _row(16, (1, 4, 2), 5, False),
+    _row(32, (1, 4, 2), 4, False),
+    _row(64, (1, 4, 1), 4, True),
+    _row(64, (2, 4, 1), 3, True),
+)
+
+# The rows for batch_invariant: they differ along tokens only, so that every row of a result is
+# summed in the same order whichever of them computes it.
+BATCH_INVARIANT_CONFIGS = (
+    _row(8, (1, 4, 1), 6, True, blocks_per_sm=2),
+    _row(16, (1, 4, 1), 5, True, blocks_per_sm=2),
+    _row(32, (1, 4, 1), 4, True, blocks_per_sm=2),
+    *CONFIGS[3:],
+)
+
+
+def supported_configs() -> tuple[Sm80Config, ...]:
+    """Every row that `select_config` can return."""
+    return tuple(dict.fromkeys(CONFIGS + BATCH_INVARIANT_CONFIGS))
+
+
+def shipped_sources() -> list[KernelSource]:
+    """Every kernel that `gemm` can ask for."""
+    return [
+        config.source(dtype, group_size)
+        for config in supported_configs()
+        for dtype in SCALARS
+        for group_size in (0, 32, 64, 128)
+    ]
+
+
+def select_config(m: int, group_size: int, shared_limit: int, batch_invariant: bool) -> Sm80Config:
+    """The row for m tokens: the smallest tile that takes them all, else the largest that fits.
+
+    shared_limit: bytes of shared memory that a block may have; group_size 0: one scale per feature.
+    """
+    rows = BATCH_INVARIANT_CONFIGS if batch_invariant else CONFIGS
+    fitting = [row for row in rows if row.shared_bytes(group_size) <= shared_limit]
+    return next((row for row in fitting if row.tile_m >= m), fitting[-1])
