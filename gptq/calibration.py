@@ -1,0 +1,68 @@
+"""Calibration text -> token sequences. Seeded; lengths follow the source's own documents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from marlin_kernel.errors import DataError
+
+
+def sample_documents(
+    texts: Iterable[str], tokenizer, *, nsamples: int, seqlen: int, seed: int
+) -> list[Tensor]:
+    """Documents of their natural length, as in Marlin's GPTQ: each 2..seqlen tokens, taken whole.
+
+    Texts are drawn in a seeded order; those that tokenise to more than `seqlen` or fewer than 2 tokens
+    are passed over. Returns at most `nsamples` int64 [T] tensors.
+    Raises DataError if no text qualifies.
+    """
+    order = list(texts)
+    random.Random(seed).shuffle(order)
+    samples: list[Tensor] = []
+    for text in order:
+        if len(samples) == nsamples:
+            break
+        if len(text) > 16 * seqlen:  # longer than any tokenizer makes of seqlen tokens of prose
+            continue
+        ids = tokenizer(text, return_tensors="pt", truncation=False).input_ids[0]
+        if 2 <= ids.numel() <= seqlen:
+            samples.append(ids)
+    if not samples:
+        raise DataError(
+            f"none of {len(order)} calibration documents has 2..{seqlen} tokens; raise --seqlen, or choose "
+            "another --dataset (wikitext2 and plain .txt files are cut into windows instead)"
+        )
+    return samples
+
+
+def sample_windows(text: str, tokenizer, *, nsamples: int, seqlen: int, seed: int) -> list[Tensor]:
+    """`nsamples` windows of `seqlen` tokens at seeded random places of one joined text.
+
+    When the text is shorter than nsamples windows, it is cut into consecutive windows instead.
+    Raises DataError if it has fewer than 2 tokens.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    if ids.numel() < 2:
+        raise DataError("the calibration text has fewer than 2 tokens; give more text")
+    if ids.numel() < (nsamples + 1) * seqlen:
+        windows = [ids[i : i + seqlen] for i in range(0, ids.numel(), seqlen)]
+        return [w for w in windows if w.numel() >= 2][:nsamples]
+    generator = random.Random(seed)
+    starts = [generator.randint(0, ids.numel() - seqlen - 1) for _ in range(nsamples)]
+    return [ids[i : i + seqlen].clone() for i in starts]
+
+
+def joined_rows(texts: Iterable[str], tokenizer, *, length: int, separator: str = "\n\n") -> Tensor:
+    """Token rows [R, length] of all texts joined by `separator`, without special tokens."""
+    between = tokenizer(separator, add_special_tokens=False).input_ids
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False).input_ids + between
+    rows = len(stream) // length
+    if not rows:
+        raise DataError(f"the text has {len(stream)} tokens, less than one row of {length}")
+    return torch.tensor(stream[: rows * length], dtype=torch.int64).reshape(rows, length)

@@ -1,0 +1,351 @@
+"""Llama-family decoders: a table of their parts, and a model whose layers stay on disk until needed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from marlin_kernel.checkpoint import open_checkpoint
+from marlin_kernel.errors import CheckpointError, ConfigError, NumericalError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a decoder keeps its parts. Paths are relative to the causal LM, or to a decoder layer.
+
+    stages: linears in the order of computation; those of one stage share their input.
+    """
+
+    base: str = "model"
+    embed: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    stages: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(name for stage in self.stages for name in stage)
+
+
+_LLAMA = Family()
+FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+
+
+def family_of(config) -> Family:
+    """The table row of a transformers config. Raises ConfigError for an unknown architecture."""
+    try:
+        return FAMILIES[config.model_type]
+    except KeyError:
+        raise ConfigError(
+            f"model_type={config.model_type!r} is not a supported decoder; "
+            f"choose a checkpoint of one of: {', '.join(sorted(FAMILIES))}"
+        ) from None
+
+
+def cache_dir() -> Path:
+    """Folder for converted sources: $MARLIN_CACHE, else ~/.cache/marlin-gptq."""
+    return Path(os.environ.get("MARLIN_CACHE", Path.home() / ".cache" / "marlin-gptq"))
+
+
+def resolve_source(checkpoint: str) -> Path:
+    """A local folder with safetensors for `checkpoint`.
+
+    checkpoint: a Hugging Face folder, a hub name, or a GGUF file. A hub name is fetched by
+    huggingface_hub into its own cache; a GGUF file is dequantized once into `cache_dir()`.
+    Raises CheckpointError if it is none of these.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint={checkpoint!r}: no such GGUF file")
+        return _convert_gguf(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"checkpoint={checkpoint!r} holds no config.json; give the folder of a Hugging Face model"
+            )
+        return path
+    if path.exists() or checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"checkpoint={checkpoint!r} is no folder and no .gguf file; "
+            "give a Hugging Face folder, a hub name (owner/model) or a GGUF file"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                checkpoint, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]
+            )
+        )
+    except Exception as error:  # the hub client raises many types; all mean "not to be had"
+        raise CheckpointError(
+            f"checkpoint={checkpoint!r} is no local folder, and the hub did not provide it "
+            f"({type(error).__name__}: {error}); without network access give a local folder"
+        ) from error
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Dequantize a GGUF file into a safetensors folder, once; keyed by the file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    target = cache_dir() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"checkpoint={str(path)!r}: reading GGUF needs the package gguf; pip install gguf"
+        ) from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("converting %s once into %s", path.name, target)
+    folder, name = str(path.parent), path.name
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # transformers refuses save_pretrained of what it read from GGUF: a fresh model takes the weights
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    if loaded.generation_config is not None:
+        fresh.generation_config = loaded.generation_config
+    del loaded
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    fresh.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
+    try:
+        os.replace(partial, target)
+    except OSError:  # another process was faster
+        if not (target / "config.json").is_file():
+            raise
+    return target
+
+
+def source_hash(folder: Path) -> str:
+    """sha256 over config and the safetensors headers and sizes: cheap, and changes with the model."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            digest.update(stream.read(length))
+            # a slice of the data, so that a retrained model of the same shape differs
+            stream.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+class StreamedModel:
+    """A causal LM on the meta device whose decoder layers are read from disk one at a time.
+
+    folder: a Hugging Face folder with safetensors. dtype, device: of weights and activations.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.folder, self.dtype, self.device = folder, dtype, device
+        self.config = AutoConfig.from_pretrained(folder)
+        if getattr(self.config, "quantization_config", None):
+            raise CheckpointError(
+                f"checkpoint={str(folder)!r} is already quantized; give the full-precision model"
+            )
+        self.family = family_of(self.config)
+        self.tensors = open_checkpoint(folder)
+        with torch.device("meta"):
+            self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        self.base = self.skeleton.get_submodule(self.family.base)
+        self._layers = list(getattr(self.base, self.family.layers))
+        self.num_layers = len(self._layers)
+        # rotary frequencies are computed, not stored: build that module where it will be used
+        rotary = self.base.rotary_emb
+        self.base.rotary_emb = type(rotary)(config=self.config).to(device)
+        self._arguments: dict[int, list[dict]] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the source, in `dtype` on `device`. Raises CheckpointError if it is missing."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
+        return self.tensors[name].to(device=self.device, dtype=self.dtype)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.family.base}.{self.family.layers}.{index}"
+
+    def layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, on `device`; drop the reference to free it."""
+        layer = copy.deepcopy(self._layers[index])
+        prefix = self.layer_name(index)
+        _assign(layer, lambda name: self.tensor(f"{prefix}.{name}"))
+        for name, parameter in layer.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NumericalError(
+                    f"{prefix}.{name}: the weights hold NaN or Inf in {self.dtype}; the checkpoint is "
+                    "damaged, or --dtype bfloat16 / float32 is needed"
+                )
+        return layer
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Hidden states [1, T, hidden] of token ids [T]."""
+        if not hasattr(self, "_embedding"):
+            name = f"{self.family.base}.{self.family.embed}.weight"
+            self._embedding = self.tensor(name)
+        return nn.functional.embedding(input_ids.to(self.device), self._embedding)[None]
+
+    def drop_embedding(self) -> None:
+        """Free the embedding table once all samples are embedded."""
+        self.__dict__.pop("_embedding", None)
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and language-model head: hidden states [..., hidden] -> logits."""
+        norm = copy.deepcopy(getattr(self.base, self.family.norm))
+        _assign(norm, lambda name: self.tensor(f"{self.family.base}.{self.family.norm}.{name}"))
+        name = f"{self.family.head}.weight"
+        if name not in self.tensors:
+            name = f"{self.family.base}.{self.family.embed}.weight"
+        weight = self.tensor(name)
+        return lambda hidden: norm(hidden) @ weight.T
+
+    def layer_arguments(self, length: int, index: int) -> dict:
+        """Keyword arguments the model itself passes to layer `index` for a sequence of `length`.
+
+        Found by running the model's own forward with recording layers, so masks and position
+        embeddings are whatever this architecture and transformers version want.
+        """
+        if length not in self._arguments:
+            if len(self._arguments) >= 64:  # documents have many lengths; keep memory bounded
+                self._arguments.clear()
+            recorded: list[dict] = []
+
+            class Recorder(nn.Module):
+                def __init__(self, layer: nn.Module) -> None:
+                    super().__init__()
+                    if hasattr(layer, "attention_type"):
+                        self.attention_type = layer.attention_type
+
+                def forward(self, hidden, *args, **kwargs):
+                    recorded.append(kwargs)
+                    return hidden
+
+            layers, norm = (
+                getattr(self.base, self.family.layers),
+                getattr(self.base, self.family.norm),
+            )
+            setattr(self.base, self.family.layers, nn.ModuleList(map(Recorder, self._layers)))
+            setattr(self.base, self.family.norm, nn.Identity())
+            try:
+                hidden = torch.zeros(1, length, 8, dtype=self.dtype, device=self.device)
+                with torch.no_grad():
+                    self.base(inputs_embeds=hidden, use_cache=False)
+            finally:
+                setattr(self.base, self.family.layers, layers)
+                setattr(self.base, self.family.norm, norm)
+            self._arguments[length] = recorded
+        return self._arguments[length][index]
+
+
+def _assign(module: nn.Module, tensor_of: Callable[[str], Tensor]) -> None:
+    """Replace every meta parameter and persistent buffer of `module` by its loaded tensor."""
+    for name in [*module.state_dict().keys()]:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        tensor = tensor_of(name)
+        expected = getattr(owner, leaf).shape
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, the config says {list(expected)}"
+            )
+        if isinstance(getattr(owner, leaf), nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            setattr(owner, leaf, tensor)
+
+
+class Stages:
+    """A decoder layer cut at the inputs of its linears, so that each is computed once.
+
+    The four cuts are where the quantizer looks: attention input, output projection input, MLP input,
+    down projection input. The layer's own attention and MLP modules do the work in between.
+    """
+
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        self.layer = layer
+        self.attention = layer.get_submodule(family.attention)
+        self.mlp = layer.get_submodule(family.mlp)
+        self.attention_norm = layer.get_submodule(family.attention_norm)
+        self.mlp_norm = layer.get_submodule(family.mlp_norm)
+        self._output = family.stages[1][0]
+        self._down = family.stages[3][0]
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        return self.attention_norm(hidden)
+
+    def attend(self, normed: Tensor, arguments: dict) -> Tensor:
+        """Input of the output projection, from the attention input."""
+        with _replaced(self.layer, self._output, nn.Identity()):
+            return self.attention(hidden_states=normed, **arguments)[0]
+
+    def project(self, attended: Tensor) -> Tensor:
+        return self.layer.get_submodule(self._output)(attended)
+
+    def mlp_input(self, hidden: Tensor) -> Tensor:
+        return self.mlp_norm(hidden)
+
+    def activate(self, normed: Tensor) -> Tensor:
+        """Input of the down projection, from the MLP input."""
+        with _replaced(self.layer, self._down, nn.Identity()):
+            return self.mlp(normed)
+
+    def descend(self, activated: Tensor) -> Tensor:
+        return self.layer.get_submodule(self._down)(activated)
+
+    def forward(self, hidden: Tensor, arguments: dict) -> Tensor:
+        """The whole layer through its cuts; equals ``layer(hidden, **arguments)``."""
+        hidden = hidden + self.project(self.attend(self.attention_input(hidden), arguments))
+        return hidden + self.descend(self.activate(self.mlp_input(hidden)))
+
+
+class _replaced:
+    """Context: `module.<path>` is `substitute` inside, itself again outside."""
+
+    def __init__(self, module: nn.Module, path: str, substitute: nn.Module) -> None:
+        parent, _, self.leaf = path.rpartition(".")
+        self.owner = module.get_submodule(parent)
+        self.substitute = substitute
+
+    def __enter__(self) -> None:
+        self.original = getattr(self.owner, self.leaf)
+        setattr(self.owner, self.leaf, self.substitute)
+
+    def __exit__(self, *_) -> None:
+        setattr(self.owner, self.leaf, self.original)
+
+
+def read_json(path: Path) -> dict:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

@@ -1,0 +1,463 @@
+"""Text for calibration and for held-out evaluation: the one place that knows where it comes from.
+
+Calibration text (`gptq/calibration.py`) and evaluation text (`eval/perplexity.py`) must never overlap.
+That is one fact about one source, so both sides of it are decided here, by `documents`.
+
+Local copies live in a folder given as `data_dir` or by the environment variable MARLIN_DATA_DIR
+(layout: docs/evaluation.md). Without one, named sources come from the hub as plain parquet or JSON
+files; dataset scripts and other remote code are never executed.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from marlin_kernel.errors import DataError
+
+Split = Literal["calibration", "heldout"]
+
+DATA_DIR_VARIABLE = "MARLIN_DATA_DIR"
+SEPARATOR = "\n\n"  # what the perplexity papers put between the rows of WikiText-2
+HELDOUT_DOCUMENTS = 1024  # of the fixed permutation; Marlin's choice for RedPajama
+MAX_CALIBRATION_DOCUMENTS = 8192  # a prefix of the permutation: no recipe needs more
+PERMUTATION_SEED = 0
+TEXT_FIELDS = ("text", "content", "page")
+SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SPLIT_WORDS = {
+    "calibration": frozenset({"train", "training", "calib", "calibration"}),
+    "heldout": frozenset({"test", "valid", "validation", "val", "heldout", "eval"}),
+}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One side of a text source.
+
+    `texts` are the documents in their fixed order. `joined` says how perplexity reads them: True
+    means one stream, joined by a blank line and cut into non-overlapping windows; False means one
+    document at a time. `origin` names the files, `sha256` covers the texts (UTF-8, each one
+    followed by a zero byte).
+    """
+
+    name: str
+    split: Split
+    texts: Sequence[str]
+    joined: bool
+    protocol: str
+    origin: str
+    sha256: str
+
+    def text(self) -> str:
+        """All documents as one string, joined by a blank line."""
+        return SEPARATOR.join(self.texts)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A named source: where the hub keeps each split, and how perplexity reads it.
+
+    `files` holds (split, repository, revision, file pattern); a split "both" is divided by the
+    fixed permutation. Entries of one split are alternatives, tried in order.
+    """
+
+    files: tuple[tuple[str, str, str, str], ...]
+    joined: bool
+    protocol: str
+
+
+_BY_DOCUMENT = "one document at a time, truncated to the sequence length"
+SOURCES: dict[str, _Source] = {
+    "wikitext2": _Source(
+        files=(
+            ("calibration", "Salesforce/wikitext", "main", r"wikitext-2-raw-v1/train-.*\.parquet"),
+            ("heldout", "Salesforce/wikitext", "main", r"wikitext-2-raw-v1/test-.*\.parquet"),
+        ),
+        joined=True,
+        protocol="WikiText-2 raw, rows joined by a blank line, non-overlapping windows",
+    ),
+    "red": _Source(
+        files=(
+            (
+                "both",
+                "togethercomputer/RedPajama-Data-1T-Sample",
+                "refs/convert/parquet",
+                r".*train/.*\.parquet",
+            ),
+            ("both", "togethercomputer/RedPajama-Data-1T-Sample", "main", r".*\.jsonl"),
+        ),
+        joined=False,
+        protocol=f"RedPajama sample, {_BY_DOCUMENT}",
+    ),
+    "c4": _Source(
+        files=(
+            ("calibration", "allenai/c4", "main", r"en/c4-train\.00000-of-.*\.json\.gz"),
+            ("heldout", "allenai/c4", "main", r"en/c4-validation\.00000-of-.*\.json\.gz"),
+        ),
+        joined=False,
+        protocol=f"C4 (en), {_BY_DOCUMENT}",
+    ),
+}
+NAMES = (*SOURCES, "pydoc")
+
+
+@functools.lru_cache(maxsize=16)
+def documents(source: str, split: Split, *, data_dir: str | None = None) -> Documents:
+    """Return one side of a text source; the two sides never share a document.
+
+    source: "wikitext2", "red", "c4", "pydoc", or the path of a .txt, .jsonl, .json.gz or .parquet
+    file or of a folder of them. data_dir: folder of local copies (default: $MARLIN_DATA_DIR).
+
+    - Files whose name holds a split word (train, calib | test, valid, heldout, ...) belong wholly
+      to that split. A .txt of the held-out split is kept verbatim, as one document.
+    - All other files are pooled: the first min(1024, n // 4) of a fixed permutation of their n
+      documents are held out (red: exactly 1024 when it has at least 4096), the rest calibrates.
+    - A .txt file with blank lines holds one document per block between them; one without holds
+      one document per line. JSON lines: the field "text". Parquet: the column "text".
+
+    At most 8192 calibration and 1024 held-out documents are returned, except that WikiText-2 is
+    always whole. Raises DataError saying what was looked for, where, and how to provide it.
+    """
+    if split not in SPLIT_WORDS:
+        raise DataError(f"split={split!r} is not one of {sorted(SPLIT_WORDS)}")
+    if source == "pydoc":
+        return _pydoc(split)
+    if source in SOURCES:
+        return _named(source, split, data_dir or os.environ.get(DATA_DIR_VARIABLE))
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"text source {source!r} is neither one of {', '.join(NAMES)} nor an existing file or "
+            f"folder; give a path to {', '.join(SUFFIXES)} or a folder of such files"
+        )
+    files = _files_in(path) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"folder {source!r} holds no file ending in {', '.join(SUFFIXES)}")
+    protocol = f"{path.name}, joined by a blank line, non-overlapping windows"
+    return _from_files(path.name, split, files, True, protocol, str(path))
+
+
+def _named(name: str, split: Split, data_dir: str | None) -> Documents:
+    source = SOURCES[name]
+    if data_dir is not None:
+        root = Path(data_dir).expanduser()
+        files = _files_in(root / name) or [
+            f
+            for f in _files_in(root, deep=False)
+            if re.match(rf"{name}(?![a-z0-9])", f.name.lower())
+        ]
+        if files:
+            protocol, origin = source.protocol, ", ".join(str(f) for f in files[:4])
+            return _from_files(name, split, files, source.joined, protocol, origin)
+    files, origin = _download(name, split, data_dir)
+    return _from_files(name, split, files, source.joined, source.protocol, origin)
+
+
+def _from_files(
+    name: str, split: Split, files: list[Path], joined: bool, protocol: str, origin: str
+) -> Documents:
+    """Take whole files by the split word in their name, or divide the rest by permutation."""
+    marked = {s: [f for f in files if _split_of(f) == s] for s in SPLIT_WORDS}
+    whole = name == "wikitext2"
+    limit = HELDOUT_DOCUMENTS if split == "heldout" else MAX_CALIBRATION_DOCUMENTS
+    if marked[split]:
+        texts: list[str] = []
+        for file in marked[split]:
+            verbatim = file.suffix == ".txt" and split == "heldout" and joined
+            texts += (
+                [_read_text(file)]
+                if verbatim
+                else (islice(_iterate(file), None if whole else limit - len(texts)))
+            )
+    elif any(marked.values()):
+        other = next(s for s in marked if marked[s])
+        raise DataError(
+            f"{name}: no {split} text. {', '.join(map(str, marked[other][:3]))} belongs to the "
+            f"{other} split by its name; put a file with one of the words "
+            f"{', '.join(sorted(SPLIT_WORDS[split]))} in its name beside it, or rename it so that "
+            "it is divided into both splits"
+        )
+    else:
+        texts = _divide(name, files, split, limit)
+        protocol += "; held out by a fixed permutation"
+    # Keep the rows of WikiText-2 exactly; elsewhere an empty document says nothing.
+    texts = texts if whole else [text for text in texts if text.strip()]
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{name}: the {split} split of {origin} holds no text")
+    return Documents(name, split, tuple(texts), joined, protocol, origin, _sha256(texts))
+
+
+def _divide(name: str, files: list[Path], split: Split, limit: int) -> list[str]:
+    counts = [_count(file) for file in files]
+    total = sum(counts)
+    if total < 4:
+        raise DataError(
+            f"{name}: {', '.join(map(str, files[:3]))} holds {total} document(s), too few to divide "
+            "into a calibration and a held-out part (4 or more); a .txt without blank lines holds "
+            "one document per line; or provide two files named *train* and *test*"
+        )
+    # RandomState's stream is frozen by NumPy's compatibility policy: the split never moves.
+    order = np.random.RandomState(PERMUTATION_SEED).permutation(total)
+    heldout = min(HELDOUT_DOCUMENTS, total // 4)
+    chosen = order[:heldout] if split == "heldout" else order[heldout:][:limit]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    picked: dict[int, str] = {}
+    for file, start, count in zip(files, starts, counts, strict=False):
+        wanted = chosen[(chosen >= start) & (chosen < start + count)] - start
+        for index, text in _pick(file, np.sort(wanted)):
+            picked[int(index + start)] = text
+    # Two documents of equal text on both sides would break the promise that they are disjoint.
+    if split == "calibration":
+        shared = {_digest(t) for t in _divide(name, files, "heldout", limit)}
+        picked = {i: t for i, t in picked.items() if _digest(t) not in shared}
+    return [picked[int(i)] for i in chosen if int(i) in picked]
+
+
+def _pydoc(split: Split) -> Documents:
+    """English prose of CPython's language reference, split by topic.
+
+    Topics quote each other (specialnames contains customization), so a paragraph is kept only
+    where it appears first, held-out topics before calibration topics.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError(
+            "this Python carries no pydoc_data; give --dataset and --eval a text file instead"
+        ) from error
+    sides: dict[str, list[str]] = {"heldout": [], "calibration": []}
+    for topic in sorted(topics):
+        is_heldout = hashlib.sha256(topic.encode()).digest()[0] % 4 == 0
+        sides["heldout" if is_heldout else "calibration"].append(topic)
+    seen: set[str] = set()
+    texts: dict[str, list[str]] = {}
+    for side, names in sides.items():  # held-out first
+        texts[side] = []
+        for topic in names:
+            blocks = []
+            for block in _blocks(topics[topic]):
+                key = " ".join(block.split())
+                if key not in seen:
+                    seen.add(key)
+                    blocks.append(block)
+            if blocks:
+                texts[side].append(SEPARATOR.join(blocks))
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Documents(
+        "pydoc",
+        split,
+        tuple(texts[split]),
+        True,
+        f"topics of pydoc_data (CPython {version}), joined by a blank line, non-overlapping windows",
+        f"pydoc_data.topics of CPython {version}",
+        _sha256(texts[split]),
+    )
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def _files_in(folder: Path, *, deep: bool = True) -> list[Path]:
+    """Text files in a fixed order (by relative path), hidden ones and READMEs left out."""
+    if not folder.is_dir():
+        return []
+    found = folder.rglob("*") if deep else folder.glob("*")
+    return sorted(
+        (
+            f
+            for f in found
+            if f.is_file()
+            and f.name.endswith(SUFFIXES)
+            and not f.name.startswith(".")
+            and not f.name.lower().startswith("readme")
+        ),
+        key=lambda f: f.relative_to(folder).as_posix(),
+    )
+
+
+def _split_of(file: Path) -> str | None:
+    words = set(re.split(r"[^a-z]+", file.name.lower()))
+    return next((split for split, names in SPLIT_WORDS.items() if words & names), None)
+
+
+def _read_text(file: Path) -> str:
+    """The exact characters of a UTF-8 file; newline="" keeps \\r, which tokenizers see."""
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def _blocks(text: str) -> list[str]:
+    return [b.strip("\r\n") for b in re.split(r"\r?\n(?:[ \t]*\r?\n)+", text) if b.strip()]
+
+
+def _iterate(file: Path) -> Iterator[str]:
+    """Yield the documents of one file, in order."""
+    if file.name.endswith(".raw"):
+        # The rows of the hub's WikiText: each line with its newline, blank lines as "".
+        yield from (line if line.strip() else "" for line in io.StringIO(_read_text(file)))
+    elif file.name.endswith(".txt"):
+        text = _read_text(file)
+        has_blank_line = re.search(r"\n[ \t]*\r?\n", text.strip()) is not None
+        yield from _blocks(text) if has_blank_line else filter(str.strip, text.splitlines())
+    elif file.name.endswith(".parquet"):
+        for batch in _parquet(file).iter_batches(batch_size=1024, columns=[_column(file)]):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+    else:
+        with _open_json(file) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _json_text(file, number, line)
+
+
+def _count(file: Path) -> int:
+    if file.name.endswith(".parquet"):
+        return _parquet(file).metadata.num_rows
+    if file.name.endswith((".txt", ".raw")):
+        return sum(1 for _ in _iterate(file))
+    with _open_json(file) as stream:
+        return sum(1 for line in stream if line.strip())
+
+
+def _pick(file: Path, wanted: np.ndarray) -> Iterator[tuple[int, str]]:
+    """Yield (index, text) of the wanted documents; int64 [n], ascending. Parses only those."""
+    if len(wanted) == 0:
+        return
+    if file.name.endswith((".jsonl", ".json", ".gz")):
+        chosen = set(wanted.tolist())
+        with _open_json(file) as stream:
+            lines = (line for line in stream if line.strip())
+            for index, line in enumerate(lines):
+                if index in chosen:
+                    yield index, _json_text(file, index + 1, line)
+        return
+    if file.name.endswith(".parquet"):
+        parquet, start = _parquet(file), 0
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            local = wanted[(wanted >= start) & (wanted < start + rows)] - start
+            if len(local):
+                column = parquet.read_row_group(group, columns=[_column(file)]).column(0)
+                yield from ((int(i) + start, column[int(i)].as_py() or "") for i in local)
+            start += rows
+        return
+    texts = list(_iterate(file))
+    yield from ((int(i), texts[int(i)]) for i in wanted)
+
+
+def _open_json(file: Path) -> io.TextIOBase:
+    if file.name.endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8", newline="\n")
+    return file.open(encoding="utf-8", newline="\n")
+
+
+def _json_text(file: Path, line_number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{file}, document {line_number}: not one JSON object a line ({error})"
+        ) from error
+    for field in TEXT_FIELDS:
+        if isinstance(record, dict) and isinstance(record.get(field), str):
+            return record[field]
+    raise DataError(f"{file}, document {line_number}: no string field named 'text'")
+
+
+def _parquet(file: Path):
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(
+            f"reading {file} needs pyarrow, which the extra [data] brings: "
+            "pip install 'marlin-gptq[data]'"
+        ) from error
+    try:
+        return parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise DataError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _column(file: Path) -> str:
+    names = _parquet(file).schema_arrow.names
+    for field in TEXT_FIELDS:
+        if field in names:
+            return field
+    raise DataError(f"{file} has no column named 'text'; its columns are {', '.join(names)}")
+
+
+# ---- hub --------------------------------------------------------------------------------------
+
+
+def _download(name: str, split: Split, data_dir: str | None) -> tuple[list[Path], str]:
+    """Fetch plain data files of a named source; returns (files, origin)."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+        )
+    except ImportError as error:
+        raise DataError(
+            f"{name} needs a local copy or huggingface_hub: pip install 'marlin-gptq[data]'"
+        ) from error
+    tried = []
+    for where, repository, revision, pattern in SOURCES[name].files:
+        if where not in (split, "both"):
+            continue
+        try:
+            api = huggingface_hub.HfApi()
+            listing = api.list_repo_files(repository, repo_type="dataset", revision=revision)
+            chosen = sorted(f for f in listing if re.fullmatch(pattern, f))
+            if not chosen:
+                tried.append(f"{repository}@{revision} has no file matching {pattern}")
+                continue
+            files = [
+                Path(
+                    huggingface_hub.hf_hub_download(
+                        repository, f, repo_type="dataset", revision=revision
+                    )
+                )
+                for f in chosen
+            ]
+            return files, f"{repository}@{revision}: {', '.join(chosen[:4])}"
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            tried.append(f"{repository}@{revision}: {type(error).__name__}: {reason[:160]}")
+    looked = (
+        f"{Path(data_dir) / name}/ and {Path(data_dir) / name}*"
+        if data_dir
+        else f"no local folder (data_dir and ${DATA_DIR_VARIABLE} are unset)"
+    )
+    raise DataError(
+        f"no {split} text for {name!r}. Looked at: {looked}; hub: {'; '.join(tried)}. Way out: put "
+        f"a copy ({', '.join(SUFFIXES)}) into DATA_DIR/{name}/ and pass --data_dir DATA_DIR, or "
+        "use another source: 'pydoc' needs no files, or give the path of a text file"
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).digest()
+
+
+def _sha256(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
