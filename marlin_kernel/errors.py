@@ -1,4 +1,4 @@
-"""Exceptions of the pipeline. Each message names the argument, its value, the rule and the way out."""
+"""Exceptions. Each message names the argument, its value, the rule and the way out."""
 
 
 class MarlinError(Exception):

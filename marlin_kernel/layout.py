@@ -50,7 +50,8 @@ def packed_shape(k: int, n: int, group_size: int) -> PackedShape:
     """Apply the padding rule: K to a multiple of max(64, group size), N to a multiple of 64.
 
     Padding weighs exactly zero: added codes equal the zero point of their group, added groups and
-    columns have scale 0. The last group may cover fewer than group_size real inputs. Raises ConfigError for a group size that no type allows.
+    columns have scale 0. The last group may cover fewer than group_size real inputs. Raises
+    ConfigError for a group size that no type allows.
     """
     g = normalize_group_size(group_size, k)
     multiple = PAD_K if g == k else max(PAD_K, g)

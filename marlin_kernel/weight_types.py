@@ -75,7 +75,7 @@ def integer_type(bits: int, symmetric: bool) -> WeightType:
 
 
 def normalize_group_size(group_size: int, k: int) -> int:
-    """Group size along K with -1 replaced by K.
+    """Inputs per group: `group_size`, or K if it is -1 or larger than K (one group).
 
     Raises ConfigError unless group_size is -1, K itself, or one of GROUP_SIZES.
     """
@@ -85,4 +85,4 @@ def normalize_group_size(group_size: int, k: int) -> int:
         raise ConfigError(
             f"group_size={group_size} is not in {GROUP_SIZES}; -1 means one group per column"
         )
-    return group_size
+    return min(group_size, k)

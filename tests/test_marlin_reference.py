@@ -1,0 +1,102 @@
+"""The reference, checked against loops and closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from marlin_kernel import WEIGHT_TYPES, reference
+from marlin_kernel.dense import dequantize, multiply
+from tests.cases import random_layer
+
+TYPES = list(WEIGHT_TYPES.values())
+
+
+@pytest.mark.parametrize("wtype", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_dequantize_equals_the_definition(wtype, act_order):
+    layer = random_layer(70, 6, wtype, 32, act_order=act_order)
+    weight = layer.dequantize()
+    for k in range(70):
+        j = int(layer.group_index[k])
+        for n in range(6):
+            zero = wtype.bias if layer.zeros is None else int(layer.zeros[j, n])
+            value = float(layer.scales[j, n]) * (int(layer.codes[k, n]) - zero)
+            assert float(weight[k, n]) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("wtype", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+def test_quantize_is_within_half_a_step(wtype, group_size):
+    weight = torch.randn(70, 24)
+    codes, scales, zeros = reference.quantize(weight, wtype, group_size)
+    index = reference.group_index(70, group_size)
+    back = reference.dequantize(codes, scales, zeros, wtype, index)
+    steps = scales.abs()[index]
+    # Asymmetric grids round their zero point too, which may cost the ends another half step. Scales
+    # are rounded to fp16, 2**-11 relative, which moves the outermost codes by so many steps.
+    slack = (0.5 if wtype.symmetric else 1.0) + wtype.levels * 2.0**-11
+    assert ((back - weight).abs() <= slack * steps).all()
+    assert int(codes.max()) < wtype.levels
+    assert torch.equal(scales, scales.half().float())
+
+
+def test_round_scales_keeps_signs_and_never_gives_zero():
+    scales = torch.tensor([1e-12, -1e-12, 0.0, 0.1, -0.1, 1e6])
+    rounded = reference.round_scales(scales)
+    assert (rounded != 0).all()
+    assert rounded[0] > 0 > rounded[1]
+    assert torch.equal(rounded, rounded.half().float())
+    assert rounded[5] == torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("wtype", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize(("k", "group_size"), [(128, 32), (100, 32), (100, -1), (24, 128)])
+def test_fast_dequantize_equals_the_reference(wtype, k, group_size):
+    layer = random_layer(k, 40, wtype, group_size)
+    codes, zeros = centred(layer)
+    fast = dequantize(codes, layer.scales, zeros, layer.group_size)
+    assert torch.equal(fast, layer.dequantize())
+
+
+@pytest.mark.parametrize("block", [1, 40 * 32, 1 << 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_multiply_by_blocks(monkeypatch, block, dtype):
+    from marlin_kernel import dense
+
+    monkeypatch.setattr(dense, "_BLOCK", block)
+    layer = random_layer(100, 40, WEIGHT_TYPES["uint4"], 32, bias=True)
+    codes, zeros = centred(layer)
+    rows = torch.randn(5, 100, dtype=dtype)
+    out = multiply(
+        rows, codes, layer.scales, zeros, layer.bias, layer.group_size, layer.weight_type
+    )
+    expected = reference.matmul(rows, layer.dequantize(), layer.bias)
+    assert out.dtype == dtype
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_int4_kernel_of_torch_agrees():
+    from marlin_kernel import dense
+
+    layer = random_layer(128, 48, WEIGHT_TYPES["uint4b8"], 32, bias=True)
+    codes, _ = centred(layer)
+    args = (codes, layer.scales, None, layer.bias.bfloat16(), 32, layer.weight_type)
+    few = torch.randn(4, 128, dtype=torch.bfloat16)
+    if not dense._int4_fits(few, codes, None, 32, layer.weight_type):
+        pytest.skip("this torch or CPU has no int4 kernel")
+    many = few.repeat(16, 1)
+    assert not dense._int4_fits(many, codes, None, 32, layer.weight_type)
+    expected = reference.matmul(few.float(), layer.dequantize(), layer.bias)
+    error = (multiply(few, *args).float() - expected).norm() / expected.norm()
+    error_many = (multiply(many, *args)[:4].float() - expected).norm() / expected.norm()
+    # bfloat16 rounds to 2**-9; the kernel rounds scales and sums, the other path only the output
+    assert error < 2**-8 and error_many < 2**-8
+
+
+def centred(layer):
+    """Codes and zeros minus the middle of their range, as int8."""
+    middle = layer.weight_type.midpoint
+    codes = (layer.codes.int() - middle).to(torch.int8)
+    return codes, None if layer.zeros is None else (layer.zeros.int() - middle).to(torch.int8)
