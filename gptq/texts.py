@@ -1,7 +1,7 @@
 """Text for calibration and for held-out evaluation: the one place that knows where it comes from.
 
-Calibration text (`gptq/calibration.py`) and evaluation text (`eval/perplexity.py`) must never overlap.
-That is one fact about one source, so both sides of it are decided here, by `documents`.
+Calibration text (`gptq/calibration.py`) and evaluation text (`eval/perplexity.py`) must never
+overlap. That is one fact about one source, so `documents` here decides both sides of it.
 
 Local copies live in a folder given as `data_dir` or by the environment variable MARLIN_DATA_DIR
 (layout: docs/evaluation.md). Without one, named sources come from the hub as plain parquet or JSON
@@ -10,7 +10,7 @@ files; dataset scripts and other remote code are never executed.
 
 from __future__ import annotations
 
-import functools
+import fnmatch
 import gzip
 import hashlib
 import io
@@ -68,53 +68,55 @@ class Documents:
 
 @dataclass(frozen=True)
 class _Source:
-    """A named source: where the hub keeps each split, and how perplexity reads it.
+    """How one source is split and read.
 
-    `files` holds (split, repository, revision, file pattern); a split "both" is divided by the
-    fixed permutation. Entries of one split are alternatives, tried in order.
+    `split`: "marked" takes files by the split word in their name; "divided" divides all documents
+    by the fixed permutation; "either" is marked if any file name holds a split word, else divided.
+    `whole` keeps every row exactly, empty ones too. `hub` holds (split or "both", repository,
+    revision, glob of files); entries for one split are alternatives, tried in order.
     """
 
-    files: tuple[tuple[str, str, str, str], ...]
-    joined: bool
     protocol: str
+    joined: bool = True
+    split: Literal["marked", "divided", "either"] = "either"
+    whole: bool = False
+    hub: tuple[tuple[str, str, str, str], ...] = ()
 
 
+_WINDOWS = "joined by a blank line, non-overlapping windows"
 _BY_DOCUMENT = "one document at a time, truncated to the sequence length"
+_RED = "togethercomputer/RedPajama-Data-1T-Sample"
 SOURCES: dict[str, _Source] = {
     "wikitext2": _Source(
-        files=(
-            ("calibration", "Salesforce/wikitext", "main", r"wikitext-2-raw-v1/train-.*\.parquet"),
-            ("heldout", "Salesforce/wikitext", "main", r"wikitext-2-raw-v1/test-.*\.parquet"),
+        protocol=f"WikiText-2 raw, rows {_WINDOWS}",
+        split="marked",
+        whole=True,
+        hub=(
+            ("calibration", "Salesforce/wikitext", "main", "wikitext-2-raw-v1/train-*.parquet"),
+            ("heldout", "Salesforce/wikitext", "main", "wikitext-2-raw-v1/test-*.parquet"),
         ),
-        joined=True,
-        protocol="WikiText-2 raw, rows joined by a blank line, non-overlapping windows",
     ),
     "red": _Source(
-        files=(
-            (
-                "both",
-                "togethercomputer/RedPajama-Data-1T-Sample",
-                "refs/convert/parquet",
-                r".*train/.*\.parquet",
-            ),
-            ("both", "togethercomputer/RedPajama-Data-1T-Sample", "main", r".*\.jsonl"),
-        ),
-        joined=False,
         protocol=f"RedPajama sample, {_BY_DOCUMENT}",
+        joined=False,
+        split="divided",
+        hub=(
+            ("both", _RED, "refs/convert/parquet", "*train/*.parquet"),
+            ("both", _RED, "main", "*.jsonl"),
+        ),
     ),
     "c4": _Source(
-        files=(
-            ("calibration", "allenai/c4", "main", r"en/c4-train\.00000-of-.*\.json\.gz"),
-            ("heldout", "allenai/c4", "main", r"en/c4-validation\.00000-of-.*\.json\.gz"),
-        ),
-        joined=False,
         protocol=f"C4 (en), {_BY_DOCUMENT}",
+        joined=False,
+        hub=(
+            ("calibration", "allenai/c4", "main", "en/c4-train.00000-of-*.json.gz"),
+            ("heldout", "allenai/c4", "main", "en/c4-validation.00000-of-*.json.gz"),
+        ),
     ),
 }
 NAMES = (*SOURCES, "pydoc")
 
 
-@functools.lru_cache(maxsize=16)
 def documents(source: str, split: Split, *, data_dir: str | None = None) -> Documents:
     """Return one side of a text source; the two sides never share a document.
 
@@ -122,9 +124,10 @@ def documents(source: str, split: Split, *, data_dir: str | None = None) -> Docu
     file or of a folder of them. data_dir: folder of local copies (default: $MARLIN_DATA_DIR).
 
     - Files whose name holds a split word (train, calib | test, valid, heldout, ...) belong wholly
-      to that split. A .txt of the held-out split is kept verbatim, as one document.
-    - All other files are pooled: the first min(1024, n // 4) of a fixed permutation of their n
-      documents are held out (red: exactly 1024 when it has at least 4096), the rest calibrates.
+      to that split, and files without one are then left out. A joined .txt of the held-out split
+      is kept verbatim, as one document.
+    - Without such names (and always for red) the first min(1024, n // 4) of a fixed permutation
+      of all n documents are held out; the rest calibrates.
     - A .txt file with blank lines holds one document per block between them; one without holds
       one document per line. JSON lines: the field "text". Parquet: the column "text".
 
@@ -146,84 +149,84 @@ def documents(source: str, split: Split, *, data_dir: str | None = None) -> Docu
     files = _files_in(path) if path.is_dir() else [path]
     if not files:
         raise DataError(f"folder {source!r} holds no file ending in {', '.join(SUFFIXES)}")
-    protocol = f"{path.name}, joined by a blank line, non-overlapping windows"
-    return _from_files(path.name, split, files, True, protocol, str(path))
+    return _from_files(path.name, _Source(f"{path.name}, {_WINDOWS}"), split, files, str(path))
 
 
 def _named(name: str, split: Split, data_dir: str | None) -> Documents:
-    source = SOURCES[name]
+    files: list[Path] = []
     if data_dir is not None:
         root = Path(data_dir).expanduser()
+        prefix = re.compile(rf"{name}(?![a-z0-9])")
         files = _files_in(root / name) or [
-            f
-            for f in _files_in(root, deep=False)
-            if re.match(rf"{name}(?![a-z0-9])", f.name.lower())
+            f for f in _files_in(root, deep=False) if prefix.match(f.name.lower())
         ]
-        if files:
-            protocol, origin = source.protocol, ", ".join(str(f) for f in files[:4])
-            return _from_files(name, split, files, source.joined, protocol, origin)
-    files, origin = _download(name, split, data_dir)
-    return _from_files(name, split, files, source.joined, source.protocol, origin)
+    origin = ", ".join(str(f) for f in files[:4])
+    if not files:
+        files, origin = _download(name, split, data_dir)
+    return _from_files(name, SOURCES[name], split, files, origin)
 
 
 def _from_files(
-    name: str, split: Split, files: list[Path], joined: bool, protocol: str, origin: str
+    name: str, source: _Source, split: Split, files: list[Path], origin: str
 ) -> Documents:
-    """Take whole files by the split word in their name, or divide the rest by permutation."""
-    marked = {s: [f for f in files if _split_of(f) == s] for s in SPLIT_WORDS}
-    whole = name == "wikitext2"
+    """Take whole files by the split word in their name, or divide all of them."""
+    marked: dict[str, list[Path]] = {s: [] for s in SPLIT_WORDS}
+    if source.split != "divided":
+        for file in files:
+            if (side := _split_of(file)) is not None:
+                marked[side].append(file)
     limit = HELDOUT_DOCUMENTS if split == "heldout" else MAX_CALIBRATION_DOCUMENTS
+    protocol = source.protocol
+    texts: list[str] = []
     if marked[split]:
-        texts: list[str] = []
         for file in marked[split]:
-            verbatim = file.suffix == ".txt" and split == "heldout" and joined
-            texts += (
-                [_read_text(file)]
-                if verbatim
-                else (islice(_iterate(file), None if whole else limit - len(texts)))
-            )
-    elif any(marked.values()):
-        other = next(s for s in marked if marked[s])
+            if file.name.endswith(".txt") and (
+                source.whole or (source.joined and split == "heldout")
+            ):
+                texts.append(_read_text(file))
+            else:
+                texts += islice(_iterate(file), None if source.whole else limit - len(texts))
+    elif any(marked.values()) or source.split == "marked":
+        words = ", ".join(sorted(SPLIT_WORDS[split]))
         raise DataError(
-            f"{name}: no {split} text. {', '.join(map(str, marked[other][:3]))} belongs to the "
-            f"{other} split by its name; put a file with one of the words "
-            f"{', '.join(sorted(SPLIT_WORDS[split]))} in its name beside it, or rename it so that "
-            "it is divided into both splits"
+            f"{name}: no {split} text: none of {', '.join(str(f) for f in files[:3])} has one of "
+            f"the words {words} in its name; put such a file beside it"
+            + ("" if source.split == "marked" else ", or rename the file to have it divided")
         )
     else:
-        texts = _divide(name, files, split, limit)
+        texts = _divide(name, files)[split]
         protocol += "; held out by a fixed permutation"
-    # Keep the rows of WikiText-2 exactly; elsewhere an empty document says nothing.
-    texts = texts if whole else [text for text in texts if text.strip()]
+    if not source.whole:
+        texts = [text for text in texts if text.strip()]
     if not any(text.strip() for text in texts):
         raise DataError(f"{name}: the {split} split of {origin} holds no text")
-    return Documents(name, split, tuple(texts), joined, protocol, origin, _sha256(texts))
+    return Documents(name, split, tuple(texts), source.joined, protocol, origin, _sha256(texts))
 
 
-def _divide(name: str, files: list[Path], split: Split, limit: int) -> list[str]:
+def _divide(name: str, files: list[Path]) -> dict[str, list[str]]:
+    """Both sides of unsplit files, read in one pass, without texts that occur on both."""
     counts = [_count(file) for file in files]
     total = sum(counts)
     if total < 4:
         raise DataError(
-            f"{name}: {', '.join(map(str, files[:3]))} holds {total} document(s), too few to divide "
-            "into a calibration and a held-out part (4 or more); a .txt without blank lines holds "
+            f"{name}: {', '.join(map(str, files[:3]))} holds {total} document(s), too few to "
+            "divide into a calibration and a held-out part (4 or more); a .txt without blank lines holds "
             "one document per line; or provide two files named *train* and *test*"
         )
     # RandomState's stream is frozen by NumPy's compatibility policy: the split never moves.
     order = np.random.RandomState(PERMUTATION_SEED).permutation(total)
-    heldout = min(HELDOUT_DOCUMENTS, total // 4)
-    chosen = order[:heldout] if split == "heldout" else order[heldout:][:limit]
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    boundary = min(HELDOUT_DOCUMENTS, total // 4)
+    order = order[: boundary + MAX_CALIBRATION_DOCUMENTS]
     picked: dict[int, str] = {}
-    for file, start, count in zip(files, starts, counts, strict=False):
-        wanted = chosen[(chosen >= start) & (chosen < start + count)] - start
-        for index, text in _pick(file, np.sort(wanted)):
-            picked[int(index + start)] = text
-    # Two documents of equal text on both sides would break the promise that they are disjoint.
-    if split == "calibration":
-        shared = {_digest(t) for t in _divide(name, files, "heldout", limit)}
-        picked = {i: t for i, t in picked.items() if _digest(t) not in shared}
-    return [picked[int(i)] for i in chosen if int(i) in picked]
+    start = 0
+    for file, count in zip(files, counts, strict=True):
+        wanted = np.sort(order[(order >= start) & (order < start + count)]) - start
+        picked.update((start + index, text) for index, text in _pick(file, wanted))
+        start += count
+    heldout = [picked[i] for i in order[:boundary].tolist()]
+    seen = {text.strip() for text in heldout}
+    calibration = [picked[i] for i in order[boundary:].tolist()]
+    return {"heldout": heldout, "calibration": [t for t in calibration if t.strip() not in seen]}
 
 
 def _pydoc(split: Split) -> Documents:
@@ -261,7 +264,7 @@ def _pydoc(split: Split) -> Documents:
         split,
         tuple(texts[split]),
         True,
-        f"topics of pydoc_data (CPython {version}), joined by a blank line, non-overlapping windows",
+        f"topics of pydoc_data (CPython {version}), {_WINDOWS}",
         f"pydoc_data.topics of CPython {version}",
         _sha256(texts[split]),
     )
@@ -405,41 +408,36 @@ def _column(file: Path) -> str:
 
 
 def _download(name: str, split: Split, data_dir: str | None) -> tuple[list[Path], str]:
-    """Fetch plain data files of a named source; returns (files, origin)."""
+    """Fetch the plain data files of a named source, or find them in the hub's cache.
+
+    Returns (files, origin). Only files matching the table's globs are fetched: data, never code.
+    """
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-        )
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise DataError(
             f"{name} needs a local copy or huggingface_hub: pip install 'marlin-gptq[data]'"
         ) from error
+    # The base class is the HTTP client's own: failed connections raise it (httpx or requests).
+    network_errors = (HfHubHTTPError, HfHubHTTPError.__base__, OSError)
     tried = []
-    for where, repository, revision, pattern in SOURCES[name].files:
+    for where, repository, revision, pattern in SOURCES[name].hub:
         if where not in (split, "both"):
             continue
         try:
-            api = huggingface_hub.HfApi()
-            listing = api.list_repo_files(repository, repo_type="dataset", revision=revision)
-            chosen = sorted(f for f in listing if re.fullmatch(pattern, f))
-            if not chosen:
-                tried.append(f"{repository}@{revision} has no file matching {pattern}")
-                continue
-            files = [
-                Path(
-                    huggingface_hub.hf_hub_download(
-                        repository, f, repo_type="dataset", revision=revision
-                    )
-                )
-                for f in chosen
-            ]
-            return files, f"{repository}@{revision}: {', '.join(chosen[:4])}"
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            tried.append(f"{repository}@{revision}: {type(error).__name__}: {reason[:160]}")
+            folder = snapshot_download(
+                repository, repo_type="dataset", revision=revision, allow_patterns=[pattern]
+            )
+        except network_errors as error:
+            tried.append(f"{repository}@{revision}: {type(error).__name__}")
+            continue
+        root = Path(folder)
+        names = [f.relative_to(root).as_posix() for f in _files_in(root)]
+        chosen = [n for n in names if fnmatch.fnmatch(n, pattern)]
+        if chosen:
+            return [root / n for n in chosen], f"{repository}@{revision}: {', '.join(chosen[:4])}"
+        tried.append(f"{repository}@{revision}: no file matches {pattern}")
     looked = (
         f"{Path(data_dir) / name}/ and {Path(data_dir) / name}*"
         if data_dir
@@ -450,10 +448,6 @@ def _download(name: str, split: Split, data_dir: str | None) -> tuple[list[Path]
         f"a copy ({', '.join(SUFFIXES)}) into DATA_DIR/{name}/ and pass --data_dir DATA_DIR, or "
         "use another source: 'pydoc' needs no files, or give the path of a text file"
     )
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).digest()
 
 
 def _sha256(texts: Sequence[str]) -> str:
