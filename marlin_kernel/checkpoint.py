@@ -144,8 +144,9 @@ class CheckpointWriter:
             raise ConfigError(f"layer {name} is {layer.spec}, which is not of the {self.scheme}")
         if scheme.fmt != "marlin" and scheme.group_size > layer.spec.k:
             raise ConfigError(
-                f"group_size={scheme.group_size} is larger than the {layer.spec.k} inputs of {name}, "
-                f"which readers of {scheme.fmt} refuse; use --format marlin or a smaller group"
+                f"group_size={scheme.group_size} is larger than the {layer.spec.k} inputs of "
+                f"{name}, which readers of {scheme.fmt} refuse; use --format marlin, or a smaller "
+                "group"
             )
         tensors = formats.write(
             layer, scheme.fmt, act_order=act_order, gptq_version=scheme.gptq_version

@@ -105,9 +105,10 @@ class Layer(nn.Module):
         groups = groups if g_idx is None else g_idx.long()
         weight = linear.weight.detach().T.double()  # float64: the division must not blur the grid
         zero = spec.weight_type.bias if zeros is None else zeros.double()[groups]
-        ratio = torch.nan_to_num(weight / scales.double()[groups]) + zero
+        step = scales.double()[groups]
+        ratio = torch.where((step == 0) & (weight == 0), 0.0, weight / step) + zero
         codes = ratio.round().clamp(0, spec.weight_type.levels - 1)
-        distance = (ratio - codes).abs()
+        distance = (ratio - codes).abs().nan_to_num(nan=torch.inf)
         worst = int(distance.argmax())
         # fp16 weights are off the grid by half an ulp, 2**-11 relative, times the largest code
         limit = spec.weight_type.levels * 2.0**-10

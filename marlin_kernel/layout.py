@@ -46,6 +46,7 @@ class PackedShape:
     groups: int
 
 
+@cache
 def packed_shape(k: int, n: int, group_size: int) -> PackedShape:
     """Apply the padding rule: K to a multiple of max(64, group size), N to a multiple of 64.
 

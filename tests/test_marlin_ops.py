@@ -1,0 +1,265 @@
+"""The operator: equal to the reference in every layout, checked arguments, traceable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from marlin_kernel import WEIGHT_TYPES, ConfigError, backends, dense, gemm, mul, reference
+from marlin_kernel.backends import Prepared, prepare, restore, select_backend
+from marlin_kernel.formats import LayerSpec, write
+from tests.cases import TYPED_SIZES, random_layer
+
+U4B8 = WEIGHT_TYPES["uint4b8"]
+CPU = torch.device("cpu")
+LAYOUTS = ("codes", "marlin")
+# Largest error relative to the norm of the result, against products accumulated in float64
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+
+def arguments(layer, layout, dtype=torch.float32):
+    """Arguments of `gemm` after the activations."""
+    act_order = layer.g_idx is not None
+    p = prepare(layout, write(layer, "marlin", act_order=act_order), layer.spec, dtype)
+    k, n = layer.codes.shape
+    tensors = (p.weights, p.scales, p.zeros, p.perm, layer.bias)
+    return *tensors, k, n, layer.group_size, layer.weight_type.name, layout, False
+
+
+def relative_error(out, expected):
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("k", "n", "wtype", "g"), TYPED_SIZES)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gemm_equals_the_reference(layout, k, n, wtype, g, act_order):
+    layer = random_layer(k, n, wtype, g, act_order=act_order, bias=True)
+    a = torch.randn(17, k)
+    out = gemm(a, *arguments(layer, layout))
+    expected = reference.matmul(a, layer.dequantize(), layer.bias)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 65, 1000])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_dtypes_and_batches(layout, m, dtype):
+    layer = random_layer(576, 192, U4B8, 64)
+    a = torch.randn(m, 576).to(dtype)
+    out = gemm(a, *arguments(layer, layout, dtype))
+    assert out.dtype == dtype and out.shape == (m, 192)
+    assert relative_error(out, reference.matmul(a, layer.dequantize())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes_and_strides(layout):
+    layer = random_layer(96, 40, U4B8, 32, act_order=True)
+    args = arguments(layer, layout)
+    a = torch.randn(2, 3, 96)
+    expected = reference.matmul(a, layer.dequantize())
+    torch.testing.assert_close(gemm(a, *args), expected)
+    torch.testing.assert_close(gemm(a[0, 0], *args), expected[0, 0])
+    wide = torch.randn(2, 3, 200)
+    wide[..., ::2][..., :96] = a
+    torch.testing.assert_close(gemm(wide[..., ::2][..., :96], *args), expected)
+    torch.testing.assert_close(gemm(a.transpose(0, 1), *args), expected.transpose(0, 1))
+    assert gemm(torch.randn(0, 96), *args).shape == (0, 40)
+    assert gemm(torch.randn(2, 0, 96), *args).shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_repeated_calls_are_bit_equal_and_inputs_untouched(layout):
+    layer = random_layer(100, 40, WEIGHT_TYPES["uint8"], 32, bias=True)
+    args = arguments(layer, layout)
+    kept = [t.clone() for t in args if isinstance(t, torch.Tensor)]
+    a = torch.randn(5, 100)
+    first = gemm(a, *args)
+    assert torch.equal(gemm(a.clone(), *args), first)
+    assert all(torch.equal(x, y) for x, y in zip(kept, args, strict=False) if y is not None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_opcheck(layout, act_order):
+    layer = random_layer(64, 32, WEIGHT_TYPES["uint4"], 32, act_order=act_order, bias=True)
+    torch.library.opcheck(gemm, (torch.randn(3, 64), *arguments(layer, layout)))
+    torch.library.opcheck(gemm, (torch.randn(2, 3, 64).half(), *arguments(layer, layout)))
+
+
+@pytest.mark.parametrize(
+    ("a", "message"),
+    [
+        (torch.zeros(2, 64, dtype=torch.int32), "dtype torch.int32"),
+        (torch.zeros(2, 64, dtype=torch.float64), "dtype torch.float64"),
+        (torch.zeros(2, 65), r"\[2, 65\] do not end in the 64 inputs"),
+        (torch.zeros(2, 64, device="meta"), "activations are on meta, the weights on cpu"),
+    ],
+)
+def test_gemm_rejects_activations(a, message):
+    with pytest.raises(ConfigError, match=message):
+        gemm(a, *arguments(random_layer(64, 32, U4B8, 32), "codes"))
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("k", "n", "wtype", "g"), TYPED_SIZES)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_restore_inverts_prepare(layout, k, n, wtype, g, act_order):
+    layer = random_layer(k, n, wtype, g, act_order=act_order)
+    tensors = write(layer, "marlin")
+    prepared = prepare(layout, tensors, layer.spec, torch.float16)
+    back = restore(prepared, tensors["s"], layer.spec)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+class FakeKernels:
+    """Stands in for the module of a GPU kernel: another order of words, float32 arithmetic."""
+
+    def __init__(self):
+        self.calls = []
+
+    def supports(self, device, weight_type_name, group_size, dtype):
+        self.calls.append((device.type, weight_type_name, group_size, dtype))
+        return weight_type_name == "uint4b8" and dtype is torch.float16
+
+    def convert_layout(self, B, s, k, n, group_size, dtype):
+        return B.T.flip(0).contiguous(), s.to(torch.bfloat16)
+
+    def gemm(self, a, b, s, bias, out, k, n, k_padded, n_padded, group_size, batch_invariant=False):
+        assert a.stride(1) == 1 and out.shape == (a.shape[0], n)
+        self.calls.append((k, n, k_padded, n_padded, group_size, batch_invariant))
+        words = b.flip(0).T.contiguous()
+        spec_group = k if group_size == -1 else group_size
+        codes, scales, _ = backends.natural(words, s.half(), None, k, n, U4B8)
+        out.copy_(dense.multiply(a, codes, scales, None, bias, spec_group, U4B8))
+
+
+@pytest.fixture
+def fake_kernels(monkeypatch):
+    fake = FakeKernels()
+    monkeypatch.setattr(backends, "kernels", lambda layout: fake)
+    return fake
+
+
+@pytest.mark.parametrize("layout", ["sm80", "sm90"])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_kernel_layouts_call_their_module(fake_kernels, layout, group_size):
+    layer = random_layer(100, 40, U4B8, group_size, bias=True)
+    layer.scales.copy_(layer.scales.bfloat16())  # the fake kernel rounds scales to that
+    a = torch.randn(5, 200).half()[:, ::2]  # strided: made contiguous for the kernel
+    out = gemm(a, *arguments(layer, layout, torch.float16))
+    expected = reference.matmul(a, layer.dequantize(), layer.bias)
+    assert relative_error(out, expected) < TOLERANCE[torch.float16]
+    assert fake_kernels.calls == [(100, 40, 128, 64, group_size, False)]
+    tensors = write(layer, "marlin")
+    prepared = prepare(layout, tensors, layer.spec, torch.float16)
+    back = restore(prepared, tensors["s"], layer.spec)
+    assert torch.equal(back["B"], tensors["B"]) and torch.equal(back["s"], tensors["s"])
+
+
+def test_selection(fake_kernels, monkeypatch):
+    spec = LayerSpec(128, 64, U4B8, 128)
+    cuda = torch.device("cuda", 0)
+    assert select_backend(CPU, spec, torch.float16).layout == "codes"
+    assert select_backend(cuda, spec, torch.float16).layout == "sm90"
+    assert fake_kernels.calls[-1] == ("cuda", "uint4b8", -1, torch.float16)
+    assert select_backend(cuda, spec, torch.float32).layout == "marlin"
+    eight = LayerSpec(128, 64, WEIGHT_TYPES["uint8"], 32)
+    chosen = select_backend(cuda, eight, torch.float16)
+    assert chosen.layout == "marlin" and "no kernel for uint8" in chosen.reason
+    monkeypatch.setenv("MARLIN_KERNEL_BACKEND", "marlin")
+    assert select_backend(CPU, spec, torch.float16).layout == "marlin"
+    monkeypatch.setenv("MARLIN_KERNEL_BACKEND", "sm80")
+    with pytest.raises(ConfigError, match="sm80 cannot serve uint8 with group_size=32"):
+        select_backend(cuda, eight, torch.float16)
+    monkeypatch.setenv("MARLIN_KERNEL_BACKEND", "cutlass")
+    with pytest.raises(ConfigError, match="'cutlass' is not one of codes, marlin"):
+        select_backend(CPU, spec, torch.float16)
+
+
+def test_kernels_that_are_not_installed_are_not_chosen(monkeypatch):
+    def absent(layout):
+        raise ConfigError("not there")
+
+    monkeypatch.setattr(backends, "kernels", absent)
+    spec = LayerSpec(128, 64, U4B8, 128)
+    assert select_backend(torch.device("cuda", 0), spec, torch.float16).layout == "marlin"
+
+
+# ---- mul -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_mul_of_the_original(group_size):
+    layer = random_layer(256, 256, U4B8, group_size)
+    tensors = write(layer, "marlin")
+    a = torch.randn(3, 256).half()
+    out = torch.full((3, 256), 7.0).half()
+    workspace = torch.zeros(256 // 128 * 16, dtype=torch.int32)
+    assert mul(a, tensors["B"], out, tensors["s"], workspace, -1, -1, -1, 16) is None
+    expected = reference.matmul(a, layer.dequantize())
+    assert relative_error(out, expected) < TOLERANCE[torch.float16]
+    assert not workspace.any()
+
+
+def test_mul_converts_once_for_a_kernel(fake_kernels, monkeypatch):
+    monkeypatch.setenv("MARLIN_KERNEL_BACKEND", "sm90")
+    layer = random_layer(128, 256, U4B8, -1)
+    layer.scales.copy_(layer.scales.bfloat16())
+    tensors = write(layer, "marlin")
+    converted = []
+    original = fake_kernels.convert_layout
+    fake_kernels.convert_layout = lambda *args: converted.append(1) or original(*args)
+    a, out = torch.randn(3, 128).half(), torch.zeros(3, 256).half()
+    for _ in range(2):
+        mul(a, tensors["B"], out, tensors["s"])
+    assert len(converted) == 1
+    tensors["B"].copy_(write(random_layer(128, 256, U4B8, -1), "marlin")["B"])
+    before = out.clone()
+    mul(a, tensors["B"], out, tensors["s"])  # new contents: converted again
+    assert len(converted) == 2 and not torch.equal(out, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"A": torch.zeros(2, 128).half()}, "do not belong together"),
+        ({"s": torch.zeros(1, 128).half()}, "do not belong together"),
+        ({"C": torch.zeros(3, 256).half()}, "must share the dtype"),
+        ({"C": torch.zeros(2, 256)}, "must share the dtype"),
+    ],
+)
+def test_mul_rejects(changes, message):
+    tensors = write(random_layer(256, 256, U4B8, 128), "marlin")
+    arguments = {
+        "A": torch.zeros(2, 256).half(),
+        "B": tensors["B"],
+        "C": torch.zeros(2, 256).half(),
+        "s": tensors["s"],
+    }
+    with pytest.raises(ConfigError, match=message):
+        mul(**(arguments | changes))
+
+
+# ---- GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("k", "n", "g"), [(576, 192, 64), (576, 1536, -1), (256, 256, 128)])
+def test_gpu_layouts_equal_the_reference(dtype, k, n, g):
+    layer = random_layer(k, n, U4B8, g, bias=True).to("cuda")
+    layout = select_backend(layer.codes.device, layer.spec, dtype).layout
+    for chosen in {layout, "marlin", "codes"}:
+        prepared = prepare(chosen, write(layer, "marlin"), layer.spec, dtype)
+        assert isinstance(prepared, Prepared)
+        a = torch.randn(33, k, device="cuda", dtype=dtype)
+        out = gemm(a, *arguments(layer, chosen, dtype))
+        expected = reference.matmul(a, layer.dequantize(), layer.bias)
+        assert relative_error(out, expected) < TOLERANCE[dtype], chosen
+        back = restore(prepared, write(layer, "marlin")["s"], layer.spec)
+        assert torch.equal(back["B"], write(layer, "marlin")["B"])
