@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -147,24 +146,12 @@ def _convert_gguf(path: Path) -> Path:
     return target
 
 
-def source_hash(folder: Path) -> str:
-    """sha256 over config and the safetensors headers and sizes: cheap, and changes with the model."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-            digest.update(stream.read(length))
-            # a slice of the data, so that a retrained model of the same shape differs
-            stream.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()
-
-
 class StreamedModel:
     """A causal LM on the meta device whose decoder layers are read from disk one at a time.
 
     folder: a Hugging Face folder with safetensors. dtype, device: of weights and activations.
+    storage: dtype in which tensors that are not quantized will be stored (the source's own; float32
+    becomes float16); they are rounded to it on reading, so that calibration sees what is served.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -183,16 +170,41 @@ class StreamedModel:
         self.base = self.skeleton.get_submodule(self.family.base)
         self._layers = list(getattr(self.base, self.family.layers))
         self.num_layers = len(self._layers)
+        self._linears = {f"{name}.weight" for name in self.quantizable()}
+        first = self.tensors[f"{self.layer_name(0)}.{self.family.linears[0]}.weight"]
+        self.storage = torch.bfloat16 if first.dtype == torch.bfloat16 else torch.float16
         # rotary frequencies are computed, not stored: build that module where it will be used
         rotary = self.base.rotary_emb
         self.base.rotary_emb = type(rotary)(config=self.config).to(device)
         self._arguments: dict[int, list[dict]] = {}
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the source, in `dtype` on `device`. Raises CheckpointError if it is missing."""
+    def quantizable(self) -> list[str]:
+        """Names of all linears of all decoder layers."""
+        return [
+            f"{self.layer_name(i)}.{path}"
+            for i in range(self.num_layers)
+            for path in self.family.linears
+        ]
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor of the source in `storage`, on the CPU.
+
+        Raises CheckpointError if it is missing, NumericalError if `storage` cannot hold its values.
+        """
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
-        return self.tensors[name].to(device=self.device, dtype=self.dtype)
+        tensor = self.tensors[name]
+        rounded = tensor.to(self.storage) if tensor.is_floating_point() else tensor
+        if not bool(torch.isfinite(rounded).all()):
+            raise NumericalError(
+                f"{name} holds NaN or Inf, or values beyond {self.storage}: the checkpoint is damaged"
+            )
+        return rounded
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as the quantizer computes with it: in `dtype` on `device`."""
+        tensor = self.tensors[name] if name in self._linears else self.stored(name)
+        return tensor.to(device=self.device, dtype=self.dtype)
 
     def layer_name(self, index: int) -> str:
         return f"{self.family.base}.{self.family.layers}.{index}"
@@ -344,8 +356,3 @@ class _replaced:
 
     def __exit__(self, *_) -> None:
         setattr(self.owner, self.leaf, self.original)
-
-
-def read_json(path: Path) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)

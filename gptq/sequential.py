@@ -9,7 +9,7 @@ weights, in a pass of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,8 @@ class Walker:
 
     model: the streamed source. samples: token ids, int64 [T] each. options.asymmetric: also carry the
     activations of the unquantized model, as targets (needs true_sequential: a correction that looks
-    at the inputs must see those that the layer will really get).
+    at the inputs must see those that the layer will really get). skip: linears that stay as they are,
+    by path inside the layer. probe: token ids that go through the quantized model and count nowhere.
     """
 
     def __init__(
@@ -56,9 +57,13 @@ class Walker:
         options: SolverOptions,
         *,
         true_sequential: bool = True,
+        skip: Collection[str] = (),
+        probe: Tensor | None = None,
     ) -> None:
         self.model, self.options = model, options
         self.true_sequential = true_sequential
+        self.skip = frozenset(skip)
+        self.probe = None if probe is None else model.embed(probe)
         self.asymmetric = options.asymmetric and not options.nearest
         self.clock = Clock()
         self.hidden = [model.embed(ids) for ids in samples]
@@ -81,7 +86,9 @@ class Walker:
             self._forward_all(layer, self.target, index)
         for path, weight in weights.items():
             _set_weight(layer, path, weight)
-        self._forward_all(layer, self.hidden, index)
+        if not self.options.nearest:
+            self._forward_all(layer, self.hidden, index)
+        self._forward_probe(layer, index)
 
     @torch.no_grad()
     def quantize_layer(self, index: int, on_stage: Callable[[str], None]) -> list[LinearResult]:
@@ -94,8 +101,7 @@ class Walker:
             for stage in model.family.stages:
                 results += self._solve_stage(layer, prefix, stage, None)
                 on_stage(stage[-1])
-            return results  # rounding looks at no activations: nothing to carry on
-        if self.true_sequential:
+        elif self.true_sequential:
             results = self._staged(layer, prefix, index, on_stage)
         else:
             hessians = self._collect(layer, index)
@@ -104,6 +110,7 @@ class Walker:
                 results += self._solve_stage(layer, prefix, stage, h)
                 on_stage(stage[-1])
             self._forward_all(layer, self.hidden, index)
+        self._forward_probe(layer, index)
         return results
 
     def _staged(
@@ -213,6 +220,7 @@ class Walker:
         self, layer: nn.Module, prefix: str, stage: tuple[str, ...], h: Hessian | None
     ) -> list[LinearResult]:
         """Solve the linears of one stage together (they share the Hessian) and put Q in place."""
+        stage = tuple(path for path in stage if path not in self.skip)
         linears = [layer.get_submodule(path) for path in stage]
         sizes = [linear.out_features for linear in linears]
         with self._timed("solve"):
@@ -253,6 +261,11 @@ class Walker:
         with self._timed("forward"):
             for i, x in enumerate(states):
                 states[i] = stages.forward(x, self.model.layer_arguments(x.shape[1], index))
+
+    def _forward_probe(self, layer: nn.Module, index: int) -> None:
+        if self.probe is not None:
+            arguments = self.model.layer_arguments(self.probe.shape[1], index)
+            self.probe = Stages(layer, self.model.family).forward(self.probe, arguments)
 
     def _check(self, h: Hessian, name: str) -> None:
         if not h.finite():

@@ -51,8 +51,8 @@ class SolverOptions:
 class Statistics:
     """What happened to one layer.
 
-    loss: ‖(Q - W) X‖² per token and output; relative_error: ‖(Q - W) X‖ / ‖W X‖; relative_weight_error:
-    ‖Q - W‖ / ‖W‖; clip_mean: mean of the grid range over the unclipped range; clip_fraction: share of
+    loss: ‖(Q - T) X‖² per token and output, where T is the target: W, or what asymmetric calibration
+    makes of it; relative_error: ‖(Q - T) X‖ / ‖W X‖; relative_weight_error: ‖Q - W‖ / ‖W‖; clip_mean: mean of the grid range over the unclipped range; clip_fraction: share of
     groups whose range was shrunk; damping, damping_retries: see `hessian.factorize`; dead_inputs:
     inputs that were never active.
     """
@@ -144,7 +144,7 @@ def solve(
         columns = slice(start, start + size)
         part = codes[:, columns], scales[:, columns], zeros[:, columns]
         statistics = _statistics(
-            original[:, columns], h, *part, groups, factor, int(dead.sum()), tokens, options
+            original[:, columns], w[:, columns], h, *part, groups, factor, int(dead.sum()), tokens, options
         )
         solutions.append(
             Solution(part[0].to(torch.uint8), part[1].clone(), part[2].clone(), groups, statistics)
@@ -359,6 +359,7 @@ def _sweep(
 
 def _statistics(
     w: Tensor,
+    target: Tensor,
     h: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -371,7 +372,7 @@ def _statistics(
 ) -> Statistics:
     n = w.shape[1]
     quantized = (codes - zeros[groups]) * scales[groups]
-    error = quantized - w
+    error = quantized - target
     loss = float((error * (h @ error)).sum()) / 2
     energy = float((w * (h @ w)).sum()) / 2
     g = normalize_group_size(options.group_size, w.shape[0])
@@ -381,7 +382,7 @@ def _statistics(
     return Statistics(
         loss=loss / max(tokens, 1) / n,
         relative_error=(max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0,
-        relative_weight_error=float(error.norm() / w.norm().clamp(min=1e-30)),
+        relative_weight_error=float((quantized - w).norm() / w.norm().clamp(min=1e-30)),
         clip_mean=float(ratio.mean()),
         clip_fraction=float((ratio < 0.99).float().mean()),
         damping=factor.damping,

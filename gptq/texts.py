@@ -210,8 +210,8 @@ def _divide(name: str, files: list[Path]) -> dict[str, list[str]]:
     if total < 4:
         raise DataError(
             f"{name}: {', '.join(map(str, files[:3]))} holds {total} document(s), too few to "
-            "divide into a calibration and a held-out part (4 or more); a .txt without blank lines holds "
-            "one document per line; or provide two files named *train* and *test*"
+            "divide into a calibration and a held-out part (4 or more); a .txt without blank lines "
+            "holds one document per line; or provide two files named *train* and *test*"
         )
     # RandomState's stream is frozen by NumPy's compatibility policy: the split never moves.
     order = np.random.RandomState(PERMUTATION_SEED).permutation(total)

@@ -1,0 +1,167 @@
+"""Command line of the quantizer: flags over recipe over defaults, then `gptq.run`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from marlin_kernel.errors import MarlinError
+from marlin_kernel.formats import FORMATS
+from marlin_kernel.weight_types import GROUP_SIZES
+
+from .config import DTYPES, WBITS, QuantizeConfig, load_recipe, resolve
+from .run import run
+
+# evaluate(config, packed folder or None, quantization report or None): prints what it finds
+Evaluate = Callable[[QuantizeConfig, "Path | None", "dict[str, Any] | None"], None]
+
+_DEFAULT = {field.name: field.default for field in fields(QuantizeConfig)}
+_EPILOG = """
+examples:
+  python gptq/llama2.py meta-llama/Llama-2-7b-hf --wbits 4 --save llama2-7b-marlin
+  python gptq/llama2.py ./model --wbits 4 --dataset ./texts --save out --report
+  python gptq/llama2.py ./model.gguf --wbits 4 --groupsize 64 --dataset pydoc --eval pydoc --save out
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; every default is None, so that recipes stand below flags."""
+    top = argparse.ArgumentParser(
+        prog="llama2.py",
+        description="Compress a Llama-family checkpoint with GPTQ into a packed 4- or 8-bit checkpoint.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("checkpoint", help="Hugging Face folder, hub name (owner/model), or GGUF file")
+
+    def flag(group, name: str, text: str, **extra: Any) -> None:
+        default = _DEFAULT[name.lstrip("-").replace("-", "_")]
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        note = "" if shown is None or isinstance(shown, bool) else f" (default: {shown})"
+        group.add_argument(name, help=text + note, default=None, **extra)
+
+    def switch(group, name: str, text: str) -> None:
+        default = _DEFAULT[name.lstrip("-").replace("-", "_")]
+        state = "on" if default else "off"
+        group.add_argument(
+            name,
+            help=f"{text} (default: {state})",
+            default=None,
+            action=argparse.BooleanOptionalAction,
+        )
+
+    what = top.add_argument_group("what to make")
+    flag(what, "--wbits", "bits per weight; 16 only evaluates", type=int, choices=WBITS)
+    flag(what, "--groupsize", "inputs per scale; -1: one per column", type=int, choices=GROUP_SIZES)
+    switch(what, "--sym", "symmetric grid; --no-sym stores zero points")
+    flag(what, "--save", "folder for the packed checkpoint", metavar="OUT")
+    flag(what, "--format", "layout of the packed tensors", choices=FORMATS)
+    switch(what, "--overwrite", "replace a checkpoint that is already at OUT")
+    switch(what, "--skip_gq", "keep k and v projections of grouped-query models unquantized")
+
+    data = top.add_argument_group("calibration text")
+    flag(data, "--dataset", "red, wikitext2, c4, pydoc, or a .txt/.jsonl/.parquet file or folder")
+    flag(data, "--data_dir", "folder with local copies of named data sets (docs/evaluation.md)")
+    flag(data, "--seed", "of the choice of calibration samples", type=int)
+    flag(data, "--nsamples", "calibration samples", type=int)
+    flag(data, "--seqlen", "longest sample, tokens (default: model context, at most 4096)", type=int)
+
+    how = top.add_argument_group("method")
+    switch(how, "--nearest", "round to nearest: no calibration, the baseline")
+    flag(how, "--percdamp", "damping, relative to the mean Hessian diagonal", type=float)
+    switch(how, "--true-sequential", "each stage of a layer sees the quantized stages before it")
+    switch(how, "--act-order", "quantize inputs by falling activation energy")
+    switch(how, "--static-groups", "keep groups on contiguous inputs whatever the order")
+    switch(how, "--asymmetric", "aim at the outputs of the unquantized model")
+    flag(how, "--target_damp", "damping of that aim's least-squares problem", type=float)
+    switch(how, "--signed_scales", "negative scales where the positive end is the larger")
+    switch(how, "--no_clip", "no search for clipped group ranges")
+    flag(how, "--clip_steps", "shrink factors tried", type=int)
+    flag(how, "--clip_min", "smallest shrink factor", type=float)
+    flag(how, "--refit", "rounds of closed-form scale refit after rounding", type=int)
+    flag(how, "--sweeps", "coordinate-descent passes over the codes per refit", type=int)
+    flag(how, "--blocksize", "inputs per lazy update; no effect on the result", type=int)
+
+    run_group = top.add_argument_group("run")
+    run_group.add_argument("--config", help="YAML recipe (configs/quantize/); flags override it")
+    flag(run_group, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    flag(run_group, "--dtype", "of activations (default: float32 on CPU)", choices=DTYPES)
+    switch(run_group, "--resume", "continue an interrupted run; --no-resume discards it")
+    flag(run_group, "--eval", "data sets for perplexity, comma separated, or none")
+    flag(run_group, "--eval_tokens", "at most so many tokens per data set (default: all)", type=int)
+    run_group.add_argument(
+        "--report",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="DIR",
+        help="compare with the unquantized model and write an HTML report (default DIR: OUT/report)",
+    )
+    run_group.add_argument("--verbose", action="store_true", help="log every step")
+    return top
+
+
+def main(argv: Sequence[str] | None = None, evaluate: Evaluate | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, or 2 with one line about what was wrong."""
+    flags = vars(parser().parse_args(argv))
+    logging.basicConfig(
+        level=logging.INFO if flags.pop("verbose") else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    recipe = flags.pop("config")
+    try:
+        config = resolve(load_recipe(recipe) if recipe else {}, flags)
+        _execute(config, evaluate)
+    except MarlinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished layers are kept, continue with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
+    if config.wbits == 16:
+        if evaluate is not None:
+            evaluate(config, None, None)
+        return
+    if config.save:
+        out = Path(config.save).expanduser().absolute()
+        report = run(config, out)
+        _summarize(report, out)
+        if evaluate is not None:
+            evaluate(config, out, report)
+        return
+    with tempfile.TemporaryDirectory(prefix="marlin-gptq-") as folder:
+        out = Path(folder) / "packed"
+        report = run(config, out)
+        _summarize(report, None)
+        if evaluate is not None:
+            evaluate(config, out, report)
+
+
+def _summarize(report: dict[str, Any], out: Path | None) -> None:
+    totals = report["totals"]
+    worst = sorted(report["layers"], key=lambda row: -row["relative_error"])[:3]
+    mean = sum(row["relative_error"] for row in report["layers"]) / len(report["layers"])
+    print(
+        f"\nquantized {totals['parameters_quantized'] / 1e6:,.1f} M weights in "
+        f"{totals['seconds']:.0f} s (forward {totals['seconds_forward']:.0f}, Hessians "
+        f"{totals['seconds_hessian']:.0f}, solver {totals['seconds_solve']:.0f}); peak memory "
+        f"{totals['peak_host_bytes'] / 2**30:.2f} GiB"
+    )
+    print(f"mean relative error of a linear {mean:.4f}; largest:")
+    for row in worst:
+        print(f"  {row['relative_error']:.4f}  {row['name']}")
+    raised = [row["name"] for row in report["layers"] if row["damping_retries"]]
+    if raised:
+        print(f"damping was raised for {len(raised)} linears: {', '.join(raised[:4])}")
+    if out is not None:
+        print(f"packed checkpoint: {out}")

@@ -1,0 +1,194 @@
+"""Settings of a quantization run: the only home of their defaults, and the rules they must obey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from marlin_kernel.errors import ConfigError
+from marlin_kernel.formats import FORMATS
+from marlin_kernel.weight_types import GROUP_SIZES, WeightType, integer_type
+
+from .grid import GridOptions
+from .solver import SolverOptions
+
+WBITS = (4, 8, 16)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """One run. Names are those of the command line (`python gptq/llama2.py --help` explains each)."""
+
+    checkpoint: str = ""
+    # calibration
+    dataset: str = "red"
+    data_dir: str | None = None
+    seed: int = 0
+    nsamples: int = 256
+    seqlen: int | None = None
+    # format
+    wbits: int = 16
+    groupsize: int = 128
+    sym: bool = True
+    format: str = "marlin"
+    # method
+    nearest: bool = False
+    percdamp: float = 0.1
+    blocksize: int = 128
+    true_sequential: bool = True
+    act_order: bool = True
+    static_groups: bool = True
+    asymmetric: bool = True
+    target_damp: float = 1.0
+    no_clip: bool = False
+    clip_steps: int = 32
+    clip_min: float = 0.25
+    signed_scales: bool = True
+    refit: int = 1
+    sweeps: int = 1
+    skip_gq: bool = False
+    # run
+    save: str | None = None
+    overwrite: bool = False
+    resume: bool | None = None
+    eval: tuple[str, ...] = ("wikitext2", "red")
+    eval_tokens: int | None = None
+    report: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("wbits", self.wbits, WBITS)
+        _choice("groupsize", self.groupsize, GROUP_SIZES)
+        _choice("format", self.format, FORMATS)
+        if self.dtype is not None:
+            _choice("dtype", self.dtype, DTYPES)
+        _at_least("nsamples", self.nsamples, 1)
+        _at_least("blocksize", self.blocksize, 1)
+        _at_least("clip_steps", self.clip_steps, 2)
+        _at_least("refit", self.refit, 0)
+        _at_least("sweeps", self.sweeps, 0)
+        if self.seqlen is not None:
+            _at_least("seqlen", self.seqlen, 2)
+        if not 0 <= self.percdamp <= 10:
+            raise ConfigError(f"percdamp={self.percdamp} is not in [0, 10]; 0.01 to 0.1 is usual")
+        if not 0 < self.target_damp <= 100:
+            raise ConfigError(f"target_damp={self.target_damp} is not in (0, 100]; 1 is usual")
+        if not 0 < self.clip_min <= 1:
+            raise ConfigError(f"clip_min={self.clip_min} is not in (0, 1]; 0.25 is usual")
+        if self.wbits == 16:
+            if self.save:
+                raise ConfigError(
+                    f"save={self.save!r} with wbits=16: there is nothing to pack; add --wbits 4"
+                )
+            return
+        if self.asymmetric and not self.true_sequential and not self.nearest:
+            raise ConfigError(
+                "asymmetric calibration corrects each stage for the quantized stages before it, which "
+                "needs true_sequential; add --true-sequential, or --no-asymmetric"
+            )
+        moves_groups = self.act_order and not self.static_groups and not self.nearest
+        if moves_groups and self.format == "compressed-tensors":
+            raise ConfigError(
+                "act_order without static_groups stores a group index per input, which "
+                "compressed-tensors no longer reads; add --static-groups, or use --format marlin|gptq"
+            )
+
+    @property
+    def weight_type(self) -> WeightType:
+        return integer_type(self.wbits, self.sym)
+
+    @property
+    def moves_groups(self) -> bool:
+        """Whether inputs end up in groups other than ``k // groupsize``."""
+        return (
+            self.act_order and not self.static_groups and not self.nearest and self.groupsize != -1
+        )
+
+    def solver_options(self) -> SolverOptions:
+        grid = GridOptions(
+            clip=not self.no_clip and not self.nearest,
+            clip_min=self.clip_min,
+            clip_steps=self.clip_steps,
+            signed=self.signed_scales,
+        )
+        return SolverOptions(
+            wtype=self.weight_type,
+            group_size=self.groupsize,
+            grid=grid,
+            blocksize=self.blocksize,
+            percdamp=self.percdamp,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+            nearest=self.nearest,
+            refit=self.refit,
+            sweeps=self.sweeps,
+            asymmetric=self.asymmetric,
+            target_damp=self.target_damp,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "eval": list(self.eval)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that decide the codes: two runs that agree here may continue each other."""
+        left_out = {
+            "checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens", "report",
+            "format",
+        }  # fmt: skip
+        return {key: value for key, value in self.as_dict().items() if key not in left_out}
+
+
+def _choice(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Settings of a YAML recipe (`configs/quantize/*.yaml`).
+
+    Raises ConfigError if the file is missing, is not a mapping, or holds unknown keys.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config={str(path)!r}: no such recipe; see configs/quantize/")
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config={str(path)!r} is not a mapping of settings")
+    known = {field.name for field in fields(QuantizeConfig)}
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise ConfigError(
+            f"config={str(path)!r} holds unknown keys {unknown}; known are {sorted(known)}"
+        )
+    return dict(content)
+
+
+def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> QuantizeConfig:
+    """Defaults, then the recipe, then the flags that were given (None = not given)."""
+    values = {**recipe, **{key: value for key, value in flags.items() if value is not None}}
+    if "eval" in values:
+        names = values["eval"]
+        names = names.split(",") if isinstance(names, str) else names
+        values["eval"] = tuple(n.strip() for n in names if n.strip() and n.strip() != "none")
+    for field in fields(QuantizeConfig):  # YAML reads 1e-2 as a string, 1 as an int
+        if field.name in values and isinstance(field.default, float):
+            values[field.name] = _number(field.name, values[field.name])
+    return replace(QuantizeConfig(), **values)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}={value!r} is not a number") from None

@@ -1,0 +1,244 @@
+"""Promises before the work: what will be quantized, what it needs, and one layer through the whole path."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from marlin_kernel import formats, reference
+from marlin_kernel.errors import ConfigError, MarlinError
+from marlin_kernel.formats import LayerSpec, QuantizedLinear
+from marlin_kernel.layer import Layer
+from marlin_kernel.weight_types import normalize_group_size
+
+from .config import QuantizeConfig
+from .models import StreamedModel
+from .solver import SolverOptions, solve
+
+_SOLVER_MATRICES = 6  # H, its damped copy, R, U, and two temporaries of the factorization, float32
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and need. Bytes, parameters, tokens; seconds is an estimate."""
+
+    linears: int
+    parameters: int
+    samples: int
+    tokens: int
+    packed_bytes: int
+    peak_device_bytes: int
+    peak_host_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    def rows(self, config: QuantizeConfig, model: StreamedModel) -> list[tuple[str, str]]:
+        """Label and value of each line of the table."""
+        wtype = config.weight_type.name
+        group = "one per column" if config.groupsize == -1 else str(config.groupsize)
+        method = "round to nearest" if config.nearest else _method(config)
+        device = model.device.type
+        rows = [
+            ("quantized", f"{self.linears} linears, {self.parameters / 1e6:,.1f} M weights"),
+            ("type", f"{wtype}, group size {group}, format {config.format}"),
+            ("method", method),
+            ("calibration", f"{self.samples} samples, {self.tokens:,} tokens of {config.dataset}"),
+            ("compute", f"{device}, {str(model.dtype).removeprefix('torch.')}"),
+            ("peak host memory", f"about {_size(self.peak_host_bytes)}"),
+            ("packed size", _size(self.packed_bytes)),
+            ("free disk needed", _size(self.disk_bytes)),
+            ("estimated time", _duration(self.seconds)),
+        ]
+        if device == "cuda":
+            rows.insert(5, ("peak GPU memory", f"about {_size(self.peak_device_bytes)}"))
+        return rows
+
+
+def _method(config: QuantizeConfig) -> str:
+    parts = ["GPTQ"]
+    parts += ["asymmetric calibration"] if config.asymmetric else []
+    parts += ["true-sequential"] if config.true_sequential else []
+    if config.act_order:
+        parts.append("act-order" + (" with static groups" if config.static_groups else ""))
+    parts += [] if config.no_clip else ["Hessian clipping"]
+    parts += ["scale refit"] if config.refit else []
+    return ", ".join(parts)
+
+
+def plan(
+    model: StreamedModel,
+    config: QuantizeConfig,
+    linears: dict[str, tuple[int, int]],
+    samples: Sequence[Tensor],
+) -> Plan:
+    """Estimate memory, disk and time.
+
+    linears: (inputs, outputs) of every linear that will be quantized, by name. The time is the
+    counted operations over the rate of a short matrix product measured now.
+    """
+    tokens = 0 if config.nearest else sum(int(ids.numel()) for ids in samples)
+    parameters = sum(k * n for k, n in linears.values())
+    first = model.layer_name(0) + "."
+    one_layer = [size for name, size in linears.items() if name.startswith(first)]
+    layer_parameters = sum(k * n for k, n in one_layer)
+    widest = max(k for k, _ in linears.values())
+    element = torch.finfo(model.dtype).bits // 8
+    streams = 2 if config.asymmetric and not config.nearest else 1
+    hidden = model.config.hidden_size
+    activations = tokens * (hidden + widest) * element * streams
+    hessian = 0 if config.nearest else 4 * widest**2 * (_SOLVER_MATRICES + streams - 1)
+    stacked = max((n for _, n in linears.values()), default=0) * 2 * widest
+    work = layer_parameters * element * (streams + 1) + hessian + 6 * 4 * stacked
+    packed = sum(_packed_bytes(k, n, config) for k, n in linears.values())
+    unquantized = sum(_tensor_bytes(model, name) for name in model.tensors) - parameters * 2
+    codes = parameters + parameters // 64 * 4
+    embedding = model.config.vocab_size * hidden * element
+    memory = activations + work + embedding
+    gpu = model.device.type == "cuda"
+    shard = min(packed + max(unquantized, 0), 1 << 30)
+    return Plan(
+        linears=len(linears),
+        parameters=parameters,
+        samples=len(samples),
+        tokens=tokens,
+        packed_bytes=packed + max(unquantized, 0),
+        peak_device_bytes=memory if gpu else 0,
+        peak_host_bytes=(2 * layer_parameters * 4 if gpu else memory) + 2 * shard,
+        disk_bytes=codes + packed + max(unquantized, 0),
+        seconds=_seconds(model, config, one_layer, tokens, streams, parameters),
+    )
+
+
+def _packed_bytes(k: int, n: int, config: QuantizeConfig) -> int:
+    g = normalize_group_size(config.groupsize, k)
+    spec = LayerSpec(k, n, config.weight_type, g, config.moves_groups and g < k, False)
+    shape = spec.packed
+    return (
+        shape.k_padded * shape.n_padded * spec.weight_type.bits // 8
+        + shape.groups * shape.n_padded * 2
+    )
+
+
+def _tensor_bytes(model: StreamedModel, name: str) -> int:
+    return 2 * model.tensors[name].numel()
+
+
+def _seconds(
+    model: StreamedModel,
+    config: QuantizeConfig,
+    layer: list[tuple[int, int]],
+    tokens: int,
+    streams: int,
+    parameters: int,
+) -> float:
+    forward = 2.0 * parameters * tokens * streams
+    stages = {k for k, _ in layer}
+    widths = [k for k, _ in layer]
+    # q/k/v share a Hessian, and so do gate/up: four products a layer, of which H needs half
+    shared = sum(sorted(widths)[::2]) if stages else 0
+    mean = shared / max(len(widths[::2]), 1)
+    hessian = model.num_layers * 4 * tokens * mean**2 * (1 + 2 * (streams - 1))
+    solve_work = 0.0 if config.nearest else parameters * mean * 8
+    columns = model.num_layers * sum(k for k, _ in layer)
+    overhead = columns * (0 if config.nearest else 2e-4) + 0.05 * model.num_layers
+    rate = _rate(model.device, model.dtype)
+    slow = _rate(model.device, torch.float32)
+    return forward / rate + (hessian + solve_work) / slow + overhead
+
+
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured rate of a matrix product, FLOP/s."""
+    size = 768 if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def check_room(plan: Plan, model: StreamedModel, folder: Path) -> None:
+    """Raise ConfigError if disk or GPU memory cannot hold the run."""
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < plan.disk_bytes:
+        raise ConfigError(
+            f"save={str(folder)!r}: {_size(free)} free, the run needs {_size(plan.disk_bytes)}; "
+            "choose another disk"
+        )
+    if model.device.type == "cuda":
+        available = torch.cuda.mem_get_info(model.device)[0]
+        if available < plan.peak_device_bytes:
+            raise ConfigError(
+                f"{model.device} has {_size(available)} free, the run needs about "
+                f"{_size(plan.peak_device_bytes)}; lower --nsamples or --seqlen"
+            )
+
+
+@torch.no_grad()
+def rehearse(
+    model: StreamedModel, config: QuantizeConfig, linears: dict[str, tuple[int, int]]
+) -> None:
+    """Push the largest linear through quantize, pack, save, load and multiply.
+
+    Raises what that raises, before hours of work are at stake, and MarlinError if the loaded layer
+    does not multiply like the quantized weights.
+    """
+    name = max(linears, key=lambda n: linears[n][0] * linears[n][1])
+    k, n = linears[name]
+    options = config.solver_options()
+    wtype = config.weight_type
+    for inputs, outputs in set(linears.values()):
+        group = normalize_group_size(config.groupsize, inputs)
+        spec = LayerSpec(inputs, outputs, wtype, group, config.moves_groups and group < inputs)
+        formats.check_exportable(config.format, spec)
+    weight = model.tensor(f"{name}.weight")
+    identity = torch.eye(k, device=model.device)
+    nearest = SolverOptions(wtype, config.groupsize, grid=options.grid, nearest=True)
+    solution = solve(weight, identity, nearest, name=name)[0]
+    layer = QuantizedLinear.of(
+        solution.codes.cpu(), solution.scales.cpu(), wtype, config.groupsize,
+        zeros=solution.zeros.cpu(),
+    )  # fmt: skip
+    version = 1 if wtype.symmetric else 2
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "layer.safetensors"
+        save_file(formats.write(layer, config.format, gptq_version=version), file)
+        stored = load_file(file)
+    loaded = formats.read(stored, config.format, layer.spec, gptq_version=version)
+    x = torch.randn(3, k, device=model.device, dtype=model.dtype)
+    served = Layer.from_quantized(loaded).to(model.device).prepare(model.dtype)
+    expected = reference.matmul(x, solution.weight())
+    error = float((served(x).double() - expected.double()).norm() / expected.double().norm())
+    limit = {torch.float32: 1e-4, torch.float16: 5e-3}.get(model.dtype, 3e-2)
+    if not error < limit:
+        raise MarlinError(
+            f"rehearsal of {name}: the packed layer multiplies with relative error {error:.2g} "
+            f"(limit {limit:.2g}); this machine's kernels cannot be trusted, please report it"
+        )
+
+
+def _size(count: float) -> str:
+    return f"{count / _MIB / 1024:.2f} GiB" if count >= 1 << 30 else f"{count / _MIB:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {max(seconds, 1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,256 @@
+"""One quantization run: plan, walk the layers, write the checkpoint. Composition only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import marlin_kernel
+from marlin_kernel.checkpoint import check_target, source_hash
+from marlin_kernel.errors import CheckpointError, ConfigError
+
+from . import preflight
+from .calibration import sample_documents, sample_windows
+from .config import QuantizeConfig
+from .models import StreamedModel, resolve_source
+from .sequential import LinearResult, Walker
+from .storage import FinishedLayers, fingerprint, write_checkpoint
+from .texts import documents
+
+log = logging.getLogger(__name__)
+PROBE_TOKENS = 16
+MAX_SEQLEN = 4096
+
+
+def choose_device(config: QuantizeConfig) -> torch.device:
+    """`--device`, or the first GPU, or the CPU. Raises ConfigError if it is not there."""
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={config.device!r}: torch sees no GPU; use --device cpu, or install a CUDA build"
+        )
+    return device
+
+
+def choose_dtype(config: QuantizeConfig, folder: Path, device: torch.device) -> torch.dtype:
+    """`--dtype`, or float32 on the CPU, or the checkpoint's half precision on a GPU."""
+    if config.dtype:
+        return getattr(torch, config.dtype)
+    if device.type == "cpu":
+        return torch.float32
+    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = description.get("dtype") or description.get("torch_dtype")
+    return torch.bfloat16 if stored == "bfloat16" else torch.float16
+
+
+def choose_seqlen(config: QuantizeConfig, model_config: Any) -> int:
+    """`--seqlen`, or the model's context, at most 4096. Raises ConfigError beyond the context."""
+    context = getattr(model_config, "max_position_embeddings", None) or MAX_SEQLEN
+    if config.seqlen is None:
+        return min(context, MAX_SEQLEN)
+    if config.seqlen > context:
+        raise ConfigError(f"seqlen={config.seqlen} exceeds the model's context of {context}")
+    return config.seqlen
+
+
+def calibration_samples(config: QuantizeConfig, tokenizer: Any, seqlen: int) -> list[Tensor]:
+    """Token sequences of the calibration text, int64 [T] each."""
+    source = documents(config.dataset, "calibration", data_dir=config.data_dir)
+    draw = {"nsamples": config.nsamples, "seqlen": seqlen, "seed": config.seed}
+    if source.joined:
+        return sample_windows(source.text(), tokenizer, **draw)
+    return sample_documents(source.texts, tokenizer, **draw)
+
+
+def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Quantize `config.checkpoint` into the packed folder `out`.
+
+    say: receives the plan and the summary as text. Returns the report
+    (quantization_report.json). Raises MarlinError subclasses; finished layers of an interrupted
+    run stay beside `out` for --resume.
+    """
+    began = time.perf_counter()
+    check_target(out, config.overwrite)
+    device = choose_device(config)
+    folder = resolve_source(config.checkpoint)
+    dtype = choose_dtype(config, folder, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model = StreamedModel(folder, dtype, device)
+    seqlen = choose_seqlen(config, model.config)
+    skip = _skipped(config, model)
+    linears = _linear_sizes(model, skip)
+    tokenizer = _tokenizer(folder)
+    samples = [] if config.nearest else calibration_samples(config, tokenizer, seqlen)
+    probe = _probe_tokens(tokenizer, model.config.vocab_size)
+
+    planned = preflight.plan(model, config, linears, samples)
+    say(_table(planned.rows(config, model)))
+    preflight.check_room(planned, model, out)
+    preflight.rehearse(model, config, linears)
+
+    origin = {"path": config.checkpoint, "sha256": source_hash(folder)}
+    key = fingerprint(config, origin["sha256"], samples, str(dtype))
+    finished = FinishedLayers(out.with_name(f".{out.name}.unfinished"), key, config.resume)
+    walker = Walker(
+        model,
+        samples,
+        config.solver_options(),
+        true_sequential=config.true_sequential,
+        skip=skip,
+        probe=probe,
+    )
+    rows = _walk(model, walker, finished)
+
+    hidden = walker.probe
+    with torch.no_grad():
+        logits = model.head()(hidden)[0].float().cpu()
+    totals = {
+        "seconds": time.perf_counter() - began,
+        "seconds_forward": walker.clock.forward,
+        "seconds_hessian": walker.clock.hessian,
+        "seconds_solve": walker.clock.solve,
+        "seconds_io": 0.0,
+        "peak_host_bytes": _peak_host(),
+        "peak_device_bytes": _peak_device(device),
+        "source_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        "packed_bytes": planned.packed_bytes,
+        "calibration_tokens": walker.tokens,
+        "parameters_quantized": planned.parameters,
+    }
+    report = {
+        "format_version": 1,
+        "tool": f"marlin-gptq {marlin_kernel.__version__}",
+        "source": origin,
+        "config": config.as_dict() | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch.")},
+        "environment": environment(device),
+        "totals": totals,
+        "layers": rows,
+    }
+    writing = time.perf_counter()
+    write_checkpoint(
+        out, config, model, finished, probe=(probe, logits), source=origin, report=report
+    )
+    finished.remove()
+    totals["seconds_io"] = time.perf_counter() - writing
+    return report
+
+
+def _walk(model: StreamedModel, walker: Walker, finished: FinishedLayers) -> list[dict[str, Any]]:
+    """Advance over finished layers, quantize the others; returns the report rows of all."""
+    rows: list[dict[str, Any]] = []
+    done = finished.count()
+    stages = len(model.family.stages)
+    with tqdm(total=model.num_layers * stages, unit="stage", desc="quantize") as bar:
+        for index in range(model.num_layers):
+            prefix = model.layer_name(index)
+            if index < done:
+                walker.advance(index, finished.weights(index, prefix))
+                rows += finished.load(index)[1]
+                bar.update(stages)
+                continue
+
+            def on_stage(path: str, index: int = index) -> None:
+                bar.set_postfix_str(f"layer {index} {path.rpartition('.')[2]}", refresh=False)
+                bar.update(1)
+
+            results = walker.quantize_layer(index, on_stage)
+            added = [_row(result, model.device) for result in results]
+            finished.save(index, results, added)
+            rows += added
+    return rows
+
+
+def _row(result: LinearResult, device: torch.device) -> dict[str, Any]:
+    k, n = result.solution.codes.shape
+    return {
+        "name": result.name,
+        "in_features": k,
+        "out_features": n,
+        **asdict(result.solution.statistics),
+        "seconds": result.seconds,
+        "peak_host_bytes": _peak_host(),
+        "peak_device_bytes": _peak_device(device),
+    }
+
+
+def _skipped(config: QuantizeConfig, model: StreamedModel) -> frozenset[str]:
+    """--skip_gq: key and value projections of models with grouped queries stay unquantized."""
+    heads = model.config.num_attention_heads
+    if not config.skip_gq or getattr(model.config, "num_key_value_heads", heads) == heads:
+        return frozenset()
+    return frozenset(model.family.stages[0][1:])
+
+
+def _linear_sizes(model: StreamedModel, skip: frozenset[str]) -> dict[str, tuple[int, int]]:
+    sizes = {}
+    for name in model.quantizable():
+        if any(name.endswith(f".{path}") for path in skip):
+            continue
+        module = model.skeleton.get_submodule(name)
+        sizes[name] = (module.in_features, module.out_features)
+    return sizes
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer that transformers can load ({error}); copy the model's "
+            "tokenizer files beside its weights"
+        ) from error
+
+
+def _probe_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
+    ids = tokenizer("The quick brown fox jumps over the lazy dog, then writes code: x = 4 + 4.")
+    return torch.tensor(ids.input_ids[:PROBE_TOKENS], dtype=torch.int64).clamp(max=vocabulary - 1)
+
+
+def _peak_host() -> int:
+    """Peak resident memory of this process, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_device(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for reports."""
+    import transformers
+
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)

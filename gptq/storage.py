@@ -1,0 +1,189 @@
+"""Finished layers on disk while a run is under way, so that it can be continued; then the checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from marlin_kernel.checkpoint import CheckpointWriter
+from marlin_kernel.errors import ConfigError
+from marlin_kernel.formats import QuantizedLinear
+from marlin_kernel.schemes import Scheme
+
+from .config import QuantizeConfig
+from .models import StreamedModel
+from .sequential import LinearResult
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def fingerprint(config: QuantizeConfig, source: str, samples: Sequence[Tensor], dtype: str) -> str:
+    """sha256 of everything that decides the codes: settings, source, tokens, dtype."""
+    digest = hashlib.sha256()
+    facts = {"settings": config.fingerprint(), "source": source, "dtype": dtype}
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for ids in samples:
+        digest.update(ids.to(torch.int64).numpy().tobytes() + b"|")
+    return digest.hexdigest()
+
+
+class FinishedLayers:
+    """Folder of finished decoder layers: integer codes and scales, and the layer's report rows.
+
+    Each file is written under a temporary name and renamed, so what is there is whole.
+    """
+
+    def __init__(self, folder: Path, key: str, resume: bool | None) -> None:
+        """key: fingerprint of the run. resume: True continues, False discards, None refuses to
+        choose. Raises ConfigError if what lies there belongs to another run or needs a decision."""
+        self.folder = folder
+        stamp = folder / "run.json"
+        if stamp.is_file():
+            found = json.loads(stamp.read_text(encoding="utf-8"))["fingerprint"]
+            if resume is None and self.count():
+                raise ConfigError(
+                    f"an unfinished run with {self.count()} finished layers lies in {folder}; "
+                    "continue it with --resume, or discard it with --no-resume"
+                )
+            if resume and found != key:
+                raise ConfigError(
+                    f"--resume: the unfinished run in {folder} has other settings, another source or "
+                    "another calibration text; repeat its options, or discard it with --no-resume"
+                )
+            if not resume:
+                shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not stamp.is_file():
+            _write(stamp, json.dumps({"fingerprint": key}).encode())
+
+    def count(self) -> int:
+        """Number of leading layers that are finished."""
+        index = 0
+        while self._file(index).is_file():
+            index += 1
+        return index
+
+    def save(
+        self, index: int, results: Sequence[LinearResult], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        tensors = {}
+        for result in results:
+            solution = result.solution
+            tensors[f"{result.name}:codes"] = solution.codes.cpu().contiguous()
+            tensors[f"{result.name}:scales"] = solution.scales.cpu().to(torch.float16).contiguous()
+            tensors[f"{result.name}:zeros"] = solution.zeros.cpu().to(torch.uint8).contiguous()
+            tensors[f"{result.name}:g_idx"] = solution.g_idx.cpu().to(torch.int32).contiguous()
+        file = self._file(index)
+        partial = file.with_suffix(".partial")
+        save_file(tensors, partial, {"rows": json.dumps(list(rows))})
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+
+    def load(self, index: int) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
+        """(tensors of each linear by name, report rows) of layer `index`."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        with safe_open(self._file(index), "pt") as file:
+            rows = json.loads(file.metadata()["rows"])
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                name, _, part = key.rpartition(":")
+                layers.setdefault(name, {})[part] = file.get_tensor(key)
+        return layers, rows
+
+    def weights(self, index: int, prefix: str) -> dict[str, Tensor]:
+        """Dequantized weights float32 [N, K] of layer `index`, by path inside the layer."""
+        found = {}
+        for name, t in self.load(index)[0].items():
+            g = t["g_idx"].long()
+            w = (t["codes"].float() - t["zeros"].float()[g]) * t["scales"].float()[g]
+            found[name.removeprefix(f"{prefix}.")] = w.T.contiguous()
+        return found
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:04d}.safetensors"
+
+
+def write_checkpoint(
+    out: Path,
+    config: QuantizeConfig,
+    model: StreamedModel,
+    finished: FinishedLayers,
+    *,
+    probe: tuple[Tensor, Tensor],
+    source: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> Path:
+    """Assemble the packed folder from the finished layers and the source's other tensors.
+
+    probe: token ids int [T] and the logits [T, vocabulary] the packed model must give.
+    Nothing appears at `out` before it is complete.
+    """
+    wtype = config.weight_type
+    scheme = Scheme(
+        config.format,
+        wtype,
+        config.groupsize,
+        act_order=config.moves_groups,
+        gptq_version=1 if wtype.symmetric else 2,  # v1 cannot express a zero point of 0
+    )
+    linears = set(model.quantizable())
+    with CheckpointWriter(out, scheme, overwrite=config.overwrite) as writer:
+        quantized: set[str] = set()
+        for index in range(model.num_layers):
+            for name, t in finished.load(index)[0].items():
+                bias = f"{name}.bias"
+                writer.add_layer(
+                    name,
+                    QuantizedLinear.of(
+                        t["codes"],
+                        t["scales"],
+                        wtype,
+                        config.groupsize,
+                        zeros=t["zeros"],
+                        g_idx=t["g_idx"],
+                        bias=model.stored(bias) if bias in model.tensors else None,
+                    ),
+                )
+                quantized.add(name)
+        prefixes = tuple(f"{name}." for name in quantized)
+        for name in model.tensors:
+            if not name.startswith(prefixes) and not name.endswith("rotary_emb.inv_freq"):
+                writer.add(name, model.stored(name))
+        for name in TOKENIZER_FILES:
+            if (model.folder / name).is_file():
+                writer.add_file(name, model.folder / name)
+        writer.add_file("quantization_report.json", (json.dumps(report, indent=2) + "\n").encode())
+        recipe = json.dumps(config.as_dict(), indent=2) + "\n"
+        writer.add_file("quantization_recipe.json", recipe.encode())
+        writer.add_probe(*probe)
+        description = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+        for key in ("torch_dtype", "dtype"):
+            description.pop(key, None)
+        description["dtype"] = str(model.storage).removeprefix("torch.")
+        ignore = ["lm_head", *sorted(linears - quantized)]
+        return writer.finish(
+            description, ignore=ignore, source=source, settings=config.as_dict()
+        )
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
