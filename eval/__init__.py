@@ -1,0 +1,1 @@
+"""Evaluation: a packed or plain checkpoint in, perplexity, tasks and a report out."""
