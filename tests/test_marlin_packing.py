@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import marlin_kernel
 from marlin_kernel import WEIGHT_TYPES, ConfigError, pack, unpack, weight_type
 from marlin_kernel.layout import (
     packed_shape,
@@ -54,6 +57,26 @@ def test_pack_is_the_tile_order_and_unpack_inverts_it(bits, shape):
 @pytest.mark.parametrize("bits", BITS)
 def test_tile_order_is_a_permutation_of_the_tile(bits):
     assert tile_order(bits).sort().values.equal(torch.arange(1024))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_drawing_in_the_documentation(bits):
+    """FORMAT.md draws "lane.field" of every cell; word j repeats it to the right."""
+    blocks = Path(marlin_kernel.__file__).with_name("FORMAT.md").read_text().split("```")
+    drawing = next(b for b in blocks[blocks_after(blocks, f"### {bits} bits") :] if "n    0" in b)
+    rows = [line.split()[2:] for line in drawing.strip().splitlines()[1:]]
+    fields, columns = 32 // bits, len(rows[0])
+    assert (len(rows), columns) == (16, 64 * fields // 32)
+    order = tile_order(bits).view(32, -1, fields)
+    for k, row in enumerate(rows):
+        for n, cell in enumerate(row):
+            lane, field = map(int, cell.split("."))
+            for j in range(64 // columns):
+                assert int(order[lane, j, field]) == 64 * k + columns * j + n
+
+
+def blocks_after(blocks: list[str], heading: str) -> int:
+    return next(i for i, block in enumerate(blocks) if heading in block)
 
 
 def test_pack_accepts_any_integer_dtype_and_strides():
