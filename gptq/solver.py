@@ -110,7 +110,9 @@ def solve(
     diagonal = h.diagonal()
     dead = diagonal == 0
     safe = h.clone()
-    safe.diagonal()[dead] = 1
+    if bool(dead.any()):  # as active as the average live input, so that the damping stays theirs
+        live = diagonal[~dead]
+        safe.diagonal()[dead] = live.mean() if live.numel() else 1.0
     original = w.clone()
     w[dead] = 0
 
@@ -300,8 +302,10 @@ def _refit_scales(
 ) -> Tensor:
     """Least-squares scales for fixed codes: for every output, minimise the error over all its groups.
 
-    Solves ``A s = b`` with A[g, g'] = c_gᵀ H c_g', b[g] = c_gᵀ H w (c: codes minus zero points). A
-    refit is kept per output only where it lowers the error after rounding to fp16.
+    Solves ``A d = r`` for the move d of the scales, with A[g, g'] = c_gᵀ H c_g' and r[g] = c_gᵀ H e
+    (c: codes minus zero points, e: W minus what the scales make of the codes now; the move instead of
+    the scales themselves, because float32 would lose the small error of 8 bits in the energy of W).
+    A refit is kept per output only where it lowers the error after rounding to fp16.
     """
     count, n = scales.shape
     c = codes - zeros[groups]
@@ -311,15 +315,12 @@ def _refit_scales(
         rows = (groups == j).nonzero().squeeze(1)
         product = h[:, rows] @ c[rows]  # [K, N]
         a[:, :, j] = (member.T @ (c * product)).T
-    b = (member.T @ (c * (h @ w))).T  # [N, G]
+    r = (member.T @ (c * (h @ (w - c * scales[groups])))).T  # [N, G]
     ridge = a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-6 + 1e-30
-    fitted = torch.linalg.solve(a + ridge * torch.eye(count, device=w.device), b.unsqueeze(-1))
-    fitted = round_scales(fitted.squeeze(-1))
-
-    def objective(s: Tensor) -> Tensor:
-        return torch.einsum("ng,ngh,nh->n", s, a, s) - 2 * (s * b).sum(1)
-
-    better = objective(fitted) < objective(scales.T)
+    move = torch.linalg.solve(a + ridge * torch.eye(count, device=w.device), r.unsqueeze(-1))
+    fitted = round_scales(scales.T + move.squeeze(-1))
+    move = fitted - scales.T
+    better = torch.einsum("ng,ngh,nh->n", move, a, move) < 2 * (move * r).sum(1)
     return torch.where(better[:, None], fitted, scales.T).T.contiguous()
 
 
