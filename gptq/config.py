@@ -46,7 +46,7 @@ class QuantizeConfig:
     asymmetric: bool = True
     target_damp: float = 1.0
     no_clip: bool = False
-    clip_steps: int = 32
+    clip_steps: int = 16
     clip_min: float = 0.25
     signed_scales: bool = True
     refit: int = 1

@@ -25,7 +25,7 @@ class GridOptions:
 
     clip: bool = True
     clip_min: float = 0.25
-    clip_steps: int = 32
+    clip_steps: int = 16
     signed: bool = True
 
 
