@@ -1,0 +1,92 @@
+"""Several checkpoints on the same tokens: rows for a report, and a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+
+from eval.loading import checkpoint_bytes, load, load_tokenizer
+from eval.perplexity import evaluate_models
+from eval.report import Report, Row, divergence_table, perplexity_table
+
+BASELINE = "original"
+
+
+def compare(
+    checkpoints: Mapping[str, str | PathLike[str]],
+    sources: Sequence[str],
+    *,
+    seqlen: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    data_dir: str | None = None,
+    max_tokens: int | None = None,
+    quantization: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Row]:
+    """Perplexity of every checkpoint; KL and top-1 against the one named BASELINE, if it is there.
+
+    checkpoints: row name -> packed or plain folder, hub name or GGUF file. quantization: the
+    quantization report of packed ones, by row name (seconds and peak memory of the row).
+    Raises DataError, CheckpointError before the first forward pass where it can.
+    """
+    names = {name: str(path) for name, path in checkpoints.items()}
+    tokenizer = load_tokenizer(*names.values())
+    models = {name: load(path, device=str(device), dtype=dtype) for name, path in names.items()}
+    results = evaluate_models(
+        models,
+        tokenizer,
+        sources,
+        seqlen=seqlen,
+        reference=BASELINE if BASELINE in models and len(models) > 1 else None,
+        data_dir=data_dir,
+        max_tokens=max_tokens,
+    )
+    rows = []
+    for name, path in names.items():
+        totals = ((quantization or {}).get(name) or {}).get("totals", {})
+        rows.append(
+            Row(
+                name=name,
+                perplexity=results[name],
+                bytes=checkpoint_bytes(path),
+                seconds=totals.get("seconds"),
+                peak_bytes=totals.get("peak_host_bytes"),
+                path=path,
+            )
+        )
+    return rows
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Perplexities, and divergences where there are several rows, as plain text."""
+    report = Report(model="", rows=rows)
+    tables = [perplexity_table(report)] + ([divergence_table(report)] if len(rows) > 1 else [])
+    for table in tables:
+        print()
+        print(_text(table))
+    for result in rows[0].perplexity:
+        print(
+            f"{result.dataset}: {result.protocol}; length {result.seqlen}, {result.tokens:,} tokens"
+        )
+
+
+def _text(table: Any) -> str:
+    grid = [[str(cell) for cell in table.header]]
+    grid += [["" if cell is None else _cell(cell) for cell in row] for row in table.rows]
+    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in grid
+    )
+
+
+def _cell(cell: Any) -> str:
+    if isinstance(cell, str):
+        return cell
+    return " ".join(part for part in (cell.value, cell.delta) if part)

@@ -1,0 +1,88 @@
+"""Settings of one evaluation run that lm-eval does not know: the only home of their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from marlin_kernel.errors import ConfigError
+
+MAX_SEQLEN = 4096  # longest default window; the model's context if that is shorter
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate besides lm-eval's own options.
+
+    marlin_checkpoint: packed folder to evaluate. data_dir: folder of local copies of texts and
+    task data (docs/evaluation.md). perplexity: text sources. seqlen: tokens per window (None: the
+    model's context, at most 4096). max_tokens: per text source (None: all). compare: also run the
+    original checkpoint on the same tokens, for KL divergence and top-1 agreement. verify: check
+    the packed checkpoint's hashes and probe logits. report: folder for the report. baseline:
+    report.json of an earlier run whose rows are shown first.
+    """
+
+    marlin_checkpoint: str | None = None
+    data_dir: str | None = None
+    perplexity: tuple[str, ...] = ()
+    seqlen: int | None = None
+    max_tokens: int | None = None
+    compare: bool = True
+    verify: bool = False
+    report: str | None = None
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("seqlen", 2), ("max_tokens", 2)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name in ("marlin_checkpoint", "data_dir"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).expanduser().is_dir():
+                raise ConfigError(f"{name}={value!r} is not an existing folder")
+        if self.baseline is not None and not Path(self.baseline).expanduser().is_file():
+            raise ConfigError(
+                f"baseline={self.baseline!r} is no file; give the report.json of an earlier run"
+            )
+
+
+OWN_KEYS = tuple(field.name for field in fields(EvalConfig))
+
+
+def load_recipe(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a YAML recipe (configs/eval/*.yaml): ours and lm-eval's option names.
+
+    known: every accepted key. Raises ConfigError if the file is missing, no mapping, or holds
+    unknown keys.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"config={path!r}: no such recipe; see configs/eval/")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config={path!r} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config={path!r} is not a mapping of settings")
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"config={path!r} holds unknown keys {unknown}; known are {', '.join(sorted(known))}"
+        )
+    return dict(content)
+
+
+def resolve(values: Mapping[str, Any]) -> EvalConfig:
+    """Defaults, then `values` (None = not given). Raises ConfigError naming the bad setting."""
+    given = {key: value for key, value in values.items() if value is not None}
+    sources = given.get("perplexity", ())
+    if isinstance(sources, str):
+        sources = sources.split(",")
+    names = [name.strip() for source in sources for name in str(source).split(",")]
+    given["perplexity"] = tuple(name for name in names if name and name != "none")
+    return replace(EvalConfig(), **given)

@@ -1,0 +1,151 @@
+"""Models and what is known about them on disk, for evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from marlin_kernel.errors import CheckpointError, ConfigError
+from marlin_kernel.layer import Layer
+
+log = logging.getLogger(__name__)
+
+QUANTIZATION_REPORT = "quantization_report.json"
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+
+
+def load(
+    path: str, *, device: str = "cpu", dtype: torch.dtype | None = None, verify: bool = False
+) -> nn.Module:
+    """Load a packed or plain checkpoint as a causal language model in eval mode.
+
+    Raises CheckpointError if the checkpoint is missing, or if it is packed and its quantizer was
+    not applied: transformers then only warns, and leaves random weights behind.
+    """
+    from marlin_kernel import hf
+
+    local = Path(path).expanduser()
+    if not local.exists() and (local.is_absolute() or path.startswith(("./", "../", "~"))):
+        raise CheckpointError(f"{path} does not exist")
+    name = str(local) if local.exists() else path
+    try:
+        model = hf.load_model(name, device=device, dtype=dtype, verify=verify)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    check_quantizer_applied(model, name)
+    return model
+
+
+def is_packed(path: str) -> bool:
+    """Whether `path` is a local folder whose config announces packed layers we read."""
+    from marlin_kernel import hf
+
+    return hf.is_packed(Path(path).expanduser())
+
+
+def check_quantizer_applied(model: nn.Module, path: str) -> None:
+    """Raise CheckpointError if `path` announces packed layers that the model does not have."""
+    if not is_packed(path):
+        return
+    if not any(isinstance(module, Layer) for module in model.modules()):
+        raise CheckpointError(
+            f"{path} is a packed checkpoint, but none of its packed layers is in the model: its "
+            "weights would be random. Import marlin_kernel.hf before transformers loads it, or use "
+            "marlin_kernel.hf.load_model"
+        )
+
+
+def load_tokenizer(*paths: str | None) -> Any:
+    """The tokenizer of the first checkpoint that has one. Raises CheckpointError if none does."""
+    from marlin_kernel import hf
+
+    reasons = []
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            return hf.load_tokenizer(str(Path(path).expanduser()) if Path(path).exists() else path)
+        except (OSError, ValueError) as error:
+            reasons.append(f"{path}: {_first_line(error)}")
+    raise CheckpointError(f"no tokenizer found: {'; '.join(reasons)}")
+
+
+def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from "float16", "bfloat16", "float32"; "auto" and None give None."""
+    if name is None or isinstance(name, torch.dtype) or name == "auto":
+        return None if name == "auto" else name
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype={name!r} is not one of auto, float16, bfloat16, float32")
+    return dtype
+
+
+def choose_device(name: str | None) -> str:
+    """The device asked for; by default a GPU if torch sees one, else the CPU."""
+    cuda = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is not a torch device such as cpu or cuda:0") from error
+    if device.type == "cuda" and not cuda:
+        raise ConfigError(f"device={name!r}, but torch sees no GPU; use --device cpu")
+    return name
+
+
+def checkpoint_bytes(path: str) -> int | None:
+    """Bytes of the weight files of a local folder or file; None for a hub name."""
+    local = Path(path).expanduser()
+    if local.is_file():
+        return local.stat().st_size
+    if not local.is_dir():
+        return None
+    for pattern in WEIGHT_FILES:
+        found = list(local.glob(pattern))
+        if found:
+            return sum(file.stat().st_size for file in found)
+    return None
+
+
+def quantization_report(path: str | None) -> dict[str, Any] | None:
+    """What the quantizer wrote beside the packed checkpoint, or None."""
+    file = Path(path).expanduser() / QUANTIZATION_REPORT if path else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        log.warning("%s is not valid JSON (%s): left out of the report", file, error)
+        return None
+
+
+def row_name(path: str, dtype: torch.dtype | None, report: dict[str, Any] | None) -> str:
+    """Label of a checkpoint in tables: its dtype ("FP16"), or how it was quantized ("GPTQ INT4").
+
+    dtype: what a plain model was loaded in, or None if it was not loaded here.
+    """
+    quantization = _config(path).get("quantization_config")
+    if quantization and not path.endswith(".gguf"):
+        method = "RTN" if (report or {}).get("config", {}).get("nearest") else "GPTQ"
+        bits = (report or {}).get("config", {}).get("wbits") or quantization.get("bits", 4)
+        return f"{method} INT{bits}"
+    if dtype is None:
+        dtype = parse_dtype(_config(path).get("dtype") or _config(path).get("torch_dtype"))
+    return {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}.get(
+        dtype, "original"
+    )
+
+
+def _config(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser() / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
