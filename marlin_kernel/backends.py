@@ -43,9 +43,10 @@ class Selection:
 class Prepared:
     """Tensors of a layer in a layout: what `ops.gemm` takes.
 
-    weights: int8 [K, N] ("codes"), else int32 words; scales: float16; zeros: centred int8 [G, N]
-    ("codes"), int32 words ("marlin") or None; perm: int64 [K], activations are gathered by it (the
-    weight rows of an act-order layer are sorted by group), or None.
+    weights: int8 [K, N] ("codes"), else int32 words; scales: float16, natural ("codes") or in the
+    order of the layout; zeros: centred int8 [G, N] ("codes"), int32 words ("marlin") or None; perm:
+    int64 [K], activations are gathered by it (the weight rows of an act-order layer are sorted by
+    group), or None.
     """
 
     layout: str
@@ -128,12 +129,8 @@ def prepare(
     return Prepared(layout, words, scales, zeros, perm)
 
 
-def restore(prepared: Prepared, disk_scales: Tensor | None, spec: LayerSpec) -> dict[str, Tensor]:
-    """On-disk tensors of a prepared layer. Inverse of `prepare`.
-
-    disk_scales: `s` as it was, which the kernel layouts may have rounded to another dtype; not
-    needed for "codes".
-    """
+def restore(prepared: Prepared, spec: LayerSpec) -> dict[str, Tensor]:
+    """On-disk tensors of a prepared layer, by suffix. Inverse of `prepare`."""
     g_idx = None
     if prepared.perm is not None:
         g_idx = torch.empty(spec.k, dtype=torch.int32, device=prepared.perm.device)
@@ -147,32 +144,35 @@ def restore(prepared: Prepared, disk_scales: Tensor | None, spec: LayerSpec) -> 
         zeros = None if prepared.zeros is None else _uncentre(prepared.zeros, wtype)
         layer = QuantizedLinear(codes, prepared.scales, zeros, g_idx, None, wtype, spec.group_size)
         return formats.write(layer, "marlin", act_order=spec.act_order)
-    words = prepared.weights
+    words, scales = prepared.weights, prepared.scales
     if prepared.layout in _KERNEL_MODULES:
-        words = _invert_words(prepared, disk_scales, spec)
-    tensors = {"B": words, "s": disk_scales, "z": prepared.zeros, "g_idx": g_idx}
+        words, scales = _invert_layout(prepared, spec)
+    tensors = {"B": words, "s": scales, "z": prepared.zeros, "g_idx": g_idx}
     return {suffix: tensor for suffix, tensor in tensors.items() if tensor is not None}
 
 
-def _invert_words(prepared: Prepared, disk_scales: Tensor, spec: LayerSpec) -> Tensor:
-    """`B` from the words of a kernel layout, which are the same words in another order.
+def _invert_layout(prepared: Prepared, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """`B` and `s` from a kernel layout, which holds the same elements in another order.
 
-    The order is found by converting the numbers 0, 1, 2, ... in place of the words.
+    The order is found by converting the numbers 0, 1, 2, ... in their place.
     """
-    shape, _ = formats.tensor_shapes("marlin", spec)["B"]
-    words = prepared.weights.reshape(-1)
-    count = torch.arange(words.numel(), dtype=torch.int32, device=words.device)
-    order, _ = kernels(prepared.layout).convert_layout(
-        count.view(shape),
-        disk_scales,
+    shapes = formats.tensor_shapes("marlin", spec)
+    held = (prepared.weights.reshape(-1), prepared.scales.reshape(-1))
+    counts = [torch.arange(t.numel(), dtype=torch.int32, device=t.device) for t in held]
+    orders = kernels(prepared.layout).convert_layout(
+        counts[0].view(shapes["B"][0]),
+        counts[1].view(shapes["s"][0]),
         spec.k,
         spec.n,
         kernel_group_size(spec.group_size, spec.k),
         torch.float16,
     )
-    out = torch.empty_like(words)
-    out[order.reshape(-1).long()] = words
-    return out.view(shape)
+    stored = []
+    for values, order, suffix in zip(held, orders, ("B", "s"), strict=True):
+        out = torch.empty_like(values)
+        out[order.reshape(-1).long()] = values
+        stored.append(out.view(shapes[suffix][0]))
+    return stored[0], stored[1]
 
 
 def natural(

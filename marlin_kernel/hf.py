@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import formats
 from .checkpoint import MANIFEST, read_probe, verify_tensors
+from .checkpoint_files import read_json
 from .errors import CheckpointError
 from .formats import LayerSpec
 from .layer import Layer
@@ -191,10 +192,11 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a local folder that `load_model` reads into packed layers."""
-    if not (Path(path) / "config.json").is_file():
+    file = Path(path) / "config.json"
+    if not file.is_file():
         return False
-    config = AutoConfig.from_pretrained(path)
-    return _quantization_of(config).get("quant_method") in READABLE
+    quantization = read_json(file).get("quantization_config") or {}
+    return quantization.get("quant_method") in READABLE
 
 
 def _quantization_of(config: Any) -> dict[str, Any]:
@@ -226,6 +228,8 @@ def load_model(
         name = str(Path(name).parent)
         options["gguf_file"] = Path(path).name
         _require_file(Path(path))
+    elif not Path(path).is_dir() and name.startswith((".", "~", "/")):
+        raise CheckpointError(f"{name} is not a folder")
     if verify:
         _verify_tensors(Path(path))
     config = AutoConfig.from_pretrained(

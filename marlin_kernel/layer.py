@@ -168,8 +168,6 @@ class Layer(nn.Module):
         prepared = backends.prepare(layout, tensors, self.spec, dtype or torch.float16)
         self._drop(_STORED)
         self._drop(_PREPARED)
-        if layout in ("sm80", "sm90"):
-            self.register_buffer("s", tensors["s"])  # exact, whatever the kernel's scales are
         for name in _PREPARED:
             self.register_buffer(name, getattr(prepared, name), persistent=False)
         self.layout = layout
@@ -226,7 +224,7 @@ class Layer(nn.Module):
             held = {name: self._buffers.get(name) for name in _STORED}
         else:
             prepared = Prepared(self.layout, *(self._buffers[name] for name in _PREPARED))
-            held = backends.restore(prepared, self._buffers.get("s"), self.spec)
+            held = backends.restore(prepared, self.spec)
         held["bias"] = self.bias
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 

@@ -145,6 +145,37 @@ def test_generates_and_compiles(packed):
         torch.testing.assert_close(inner(x), model.model.layers[0].mlp(x))
 
 
+def test_gptq_files_of_other_tools(packed, tmp_path):
+    """As AutoGPTQ wrote them: no checkpoint_format, a bias in every layer, v2 zeros called v1."""
+    folder, token_ids, _ = packed
+    expected = hf.probe_logits(hf.load_model(folder), token_ids)
+    convert(folder, tmp_path / "gptq", "gptq", gptq_version=2)
+    file = tmp_path / "gptq/model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        path = name.removesuffix(".qweight")
+        tensors[f"{path}.bias"] = torch.zeros(tensors[name].shape[1], dtype=torch.float16)
+        tensors[f"{path}.g_idx"] = tensors[f"{path}.g_idx"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "damp_percent": 0.01}
+    config |= {"desc_act": True, "static_groups": True, "sym": True, "is_marlin_format": False}
+    edit_json(tmp_path / "gptq/config.json", quantization_config=config)
+    model = hf.load_model(tmp_path / "gptq")
+    assert len(layers_of(model)) == 14
+    # desc_act with groups in natural order needs no index
+    assert not any(layer.spec.act_order for layer in layers_of(model).values())
+    assert torch.equal(hf.probe_logits(model, token_ids), expected)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_map(packed, device_map):
+    pytest.importorskip("accelerate")
+    folder, token_ids, logits = packed
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device_map)
+    difference = (hf.probe_logits(model, token_ids) - logits).abs().max()
+    assert difference < hf.PROBE_TOLERANCE[torch.float32] * logits.abs().max()
+
+
 def test_plain_folder(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
@@ -239,7 +270,9 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
     assert "Unknown quantization type, got marlin" in result.stderr
 
 
-def test_gguf_file_must_exist(tmp_path):
+def test_files_must_exist(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+        hf.load_model(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="x.gguf does not exist"):
         hf.load_model(tmp_path / "x.gguf")
     with pytest.raises(CheckpointError, match="x.gguf does not exist"):
