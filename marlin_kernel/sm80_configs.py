@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -92,16 +93,21 @@ class Geometry:
 
 
 def geometry(
-    config: Sm80Config, m: int, n: int, k_padded: int, sms: int, batch_invariant: bool = False
+    config: Sm80Config,
+    m: int,
+    n: int,
+    k_padded: int,
+    blocks: int,
+    batch_invariant: bool = False,
 ) -> Geometry:
     """Launch geometry of C[m, n], m, n > 0. With batch_invariant the split knows only K and N.
 
+    blocks: how many the GPU runs at once (the sums of batch_invariant do not depend on it).
     Raises ConfigError if K is too large for the kernel.
     """
     columns = -(-n // config.tile_n)
     tiles = -(-m // config.tile_m) * columns
     k_tiles = -(-k_padded // config.tile_k)
-    blocks = sms * config.blocks_per_sm
     if batch_invariant:
         splits = max(1, min(k_tiles, FIXED_SPLIT_BLOCKS // columns))
         in_turn = tiles >= blocks or tiles * splits > 2 * blocks
@@ -119,42 +125,50 @@ def geometry(
 def _row(
     warp_m: int,
     warps: tuple[int, int, int],
+    tile_k: int,
     stages: int,
-    scale_weights: bool,
-    tile_k: int = 64,
+    *,
+    scale: str,
     blocks_per_sm: int = 1,
 ) -> Sm80Config:
-    return Sm80Config(warp_m, *warps, tile_k, stages, scale_weights, blocks_per_sm)
+    return Sm80Config(warp_m, *warps, tile_k, stages, scale == "weights", blocks_per_sm)
 
 
-# Tile shapes by tokens per block; warps are counted along tokens, features and k. Up to 32 tokens
-# two warps share a tile and split k, and groups are scaled in their sums; from 64 on the
-# accumulators of a warp fill its registers, weights are scaled, and more tokens mean more warps.
+# Tile shapes by tokens per block; warps are counted along tokens, features and k. Small token tiles
+# scale the sums of groups, large ones the weights. The last row is for GPUs whose blocks have less
+# than 128 KB of shared memory.
 CONFIGS = (
-    _row(8, (1, 4, 2), 6, False),
-    _row(16, (1, 4, 2), 5, False),
-    _row(32, (1, 4, 2), 4, False),
-    _row(64, (1, 4, 1), 4, True),
-    _row(64, (2, 4, 1), 3, True),
+    _row(8, (1, 4, 2), 128, 4, scale="sums", blocks_per_sm=2),
+    _row(16, (1, 4, 1), 128, 4, scale="sums", blocks_per_sm=2),
+    _row(16, (2, 4, 1), 128, 3, scale="sums"),
+    _row(32, (2, 4, 1), 128, 3, scale="weights"),
+    _row(32, (2, 4, 1), 64, 4, scale="weights"),
 )
 
-# The rows for batch_invariant: they differ along tokens only, so that every row of a result is
-# summed in the same order whichever of them computes it.
+# The rows for batch_invariant, in families. Those of one family differ along tokens only, so that
+# every row of a result is summed in the same order whichever of them computes it.
 BATCH_INVARIANT_CONFIGS = (
-    _row(8, (1, 4, 1), 6, True, blocks_per_sm=2),
-    _row(16, (1, 4, 1), 5, True, blocks_per_sm=2),
-    _row(32, (1, 4, 1), 4, True, blocks_per_sm=2),
-    *CONFIGS[3:],
+    (
+        _row(8, (1, 4, 1), 128, 4, scale="weights", blocks_per_sm=2),
+        _row(16, (1, 4, 1), 128, 4, scale="weights", blocks_per_sm=2),
+        _row(16, (2, 4, 1), 128, 3, scale="weights"),
+        CONFIGS[3],
+    ),
+    (
+        _row(8, (1, 4, 1), 64, 6, scale="weights"),
+        _row(16, (2, 4, 1), 64, 5, scale="weights"),
+        CONFIGS[4],
+    ),
 )
 
 
 def supported_configs() -> tuple[Sm80Config, ...]:
     """Every row that `select_config` can return."""
-    return tuple(dict.fromkeys(CONFIGS + BATCH_INVARIANT_CONFIGS))
+    return tuple(dict.fromkeys((*CONFIGS, *chain(*BATCH_INVARIANT_CONFIGS))))
 
 
 def shipped_sources() -> list[KernelSource]:
-    """Every kernel that `gemm` can ask for."""
+    """Every kernel that `sm80_path.gemm` can ask for."""
     return [
         config.source(dtype, group_size)
         for config in supported_configs()
@@ -164,10 +178,22 @@ def shipped_sources() -> list[KernelSource]:
 
 
 def select_config(m: int, group_size: int, shared_limit: int, batch_invariant: bool) -> Sm80Config:
-    """The row for m tokens: the smallest tile that takes them all, else the largest that fits.
+    """The row for m tokens: the smallest tile that takes them all, else the largest.
 
     shared_limit: bytes of shared memory that a block may have; group_size 0: one scale per feature.
+    A family of batch-invariant rows is taken as a whole, for every m. Raises ConfigError if nothing
+    fits.
     """
-    rows = BATCH_INVARIANT_CONFIGS if batch_invariant else CONFIGS
-    fitting = [row for row in rows if row.shared_bytes(group_size) <= shared_limit]
-    return next((row for row in fitting if row.tile_m >= m), fitting[-1])
+
+    def fits(row: Sm80Config) -> bool:
+        # of any group size: the choice should not depend on it
+        return max(row.shared_bytes(32), row.shared_bytes(group_size)) <= shared_limit
+
+    if batch_invariant:
+        rows = next((family for family in BATCH_INVARIANT_CONFIGS if all(map(fits, family))), ())
+    else:
+        rows = tuple(filter(fits, CONFIGS))
+    if not rows:
+        raise ConfigError(f"no kernel fits {shared_limit} bytes of shared memory per block")
+    largest = max(row.tile_m for row in rows)
+    return next(row for row in rows if row.tile_m >= min(m, largest))

@@ -21,10 +21,19 @@ from torch import Tensor
 from marlin_kernel import launch
 from marlin_kernel.compiler import KernelSource, compile_kernel
 from marlin_kernel.layout import unpermute_columns
-from marlin_kernel.sm80_configs import SCALARS, Geometry, Sm80Config, geometry, select_config
+from marlin_kernel.sm80_configs import (
+    CONFIGS,
+    SCALARS,
+    Geometry,
+    Sm80Config,
+    geometry,
+    select_config,
+)
 
 # ---- launching ---------------------------------------------------------------------------------
 
+RESERVED_SHARED_BYTES = 1024  # of each block, by the system
+MAX_TILE_M = max(config.tile_m for config in CONFIGS)
 _PROBLEM = struct.Struct("<7Qq7i4x")  # sm80::Problem
 
 
@@ -58,10 +67,18 @@ def _load(config: Sm80Config, dtype: torch.dtype, group_size: int, index: int) -
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int]:
-    """Multiprocessors and the shared memory that one block may have, in bytes."""
+def _select(index: int, m: int, group_size: int, batch_invariant: bool) -> Sm80Config:
+    limit = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return select_config(m, group_size, limit, batch_invariant)
+
+
+@functools.cache
+def _blocks(index: int, config: Sm80Config, group_size: int) -> int:
+    """Blocks of a kernel that the device runs at once."""
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    per_block = config.shared_bytes(group_size) + RESERVED_SHARED_BYTES
+    fitting = properties.shared_memory_per_multiprocessor // per_block
+    return properties.multi_processor_count * max(1, min(config.blocks_per_sm, fitting))
 
 
 @dataclass(frozen=True)
@@ -200,10 +217,10 @@ def gemm(
                 config=config,
             )
     group_size = group_size if scales.shape[0] > 1 else 0
-    sms, shared_limit = _device(index)
     if config is None:
-        config = select_config(m, group_size, shared_limit, batch_invariant)
-    need = geometry(config, m, n, k_padded, sms, batch_invariant)
+        config = _select(index, min(m, MAX_TILE_M), group_size, batch_invariant)
+    blocks = _blocks(index, config, group_size)
+    need = geometry(config, m, n, k_padded, blocks, batch_invariant)
     stream = torch._C._cuda_getCurrentRawStream(index)
     workspace = _workspace(index, stream, need)
     plan = _plan(config, a.dtype, group_size, index, stream, need.grid)

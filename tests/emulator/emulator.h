@@ -93,6 +93,7 @@ struct Block {
 
 struct Cluster {
   int arrived = 0;
+  int alive = 0;  // threads that have not returned
   unsigned generation = 0;
 };
 
@@ -342,13 +343,17 @@ inline void wait_groups(int pending) {
 // ---- clusters ----
 inline Cluster& cluster() { return S.clusters[S.fiber->block->cluster]; }
 inline uint32_t cluster_rank() { return S.fiber->block->number % S.cluster_size; }
-inline void cluster_arrive() {
-  Cluster& c = cluster();
-  S.fiber->cluster_phase = c.generation;
-  if (++c.arrived == S.cluster_size * S.fiber->block->threads) {
+inline void cluster_update(Cluster& c) {
+  if (c.arrived > 0 && c.arrived == c.alive) {
     c.arrived = 0;
     c.generation++;
   }
+}
+inline void cluster_arrive() {
+  Cluster& c = cluster();
+  S.fiber->cluster_phase = c.generation;
+  c.arrived++;
+  cluster_update(c);
 }
 inline void cluster_wait() {
   Cluster& c = cluster();
@@ -371,6 +376,8 @@ inline bool blocked(const Fiber& f) {
 extern "C" inline void emu_entry() {
   S.body();
   S.fiber->done = true;
+  cluster().alive--;  // those who have returned are not waited for
+  cluster_update(cluster());
   for (;;) suspend();
 }
 
@@ -400,6 +407,7 @@ inline void make_blocks(std::vector<Fiber>& fibers) {
     block.warpgroups.resize((threads + 127) / 128);
     block.shared = static_cast<char*>(aligned_alloc(1024, bytes ? bytes : 1024));
     block.cluster = b / S.cluster_size;
+    S.clusters[block.cluster].alive += threads;
     memset(block.shared, 0xff, bytes);
     for (int t = 0; t < threads; t++) {
       Fiber& f = fibers[size_t(b) * threads + t];

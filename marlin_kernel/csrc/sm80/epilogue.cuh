@@ -4,6 +4,7 @@
 #include "ptx/barrier.cuh"
 #include "sm80/mainloop.cuh"
 #include "sm80/partition.cuh"
+#include "sm80/shared_storage.cuh"
 #include "sm80/tile_config.cuh"
 
 namespace sm80 {

@@ -10,6 +10,7 @@
 #include "sm80/mainloop.cuh"
 #include "sm80/partition.cuh"
 #include "sm80/reduce.cuh"
+#include "sm80/shared_storage.cuh"
 #include "sm80/tile_config.cuh"
 
 namespace sm80 {

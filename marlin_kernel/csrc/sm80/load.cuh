@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ptx/cp_async.cuh"
+#include "sm80/shared_storage.cuh"
 #include "sm80/tile_config.cuh"
 
 namespace sm80 {

@@ -5,6 +5,7 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 #include "sm80/load.cuh"
+#include "sm80/shared_storage.cuh"
 #include "sm80/tile_config.cuh"
 
 namespace sm80 {
@@ -102,7 +103,7 @@ __device__ __forceinline__ void multiply_stage(const SharedStorage<Config>& shar
   Accumulators<Config>& sums = SCALE_SUMS ? group_sums : total;
   if constexpr (SCALE_SUMS) group_sums.clear();
   uint4 scales = {};
-#pragma unroll(Config::UNROLL)
+#pragma unroll
   for (int i = 0; i < Config::STEPS; ++i) {
     const int step = place.warp_k * Config::STEPS + i;
     if constexpr (Config::GROUPED) {

@@ -40,15 +40,13 @@ class Partition {
         column_tiles_(column_tiles),
         k_tiles_(k_tiles),
         splits_(splits),
-        in_turn_(in_turn) {
-    tiles_ = token_tiles * column_tiles;
+        in_turn_(in_turn),
+        tiles_(token_tiles * column_tiles) {
     const long long iterations = static_cast<long long>(tiles_) * k_tiles;
     blocks_ = iterations < grid ? static_cast<int>(iterations) : grid;
-    if (splits == 0 && blocks_ > 0) {
-      const int waves = tiles_ / blocks_;
-      whole_waves_ = tiles_ % blocks_ == 0 ? waves : waves > 0 ? waves - 1 : 0;
-      shared_iterations_ = static_cast<unsigned>(tiles_ - whole_waves_ * blocks_) * k_tiles;
-    }
+    const int waves = tiles_ / blocks_;
+    whole_waves_ = tiles_ % blocks_ == 0 ? waves : waves > 0 ? waves - 1 : 0;
+    shared_iterations_ = static_cast<unsigned>(tiles_ - whole_waves_ * blocks_) * k_tiles;
   }
 
   // The unit number `index` (0, 1, ...) of `block`; false after its last one.
@@ -135,9 +133,9 @@ class Partition {
   int token_tiles_, column_tiles_, k_tiles_, splits_;
   bool in_turn_;
   int tiles_;
-  int blocks_;                      // blocks that have work
-  int whole_waves_ = 0;             // tiles that every block computes alone
-  unsigned shared_iterations_ = 0;  // k tiles of all the other tiles
+  int blocks_;                  // blocks that have work
+  int whole_waves_;             // tiles that every block computes alone
+  unsigned shared_iterations_;  // k tiles of all the other tiles
 };
 
 }  // namespace sm80

@@ -6,6 +6,7 @@
 #include "ptx/barrier.cuh"
 #include "sm80/mainloop.cuh"
 #include "sm80/partition.cuh"
+#include "sm80/shared_storage.cuh"
 #include "sm80/tile_config.cuh"
 
 namespace sm80 {
@@ -88,6 +89,27 @@ class BlockReduction {
     for (int i = 0; i < Config::FRAGMENTS; ++i) add(fragment(acc, i), ptx::load_l2(from + i * WARP));
   }
 
+  // Adds all parts in order. The loads of several parts are under way at once: one after the other, their
+  // latencies would add up to more than a small multiplication takes.
+  __device__ __forceinline__ void add_all(const Unit& u, Accumulators<Config>& acc) {
+    constexpr int AT_ONCE = Config::FRAGMENTS < 16 ? 16 / Config::FRAGMENTS : 1;
+    int part = 0;
+    for (; part + AT_ONCE <= u.parts; part += AT_ONCE) {
+      float4 v[AT_ONCE][Config::FRAGMENTS];
+#pragma unroll
+      for (int p = 0; p < AT_ONCE; ++p) {
+        const float4* from = slot(u, part + p);
+#pragma unroll
+        for (int i = 0; i < Config::FRAGMENTS; ++i) v[p][i] = ptx::load_l2(from + i * WARP);
+      }
+#pragma unroll
+      for (int p = 0; p < AT_ONCE; ++p)
+#pragma unroll
+        for (int i = 0; i < Config::FRAGMENTS; ++i) add(fragment(acc, i), v[p][i]);
+    }
+    for (; part < u.parts; ++part) add_from(slot(u, part), acc);
+  }
+
   // All parts come to this very thread one after the other: the slot carries the sum so far.
   __device__ __forceinline__ bool complete_in_turn(const Unit& u, Accumulators<Config>& acc) {
     float4* carry = slot(u, 0);
@@ -108,7 +130,7 @@ class BlockReduction {
     if (arrived != u.parts - 1) return false;
     ptx::device_fence();
     acc.clear();
-    for (int part = 0; part < u.parts; ++part) add_from(slot(u, part), acc);
+    add_all(u, acc);
     if (place_.lane == 0) *counter = 0;
     return true;
   }

@@ -17,7 +17,7 @@ constexpr int CHUNK = 8;          // 16-bit elements in one 16-byte copy
 constexpr int STAGING_PAD = 8;    // elements that shift the rows of the output staging by 4 banks
 
 template <class Scalar_,     // __half or __nv_bfloat16: activations, bias, output (scales are __half)
-          int WARP_M_,       // tokens of one warp: 8, 16, 32 or 64
+          int WARP_M_,       // tokens of one warp: 8, 16 or 32
           int WARPS_M_,      // warps along tokens
           int WARPS_N_,      // warps along features
           int WARPS_K_,      // warps that share one output tile and split each stage along k
@@ -43,9 +43,6 @@ struct TileConfig {
   static constexpr int TOKEN_TILES = WARP_M / MMA_TOKENS;  // mma of one warp along tokens
   static constexpr int STEPS = TILE_K / MMA_K / WARPS_K;   // k16 steps of one warp in one stage
 
-  // Steps that the compiler may interleave: with 64 tokens the accumulators leave no registers for more.
-  static constexpr int UNROLL = WARP_M < 64 ? STEPS : 1;
-
   static constexpr bool GROUPED = GROUP_SIZE > 0;
   static constexpr int SCALE_ROWS = !GROUPED ? 0 : TILE_K > GROUP_SIZE ? TILE_K / GROUP_SIZE : 1;
   static constexpr int GROUP_STEPS = GROUPED ? GROUP_SIZE / MMA_K : STEPS;  // k16 steps per scale
@@ -57,34 +54,15 @@ struct TileConfig {
   static constexpr int FRAGMENTS = ROW_TILES * TOKEN_TILES;  // accumulator fragments of one thread
 
   static_assert(WARP_M == 8 || WARP_M % 16 == 0, "one ldmatrix.x2 or whole ldmatrix.x4 per k16 step");
-  static_assert(WARP_M <= 64, "the accumulators of 64 tokens fill 128 registers");
+  static_assert(WARP_M <= 32, "the accumulators of 64 tokens fill half of the registers and spill");
   static_assert(TILE_K % 64 == 0, "the swizzle permutes the eight 16-byte chunks of 64 elements");
   static_assert(TILE_K % (MMA_K * WARPS_K) == 0, "every warp takes whole k16 steps of a stage");
-  static_assert(!GROUPED || SCALE_WEIGHTS || WARP_M <= 32,
-                "a group's own sums beside the total ones would not fit the registers");
   static_assert(STAGES >= 2, "one stage is read while another one lands");
   static_assert(!GROUPED || TILE_K % GROUP_SIZE == 0 || GROUP_SIZE % TILE_K == 0,
                 "a stage holds whole groups or lies inside one");
   static_assert(!GROUPED || GROUP_STEPS % STEPS == 0 || STEPS % GROUP_STEPS == 0,
                 "a warp's steps hold whole groups or lie inside one");
   static_assert(THREADS <= 1024, "hardware limit");
-};
-
-// Everything the kernel keeps in shared memory. The ring carries, per stage, all that one k tile needs:
-// weights, activations and that tile's own scales, so no stage ever reads another stage's data. The two
-// regions of the epilogue are apart from the ring: copies for the next tile run on while they are used.
-template <class Config>
-struct alignas(128) SharedStorage {
-  uint4 weights[Config::STAGES][Config::WEIGHT_CHUNKS];
-  uint4 activations[Config::STAGES][Config::TOKEN_CHUNKS];
-  uint4 scales[Config::GROUPED ? Config::STAGES : 1][Config::GROUPED ? Config::SCALE_CHUNKS : 1];
-  // partial sums of the warps with warp_k > 0
-  float4 reduction[Config::WARPS_K > 1 ? (Config::WARPS_K - 1) * Config::OUTPUT_WARPS *
-                                             Config::FRAGMENTS * WARP
-                                       : 1];
-  // one mma of tokens per output warp, on its way from fragments to rows
-  typename Config::Scalar staging[Config::OUTPUT_WARPS]
-                                 [MMA_TOKENS * (WARP_FEATURES + STAGING_PAD)];
 };
 
 // Sizes and addresses of one multiplication C[M, N] = A[M, K] W[K, N] (+ bias): the kernel's argument.
