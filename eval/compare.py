@@ -10,7 +10,7 @@ import torch
 
 from eval.loading import checkpoint_bytes, load, load_tokenizer
 from eval.perplexity import evaluate_models
-from eval.report import Report, Row, divergence_table, perplexity_table
+from eval.report import Cell, Report, Row, Table, divergence_table, perplexity_table
 
 BASELINE = "original"
 
@@ -63,30 +63,29 @@ def compare(
 def print_table(rows: Sequence[Row]) -> None:
     """Perplexities, and divergences where there are several rows, as plain text."""
     report = Report(model="", rows=rows)
-    tables = [perplexity_table(report)] + ([divergence_table(report)] if len(rows) > 1 else [])
-    for table in tables:
-        print()
-        print(_text(table))
+    for title, table in (
+        ("perplexity", perplexity_table(report)),
+        ("against the original", divergence_table(report)),
+    ):
+        if table.lines:
+            print("\n" + _text(title, table))
+    print()
     for result in rows[0].perplexity:
         print(
-            f"{result.dataset}: {result.protocol}; length {result.seqlen}, {result.tokens:,} tokens"
+            f"{result.dataset}: {result.protocol}; length {result.seqlen}; {result.tokens:,} tokens"
         )
 
 
-def _text(table: Any) -> str:
-    grid = [[str(cell) for cell in table.header]]
-    grid += [["" if cell is None else _cell(cell) for cell in row] for row in table.rows]
+def _text(title: str, table: Table) -> str:
+    grid = [[title, *(heading for heading, _ in table.columns)]]
+    for name, cells in table.lines:
+        grid.append([name, *(" ".join(_parts(cell)) for cell in cells)])
     widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
     return "\n".join(
-        "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in grid
     )
 
 
-def _cell(cell: Any) -> str:
-    if isinstance(cell, str):
-        return cell
-    return " ".join(part for part in (cell.value, cell.delta) if part)
+def _parts(cell: Cell | None) -> list[str]:
+    return [] if cell is None else [part for part in (cell.value, cell.error, cell.delta) if part]

@@ -1,14 +1,66 @@
 """Launcher: `python gptq/llama2.py CKPT --wbits 4 --save OUT`. Composes quantizer and evaluation."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":  # run as a script: the folder of this file must not shadow packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+if TYPE_CHECKING:
+    from gptq.config import QuantizeConfig
+
+
+def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str, Any] | None):
+    """Perplexity of the packed model (of the original with wbits=16); with --report, of both."""
+    from eval.compare import compare, print_table
+    from gptq.models import resolve_source
+    from gptq.run import choose_device, choose_dtype, choose_seqlen
+    from transformers import AutoConfig
+
+    if not config.eval:
+        return
+    device = choose_device(config)
+    folder = resolve_source(config.checkpoint)
+    models = {}
+    if packed is None or config.report is not None:
+        models["original"] = folder
+    if packed is not None:
+        method = "RTN" if config.nearest else "GPTQ"
+        models[f"{method} INT{config.wbits}"] = packed
+    rows = compare(
+        models,
+        config.eval,
+        seqlen=choose_seqlen(config, AutoConfig.from_pretrained(folder)),
+        device=device,
+        dtype=choose_dtype(config, folder, device),
+        data_dir=config.data_dir,
+        max_tokens=config.eval_tokens,
+        quantization={} if quantization is None else {list(models)[-1]: quantization},
+    )
+    print_table(rows)
+    if config.report is not None:
+        from eval.report import Report, write_report
+        from gptq.run import environment
+
+        target = Path(config.report or (packed or Path("report")) / "report")
+        paths = write_report(
+            target,
+            Report(
+                model=Path(config.checkpoint).name,
+                rows=rows,
+                quantization=quantization,
+                settings=config.as_dict(),
+                environment=environment(device),
+                command="python gptq/llama2.py " + " ".join(sys.argv[1:]),
+            ),
+        )
+        print(f"report: {paths['html']}")
+
 
 def main() -> None:
-    from eval.compare import evaluate
     from gptq.cli import main as run
 
     raise SystemExit(run(evaluate=evaluate))

@@ -104,6 +104,29 @@ def table(results: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def write(args: argparse.Namespace, recipe: dict, device: torch.device, results: list) -> None:
+    """accuracy.json and accuracy.md with all results so far."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "command": f"python scripts/bench_accuracy.py {Path(args.model).name} "
+        f"--c4 {args.c4.name} --wiki {args.wiki.name}",
+        "environment": environment(device),
+        "model": Path(args.model).name,
+        "calibration": f"{recipe['rows']} rows of {recipe['row_length']} tokens",
+        "results": results,
+    }
+    text = json.dumps(facts, indent=1) + "\n"
+    (args.out / "accuracy.json").write_text(text, encoding="utf-8")
+    heading = (
+        f"# Accuracy of quantization recipes\n\n{facts['model']}, group size "
+        f"{recipe['groupsize']} unless said, {facts['calibration']}; "
+        f"{facts['environment'].get('gpu', 'CPU')}, torch {torch.__version__}. Protocol: "
+        "`scripts/bench_accuracy.py`. KL and top-1 against full precision on the same tokens "
+        "(wiki 32,752, C4 16,376 predictions).\n\n"
+    )
+    (args.out / "accuracy.md").write_text(heading + table(results) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder, hub name or GGUF file")
@@ -144,24 +167,8 @@ def main() -> None:
                 parameter.copy_(original[parameter_name])
         spent = quantize(model, folder, config, rows[:count])
         results.append({"name": name, **score(True), **spent, "settings": config.fingerprint()})
+        write(args, recipe, device, results)  # after every variant: a long run may be cut short
         print(table(results[-1:]).split("\n")[-1], f"{spent['seconds']:.0f} s", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "command": f"python scripts/bench_accuracy.py {Path(args.model).name} "
-        f"--c4 {args.c4.name} --wiki {args.wiki.name}",
-        "environment": environment(device),
-        "model": Path(args.model).name,
-        "calibration": f"{recipe['rows']} rows of {recipe['row_length']} tokens",
-        "results": results,
-    }
-    (args.out / "accuracy.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    heading = (
-        f"# Accuracy of quantization recipes\n\n{facts['model']}, group size {recipe['groupsize']} unless "
-        f"said, {facts['calibration']}; {facts['environment'].get('gpu', 'CPU')}, torch "
-        f"{torch.__version__}. Protocol: `scripts/bench_accuracy.py`. KL and top-1 against full precision "
-        "on the same tokens (wiki 32,752, C4 16,376 predictions).\n\n"
-    )
-    (args.out / "accuracy.md").write_text(heading + table(results) + "\n", encoding="utf-8")
     print(f"\n{args.out / 'accuracy.md'}")
 
 
