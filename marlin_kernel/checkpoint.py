@@ -124,7 +124,7 @@ class CheckpointWriter:
         shutil.rmtree(self._folder, ignore_errors=True)  # gone already if finish() succeeded
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a plain tensor under its full name."""
+        """Add a plain tensor under its full name. Its values must not change until `finish`."""
         if name in self._hashes:
             raise CheckpointError(f"tensor {name} was added twice")
         tensor = tensor.detach().cpu().contiguous()
@@ -236,6 +236,12 @@ class CheckpointWriter:
         }
 
     def _write_shard(self) -> None:
+        seen: set[int] = set()
+        for name, tensor in self._pending.items():
+            storage = tensor.untyped_storage().data_ptr()
+            if storage in seen:  # safetensors refuses tensors that share memory
+                self._pending[name] = tensor.clone()
+            seen.add(storage)
         save_file(self._pending, self._folder / f"shard-{len(self._shards)}", {"format": "pt"})
         self._shards.append(list(self._pending))
         self._bytes += self._pending_bytes

@@ -39,13 +39,24 @@ def multiply(
     dtype is: torch's float16 products there are 50 times slower.
     """
     if rows.device.type != "cpu":
-        out = torch.mm(rows, dequantize(codes, scales, zeros, group_size).to(rows.dtype))
-        return out if bias is None else out.add_(bias)
+        return _multiply_at_once(rows, codes, scales, zeros, bias, group_size)
     if _int4_fits(rows, codes, zeros, group_size, wtype):
         packed, scales_and_zeros = _int4_copy(codes, scales)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
         return out if bias is None else out.add_(bias)
     return _multiply_blocks(rows.float(), codes, scales, zeros, bias, group_size).to(rows.dtype)
+
+
+def _multiply_at_once(
+    rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    out = torch.mm(rows, dequantize(codes, scales, zeros, group_size).to(rows.dtype))
+    return out if bias is None else out.add_(bias)
 
 
 def _multiply_blocks(

@@ -157,9 +157,9 @@ class QuantizedLinear:
 
     def to(self, device: torch.device | str) -> QuantizedLinear:
         """The same layer on another device."""
-        move = lambda t: None if t is None else t.to(device)  # noqa: E731
         tensors = (self.codes, self.scales, self.zeros, self.g_idx, self.bias)
-        return QuantizedLinear(*map(move, tensors), self.weight_type, self.group_size)
+        moved = (None if tensor is None else tensor.to(device) for tensor in tensors)
+        return QuantizedLinear(*moved, self.weight_type, self.group_size)
 
 
 def _natural_groups(like: Tensor, group_size: int) -> Tensor:

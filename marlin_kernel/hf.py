@@ -249,7 +249,7 @@ def load_model(
         name, config=config, output_loading_info=True, **options
     )
     _check_loaded(model, info, packed)
-    if "gguf_file" in options:  # the model is an ordinary one now
+    if "gguf_file" in options and hasattr(model, "hf_quantizer"):  # an ordinary model now
         model.hf_quantizer.remove_quantization_config(model)
     model.eval().requires_grad_(False)
     model.to(device)

@@ -13,7 +13,8 @@ from . import backends, formats, ops
 from .backends import Prepared, Selection
 from .errors import ConfigError
 from .formats import LayerSpec, QuantizedLinear
-from .weight_types import normalize_group_size, weight_type
+from .weight_types import normalize_group_size
+from .weight_types import weight_type as lookup
 
 _STORED = ("B", "s", "z", "g_idx")  # on-disk tensors; "bias" is the same in every layout
 _PREPARED = ("weights", "scales", "zeros", "perm")
@@ -47,7 +48,7 @@ class Layer(nn.Module):
         Raises ConfigError for an unknown weight type or group size.
         """
         super().__init__()
-        wtype = _weight_type(weight_type)
+        wtype = lookup(weight_type)
         group_size = normalize_group_size(group_size, in_features)
         act_order = act_order and group_size < in_features
         self.spec = LayerSpec(in_features, out_features, wtype, group_size, act_order, bias)
@@ -267,10 +268,6 @@ class Layer(nn.Module):
         super()._load_from_state_dict(*args)
         if prepared:
             self.prepare(self._dtype)
-
-
-def _weight_type(name: str):  # the parameter of __init__ hides the function
-    return weight_type(name)
 
 
 def replace_linear(

@@ -20,7 +20,8 @@ _SCHEMA = (
     "gemm(Tensor a, Tensor weights, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
     "int k, int n, int group_size, str weight_type, str layout, bool batch_invariant) -> Tensor"
 )
-_ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+_KERNEL_ACTIVATIONS = (torch.float16, torch.bfloat16)
+_ACTIVATIONS = (*_KERNEL_ACTIVATIONS, torch.float32)
 
 
 def _gemm(
@@ -109,6 +110,11 @@ def _run_kernel(
     layout: str,
     batch_invariant: bool,
 ) -> Tensor:
+    if rows.dtype not in _KERNEL_ACTIVATIONS:
+        raise ConfigError(
+            f"the {layout} kernels do not take activations of {rows.dtype}; convert them to "
+            "float16 or bfloat16, or call the layer's prepare() with this dtype"
+        )
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = rows.new_empty(rows.shape[0], n)

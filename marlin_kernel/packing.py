@@ -14,11 +14,9 @@ from .errors import ConfigError
 from .layout import TILE_K, TILE_N, words_shape
 from .weight_types import WeightType
 
-# Axes of a tile. The four bits of k in a tile are (kh, kq, kq, kl) = 8 kh + 2 kq + kl; a lane of
-# the warp is 4 nq + kq, with nq the low three bits of n. What is left of n counts 8-column
-# fragments: 4 bits keep its lowest bit (nl) inside the word. Words are ordered (k tile, n block,
-# lane, j).
-#                      k tile, kh, kq, kl, n block, j, nl, nq
+# Axes of a tile, slowest first. Its row is k = 8 kh + 2 kq + kl; its column is n = 8 * (...) + nq,
+# and what counts the 8-column fragments is j for 8 bits, and 2 j + nl for 4 bits, where nl lies
+# inside the word. Words are ordered (k tile, n block, lane, j) with lane = 4 nq + kq.
 _AXES_4 = (2, 4, 2, 4, 2, 8)  # kh, kq, kl | j, nl, nq
 _AXES_8 = (2, 4, 2, 8, 8)  # kh, kq, kl | j, nq
 

@@ -131,6 +131,20 @@ def test_verify_names_the_tensors_that_differ(tmp_path):
     ]
 
 
+def test_tensors_that_share_memory_are_written_apart(tmp_path):
+    weight = torch.arange(12.0)
+    with CheckpointWriter(tmp_path / "out", SCHEME) as writer:
+        writer.add("a", weight)
+        writer.add("b", weight)
+        writer.add("c", weight[4:8])
+        writer.add("empty", torch.zeros(0))
+        writer.add("nothing", torch.zeros(0))
+        writer.finish({})
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert torch.equal(checkpoint["b"], weight) and torch.equal(checkpoint["c"], weight[4:8])
+    assert verify_tensors(tmp_path / "out") == []
+
+
 def test_tensor_hash_depends_on_dtype_shape_and_values():
     x = torch.arange(6, dtype=torch.int32)
     hashes = {tensor_hash(t) for t in (x, x.view(2, 3), x.view(torch.float32), x + 1)}

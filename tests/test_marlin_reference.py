@@ -77,6 +77,19 @@ def test_multiply_by_blocks(monkeypatch, block, dtype):
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_multiply_at_once(bias):
+    """The fallback of GPUs, which runs on any device."""
+    from marlin_kernel.dense import _multiply_at_once
+
+    layer = random_layer(100, 40, WEIGHT_TYPES["uint4"], 32, bias=bias)
+    codes, zeros = centred(layer)
+    rows = torch.randn(5, 100)
+    out = _multiply_at_once(rows, codes, layer.scales, zeros, layer.bias, layer.group_size)
+    expected = reference.matmul(rows, layer.dequantize(), layer.bias)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_int4_kernel_of_torch_agrees():
     from marlin_kernel import dense
 
