@@ -1,0 +1,149 @@
+"""Scale and zero search of one group: ranges, clipping, signs, fp16 scales."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq.grid import GridOptions, quantize_to_codes, search_grid
+from marlin_kernel import WEIGHT_TYPES, reference
+from marlin_kernel.reference import MIN_SCALE, round_scales
+from marlin_kernel.weight_types import WeightType
+
+U4B8 = WEIGHT_TYPES["uint4b8"]
+TYPES = pytest.mark.parametrize("wtype", WEIGHT_TYPES.values(), ids=lambda t: t.name)
+
+
+def groups(count: int = 3, g: int = 32, n: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights [G, g, N] with a few outliers, and upper triangular factors [G, g, g]."""
+    draw = torch.Generator().manual_seed(seed)
+    w = torch.randn(count, g, n, generator=draw)
+    w[:, 5, ::3] *= 4
+    factor = torch.randn(count, g, g, generator=draw).triu() * 0.3
+    factor.diagonal(dim1=1, dim2=2).add_(1)
+    return w, factor
+
+
+def error(w: Tensor, factor: Tensor | None, wtype: WeightType, scales: Tensor, zeros: Tensor):
+    """float64 [G, N]: |e R|² of every group and output."""
+    s, z = scales[:, None], zeros[:, None]
+    e = ((quantize_to_codes(w, s, z, wtype.levels) - z) * s - w).double()
+    if factor is not None:
+        e = factor.double().transpose(1, 2) @ e
+    return e.square().sum(1)
+
+
+@TYPES
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_clipping_is_never_worse_than_no_clipping(wtype, weighted, signed):
+    w, factor = groups()
+    factor = factor if weighted else None
+    options = GridOptions(signed=signed)
+    whole = search_grid(w, factor, wtype, replace(options, clip=False))
+    clipped = search_grid(w, factor, wtype, options)
+    before, after = (error(w, factor, wtype, *found) for found in (whole, clipped))
+    assert bool((after <= before * (1 + 1e-5)).all())
+    if wtype.bits == 4:  # 8 bits have little to gain
+        assert float(after.sum()) < 0.98 * float(before.sum())
+
+
+@TYPES
+def test_search_takes_the_best_of_all_its_candidates(wtype):
+    """The weighting must reach the choice: candidates compared under another norm lose."""
+    w, factor = groups(count=2, n=10)
+    options = GridOptions(clip_steps=7, clip_min=0.4, signed=False)
+    scales, zeros = search_grid(w, factor, wtype, options)
+    step, zero = search_grid(w, None, wtype, replace(options, clip=False))
+    exact = 2 * w.abs().amax(1) / (wtype.levels - 1)
+    if not wtype.symmetric:
+        exact = (w.amax(1) - w.amin(1)) / (wtype.levels - 1)
+    assert torch.equal(step, round_scales(exact)) and torch.equal(zeros, zero)
+    trials = [round_scales(exact * s) for s in torch.linspace(1, 0.4, 7).tolist()]
+    least = torch.stack([error(w, factor, wtype, t, zero) for t in trials]).amin(0)
+    torch.testing.assert_close(error(w, factor, wtype, scales, zeros), least, rtol=1e-4, atol=0)
+    plain = search_grid(w, None, wtype, options)[0]
+    if wtype.bits == 4:
+        assert not torch.equal(scales, plain)  # the weights of the inputs matter here
+
+
+def test_search_with_both_signs_contains_each_sign():
+    """A search over positive scales only can beat it nowhere."""
+    w, factor = groups(n=200)
+    options = GridOptions()
+    scales, zeros = search_grid(w, factor, U4B8, options)
+    assert bool((scales < 0).any()) and bool((scales > 0).any())
+    found = error(w, factor, U4B8, scales, zeros)
+    largest = w.abs().amax(1) / 8
+    for sign in (1, -1):
+        for shrink in torch.linspace(1, options.clip_min, options.clip_steps).tolist():
+            trial = error(w, factor, U4B8, round_scales(sign * largest * shrink), zeros)
+            assert bool((found <= trial * (1 + 1e-4)).all())
+    unsigned = search_grid(w, factor, U4B8, replace(options, signed=False))
+    assert float(found.sum()) < float(error(w, factor, U4B8, *unsigned).sum())
+
+
+@pytest.mark.parametrize("end", [-1.0, 1.0])
+def test_the_larger_end_gets_the_extra_level(end):
+    """Unclipped, the largest weight of either sign is reproduced (up to the scale's rounding)."""
+    w, _ = groups()
+    w.clamp_(-5, 5)
+    w[:, 7] = 6.0 * end
+    options = GridOptions(clip=False)
+    scales, zeros = search_grid(w, None, U4B8, options)
+    s, z = scales[:, None], zeros[:, None]
+    codes = quantize_to_codes(w, s, z, 16)
+    decoded = (codes - z) * s
+    assert bool((codes[:, 7] == 0).all())
+    torch.testing.assert_close(decoded[:, 7], w[:, 7], rtol=1e-3, atol=0)
+
+
+@TYPES
+def test_unsigned_and_unclipped_is_the_kernels_own_rounding(wtype):
+    """`--nearest` and `marlin_kernel.reference.quantize` must mean the same grid."""
+    w, _ = groups()
+    scales, zeros = search_grid(w, None, wtype, GridOptions(clip=False, signed=False))
+    codes = quantize_to_codes(w, scales[:, None], zeros[:, None], wtype.levels)
+    flat = w.reshape(-1, w.shape[2])
+    wanted_codes, wanted_scales, wanted_zeros = reference.quantize(flat, wtype, 32)
+    torch.testing.assert_close(scales, wanted_scales, rtol=2.0**-10, atol=0)
+    same = (zeros == wanted_zeros) & (scales == wanted_scales)
+    assert float(same.float().mean()) > 0.9  # the rest: ties, decided by the last bit of float32
+    assert torch.equal(
+        codes.permute(0, 2, 1)[same], wanted_codes.reshape(w.shape).permute(0, 2, 1)[same].float()
+    )
+
+
+@TYPES
+@pytest.mark.parametrize("clip", [False, True])
+def test_scales_are_storable_and_zeros_are_codes(wtype, clip):
+    """Tiny, huge, one-sided and empty groups: scales are fp16 values, never 0; zeros fit."""
+    w, _ = groups(count=8, n=16)
+    w[0] *= 1e-9
+    w[1] *= 1e5
+    w[2].abs_()
+    w[3].abs_().neg_()
+    w[4] = 0
+    w[5] = 3.25
+    w[6, :31] = 0
+    scales, zeros = search_grid(w, None, wtype, GridOptions(clip=clip))
+    assert torch.equal(scales, scales.half().float())
+    assert bool((scales.abs() >= MIN_SCALE).all())
+    assert bool((zeros == zeros.round()).all())
+    assert bool((zeros >= 0).all()) and bool((zeros < wtype.levels).all())
+    s, z = scales[:, None], zeros[:, None]
+    decoded = (quantize_to_codes(w, s, z, wtype.levels) - z) * s
+    assert not decoded[4].any()
+    torch.testing.assert_close(decoded[5], w[5], rtol=2e-3, atol=0)
+    torch.testing.assert_close(decoded[6], w[6], rtol=2e-3, atol=0)
+    for side in (2, 3):  # nothing of a one-sided group lands on the other side
+        assert bool((decoded[side] * w[side] >= 0).all())
+
+
+def test_codes_are_clamped_and_half_goes_to_even():
+    w = torch.tensor([[-9.0, -8.0, 0.5, 1.5, 7.0, 7.4, 9.0]])
+    codes = quantize_to_codes(w, torch.ones(1), torch.full((1,), 8.0), 16)
+    assert codes.tolist() == [[0, 0, 8, 10, 15, 15, 15]]

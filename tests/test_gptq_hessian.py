@@ -1,0 +1,114 @@
+"""Accumulating H = 2 X Xᵀ and factorizing it, including when it cannot be."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from gptq.hessian import _STRIPE, Factor, Hessian, factorize
+from marlin_kernel import NumericalError
+
+
+@pytest.mark.parametrize("k", [8, _STRIPE, _STRIPE + 40, 2 * _STRIPE + 1])
+def test_random_splits_sum_to_the_direct_product(k):
+    """Stripes narrower, equal, and wider than K; samples of any length and shape."""
+    draw = torch.Generator().manual_seed(k)
+    x = torch.randn(300, k, generator=draw)
+    h = Hessian(k, torch.device("cpu"))
+    for part in x.split([1, 120, 79, 100]):
+        h.add(part[None])
+    exact = 2 * x.double().T @ x.double()
+    assert h.tokens == 300 and h.matrix().dtype == torch.float32
+    torch.testing.assert_close(h.matrix().double(), exact, rtol=1e-4, atol=1e-3)
+    assert torch.equal(h.matrix(), h.matrix().T)
+
+
+def test_half_precision_inputs_are_summed_in_float32():
+    """Products of fp16 activations overflow fp16 (300² > 65504) and lose digits in bf16."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = (torch.randn(64, 16) * 300).to(dtype)
+        h = Hessian(16, torch.device("cpu"))
+        h.add(x)
+        torch.testing.assert_close(h.matrix(), 2 * x.float().T @ x.float(), rtol=1e-5, atol=1)
+
+
+def test_shift_and_residual_accumulate_what_they_say():
+    k, n = 24, 10
+    x, clean, residual = torch.randn(60, k), torch.randn(60, k), torch.randn(60, n)
+    h = Hessian(k, torch.device("cpu"), asymmetric=True)
+    for rows in torch.arange(60).split([7, 30, 23]):
+        h.add(x[rows][None], clean[rows][None], residual[rows][None])
+    torch.testing.assert_close(h.shift, 2 * (clean - x).T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(h.residual, 2 * residual.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(h.matrix(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_activation_is_noticed(bad):
+    h = Hessian(2 * _STRIPE, torch.device("cpu"))
+    x = torch.randn(4, 2 * _STRIPE)
+    h.add(x)
+    assert h.finite()
+    x[2, _STRIPE + 3] = bad
+    h.add(x)
+    assert not h.finite()
+
+
+def check_factor(factor: Factor, h: torch.Tensor) -> None:
+    """R Rᵀ is the damped H, U its inverse, both upper triangular."""
+    k = h.shape[0]
+    r, u = factor.r.double(), factor.u.double()
+    assert torch.equal(r, r.triu()) and torch.equal(u, u.triu())
+    damped = h.double() + factor.damping * h.double().diagonal().mean() * torch.eye(k)
+    torch.testing.assert_close(r @ r.T, damped, rtol=1e-4, atol=1e-4 * float(damped.max()))
+    identity = torch.eye(k, dtype=torch.float64)
+    torch.testing.assert_close(u.T @ u @ damped, identity, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("percdamp", [0.0, 0.01, 1.0])
+def test_factor_of_a_good_hessian(percdamp, caplog):
+    x = torch.randn(400, 50)
+    h = 2 * x.T @ x
+    factor = factorize(h, percdamp)
+    check_factor(factor, h)
+    assert (factor.damping, factor.retries) == (percdamp, 0) and not caplog.records
+
+
+@pytest.mark.parametrize("h", [
+    torch.ones(20, 20),
+    torch.diag(torch.tensor([1.0] * 19 + [-0.02])),
+    torch.eye(20) + torch.eye(20).roll(1, 0) + torch.eye(20).roll(-1, 0),
+], ids=["rank 1", "negative", "indefinite"])  # fmt: skip
+def test_damping_is_raised_until_it_works_and_logged(h, caplog):
+    with caplog.at_level(logging.WARNING):
+        factor = factorize(h, 0.0, "layers.1.mlp.down_proj")
+    check_factor(factor, h)
+    assert factor.damping > 0
+    assert factor.retries == len(caplog.records) > 0
+    assert all("layers.1.mlp.down_proj" in r.getMessage() for r in caplog.records)
+    assert f"{factor.damping:.2g}" in caplog.records[-1].getMessage()
+
+
+def test_few_tokens_with_the_default_damping_are_no_event(caplog):
+    """5 tokens, 64 inputs: singular, but damping 0.1 makes it well-conditioned at once."""
+    x = torch.randn(5, 64)
+    h = 2 * x.T @ x
+    factor = factorize(h, 0.1)
+    check_factor(factor, h)
+    assert factor.retries == 0 and not caplog.records
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_names_the_layer_and_the_way_out(bad):
+    h = torch.eye(8)
+    h[3, 4] = bad
+    with pytest.raises(NumericalError, match=r"layers\.2\.x: .*NaN or Inf.*--dtype"):
+        factorize(h, 0.1, "layers.2.x")
+
+
+def test_a_hopeless_hessian_names_the_layer_and_the_way_out():
+    h = torch.diag(torch.tensor([1.0] * 10 + [-1e6, 1e6 - 9]))
+    with pytest.raises(NumericalError, match=r"layers\.2\.x: .*cannot be factorized.*--nsamples"):
+        factorize(h, 0.1, "layers.2.x")
