@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from eval.config import OWN_KEYS, EvalConfig, load_recipe, resolve
+from eval.config import OWN_KEYS, EvalConfig, choose_seqlen, load_recipe, resolve
+from gptq.texts import documents
 from marlin_kernel.errors import ConfigError, MarlinError
 
 HF_NAMES = (None, "hf", "hf-auto", "huggingface")
@@ -160,43 +161,56 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
     if args.tasks:
         _check_tasks(config, args)
 
-    from eval.compare import command_line, compare, environment, make_row
-    from eval.report import Report, read_rows, render_tables, write_report
+    texts = config.perplexity
+    for source in texts:  # before any model is loaded
+        documents(source, "heldout", data_dir=config.data_dir)
+
+    from eval.compare import BASELINE, compare
+    from eval.environment import command_line, environment
+    from eval.report import Report, Row, read_rows, render_tables, write_report
 
     earlier = read_rows(config.baseline) if config.baseline else []
     evaluated = config.marlin_checkpoint or original
-    rows = []
-    if config.perplexity:
-        with_original = config.marlin_checkpoint is None or config.compare
+    quantization = loading.quantization_report(evaluated)
+    label = loading.row_name(evaluated, quantization) or BASELINE
+    checkpoints = {label: evaluated}
+    if label != BASELINE and config.marlin_checkpoint and original and config.compare:
+        checkpoints = {BASELINE: original, **checkpoints}
+    if texts:
         rows = compare(
-            original if with_original else None,
-            [config.marlin_checkpoint] if config.marlin_checkpoint else [],
-            sources=config.perplexity,
-            seqlen=config.seqlen,
-            data_dir=config.data_dir,
-            max_tokens=config.max_tokens,
+            checkpoints,
+            texts,
+            seqlen=choose_seqlen(config, loading.context_length(next(iter(checkpoints.values())))),
             device=args.device,
             dtype=dtype,
+            data_dir=config.data_dir,
+            max_tokens=config.max_tokens,
+            quantization={label: quantization} if quantization else None,
             verify=config.verify,
         )
-    notes: list[str] = []
+    else:
+        totals = (quantization or {}).get("totals", {})
+        rows = [
+            Row(
+                label,
+                bytes=loading.checkpoint_bytes(evaluated),
+                seconds=totals.get("seconds"),
+                peak_bytes=totals.get("peak_host_bytes"),
+                path=evaluated,
+            )
+        ]
     if args.tasks:
-        results = _run_tasks(config, args)
-        if not rows:
-            saved = loading.quantization_report(evaluated)
-            rows = [make_row(loading.row_name(evaluated, dtype, saved), evaluated)]
-        rows[-1] = replace(rows[-1], tasks=results)
+        rows[-1] = replace(rows[-1], tasks=_run_tasks(config, args))
     names = {row.name for row in rows}
     rows = [row for row in earlier if row.name not in names] + rows
     report = Report(
-        model=Path(original or evaluated).stem if "/" not in (original or "") else str(original),
+        model=Path(original or evaluated).name,
         rows=rows,
         title="Evaluation report",
-        quantization=loading.quantization_report(config.marlin_checkpoint or original),
+        quantization=quantization,
         settings=_settings(config, args),
         environment=environment(args.device),
         command=command_line(),
-        notes=notes,
     )
     print(render_tables(report))
     if config.report:

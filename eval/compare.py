@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from eval import loading
 from eval.loading import checkpoint_bytes, load, load_tokenizer
 from eval.perplexity import evaluate_models
 from eval.report import Cell, Report, Row, Table, divergence_table, perplexity_table
@@ -25,16 +26,21 @@ def compare(
     data_dir: str | None = None,
     max_tokens: int | None = None,
     quantization: Mapping[str, Mapping[str, Any]] | None = None,
+    verify: bool = False,
 ) -> list[Row]:
     """Perplexity of every checkpoint; KL and top-1 against the one named BASELINE, if it is there.
 
     checkpoints: row name -> packed or plain folder, hub name or GGUF file. quantization: the
-    quantization report of packed ones, by row name (seconds and peak memory of the row).
+    quantization report of packed ones, by row name (seconds and peak memory of the row). verify:
+    check hashes and probe logits of packed ones.
     Raises DataError, CheckpointError before the first forward pass where it can.
     """
     names = {name: str(path) for name, path in checkpoints.items()}
     tokenizer = load_tokenizer(*names.values())
-    models = {name: load(path, device=str(device), dtype=dtype) for name, path in names.items()}
+    models = {
+        name: load(path, device=str(device), dtype=dtype, verify=verify and loading.is_packed(path))
+        for name, path in names.items()
+    }
     results = evaluate_models(
         models,
         tokenizer,

@@ -86,3 +86,15 @@ def resolve(values: Mapping[str, Any]) -> EvalConfig:
     names = [name.strip() for source in sources for name in str(source).split(",")]
     given["perplexity"] = tuple(name for name in names if name and name != "none")
     return replace(EvalConfig(), **given)
+
+
+def choose_seqlen(config: EvalConfig, context: int | None) -> int:
+    """The length asked for, or the model's context (tokens), at most 4096.
+
+    Raises ConfigError beyond the model's context.
+    """
+    if config.seqlen is None:
+        return min(context or MAX_SEQLEN, MAX_SEQLEN)
+    if context is not None and config.seqlen > context:
+        raise ConfigError(f"seqlen={config.seqlen} exceeds the model's context of {context} tokens")
+    return config.seqlen

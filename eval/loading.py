@@ -125,26 +125,33 @@ def quantization_report(path: str | None) -> dict[str, Any] | None:
         return None
 
 
-def row_name(path: str, dtype: torch.dtype | None, report: dict[str, Any] | None) -> str:
-    """Label of a checkpoint in tables: its dtype ("FP16"), or how it was quantized ("GPTQ INT4").
+def row_name(path: str, report: dict[str, Any] | None) -> str | None:
+    """Label of a packed folder in tables, such as "GPTQ INT4"; None for a plain checkpoint.
 
-    dtype: what a plain model was loaded in, or None if it was not loaded here.
+    report: its quantization report, if it has one.
     """
-    quantization = _config(path).get("quantization_config")
-    if quantization and not path.endswith(".gguf"):
-        method = "RTN" if (report or {}).get("config", {}).get("nearest") else "GPTQ"
-        bits = (report or {}).get("config", {}).get("wbits") or quantization.get("bits", 4)
-        return f"{method} INT{bits}"
-    if dtype is None:
-        dtype = parse_dtype(_config(path).get("dtype") or _config(path).get("torch_dtype"))
-    return {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}.get(
-        dtype, "original"
-    )
-
-
-def _config(path: str) -> dict[str, Any]:
+    if not is_packed(path):
+        return None
+    settings = (report or {}).get("config", {})
     file = Path(path).expanduser() / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stored = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]
+    bits = settings.get("wbits") or stored.get("bits", 4)
+    return f"{'RTN' if settings.get('nearest') else 'GPTQ'} INT{bits}"
+
+
+def context_length(path: str) -> int | None:
+    """Tokens that the checkpoint's model was made for, or None if its config does not say."""
+    from transformers import AutoConfig
+
+    local = Path(path).expanduser()
+    try:
+        if local.suffix == ".gguf":
+            config = AutoConfig.from_pretrained(str(local.parent), gguf_file=local.name)
+        else:
+            config = AutoConfig.from_pretrained(str(local) if local.exists() else path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -244,7 +244,9 @@ def _write_question_task(
     _write_task(folder, task_root / task.yaml, task.name, {"validation": [str(target.resolve())]})
     names.add(task.name)
     if task.name.startswith("arc"):
-        notes[task.name] = f"validation questions of {source.name}; published numbers use test"
+        notes[task.name] = (
+            f"questions of {source.name}, which may not be the split of published numbers"
+        )
 
 
 # ---- files --------------------------------------------------------------------------------------
