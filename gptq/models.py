@@ -171,12 +171,30 @@ class StreamedModel:
         self._layers = list(getattr(self.base, self.family.layers))
         self.num_layers = len(self._layers)
         self._linears = {f"{name}.weight" for name in self.quantizable()}
+        self._check_tensors()
         first = self.tensors[f"{self.layer_name(0)}.{self.family.linears[0]}.weight"]
         self.storage = torch.bfloat16 if first.dtype == torch.bfloat16 else torch.float16
         # rotary frequencies are computed, not stored: build that module where it will be used
         rotary = self.base.rotary_emb
         self.base.rotary_emb = type(rotary)(config=self.config).to(device)
         self._arguments: dict[int, list[dict]] = {}
+
+    def _check_tensors(self) -> None:
+        """Raise CheckpointError naming a tensor that is missing or has another shape than it must."""
+        head = f"{self.family.head}.weight"
+        for name, expected in self.skeleton.state_dict().items():
+            if name not in self.tensors:
+                if name == head and self.config.tie_word_embeddings:
+                    continue
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name!r} is missing from the checkpoint; copy it again"
+                )
+            shape = list(self.tensors.shape(name))
+            if shape != list(expected.shape):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name!r} has shape {shape}, the config says "
+                    f"{list(expected.shape)}; weights and config.json do not belong together"
+                )
 
     def quantizable(self) -> list[str]:
         """Names of all linears of all decoder layers."""
@@ -189,10 +207,8 @@ class StreamedModel:
     def stored(self, name: str) -> Tensor:
         """A tensor of the source in `storage`, on the CPU.
 
-        Raises CheckpointError if it is missing, NumericalError if `storage` cannot hold its values.
+        Raises NumericalError if `storage` cannot hold its values.
         """
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
         tensor = self.tensors[name]
         rounded = tensor.to(self.storage) if tensor.is_floating_point() else tensor
         if not bool(torch.isfinite(rounded).all()):
@@ -287,11 +303,6 @@ def _assign(module: nn.Module, tensor_of: Callable[[str], Tensor]) -> None:
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         tensor = tensor_of(name)
-        expected = getattr(owner, leaf).shape
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, the config says {list(expected)}"
-            )
         if isinstance(getattr(owner, leaf), nn.Parameter):
             setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
         else:

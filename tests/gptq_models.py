@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY = 200
+STORED = {
+    torch.float32: torch.float16
+}  # dtype of unquantized tensors, where it is not the source's
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _WORDS = [
     *"the quick brown fox jumps over lazy dog , then writes code : x = 4 + .".split(),
@@ -69,7 +72,10 @@ def tiny_config(source: Source):
 
 
 def tiny_model(source: Source, seed: int = 0):
-    """A random model in float32 with values that `source.dtype` holds exactly."""
+    """A random model in float32 with values that `source.dtype` holds exactly.
+
+    Those of a float32 source fit fp16 where they will be stored so; its decoder linears need more.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -81,7 +87,8 @@ def tiny_model(source: Source, seed: int = 0):
             nn.init.normal_(parameter, 0, 0.1)
             if "embed" in name:
                 parameter.data[:, ::11] *= 4
-        parameter.data = parameter.data.to(source.dtype).float()
+        fits = source.dtype if "proj" in name else STORED.get(source.dtype, source.dtype)
+        parameter.data = parameter.data.to(fits).float()
     return model
 
 
