@@ -1,0 +1,380 @@
+"""Compile device code with NVRTC to cubins, and keep them in a cache on disk.
+
+Nothing but torch's own dependencies is needed: NVRTC, its bindings and the cuda_fp16/bf16 headers
+come with every CUDA torch. No GPU and no driver take part, so cubins can be built ahead of time:
+
+    python -m marlin_kernel.compiler --arch sm_90a
+
+Environment:
+    MARLIN_KERNEL_CACHE      directory of the cache (default: $XDG_CACHE_HOME/marlin_kernel or
+    ~/.cache/...) MARLIN_KERNEL_PREBUILT   a second directory, only read: cubins that a distribution
+    ships MARLIN_KERNEL_LINEINFO   "1": embed source lines for profilers (a debug switch: cubins
+    grow fivefold)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from marlin_kernel.errors import MarlinError
+
+SOURCE_ROOT = Path(__file__).parent / "csrc"
+CUDA_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
+
+
+class CompileError(MarlinError, RuntimeError):
+    """NVRTC is missing or rejected a kernel; the message holds its log."""
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One kernel to compile: the header that defines it and the C++ expression that names it."""
+
+    header: str  # relative to csrc, for example "sm90/decode.cuh"
+    expression: str  # for example "sm90::decode_kernel<sm90::DecodeConfig<__half, 128, ...>>"
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code of one kernel.
+
+    image: the ELF file; symbol: the mangled kernel name in it; registers: per thread; stack_bytes:
+    local frame per thread (0 means no spills); log: what the compiler said.
+    """
+
+    image: bytes
+    symbol: str
+    registers: int
+    stack_bytes: int
+    log: str = ""
+
+
+def cache_directory() -> Path:
+    """Directory that compiled kernels are kept in; not created by this function."""
+    explicit = os.environ.get("MARLIN_KERNEL_CACHE")
+    if explicit:
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "marlin_kernel"
+
+
+def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> Cubin:
+    """Return the machine code of `source` for `arch`, from the cache if it is there.
+
+    source: header and name expression; arch: "sm_80", "sm_90a", ...; force: compile even if cached.
+    Several processes may ask for the same kernel: one compiles, the others wait for its file.
+    Raises CompileError with NVRTC's log, or if NVRTC or the CUDA headers cannot be found.
+    """
+    key = cache_key(source, arch)
+    directory = cache_directory()
+    if not force:
+        for place in (directory, _prebuilt_directory()):
+            found = _read(place, key) if place is not None else None
+            if found is not None:
+                return found
+    with _lock(directory, key):
+        found = None if force else _read(directory, key)
+        if found is None:
+            found = _compile(source, arch)
+            _write(directory, key, found, source, arch)
+    return found
+
+
+def cache_key(source: KernelSource, arch: str) -> str:
+    """Hash of everything that decides the machine code of `source` for `arch`."""
+    digest = hashlib.sha256()
+    parts = (_sources_digest(), source.header, source.expression, arch, *_options(arch))
+    for part in (*parts, _compiler_fingerprint()):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:32]
+
+
+def resource_usage(image: bytes, symbol: str) -> tuple[int, int]:
+    """Registers and stack bytes per thread of kernel `symbol`, read from the cubin's ELF sections.
+
+    Raises CompileError if `image` holds no such kernel.
+    """
+    sections = _elf_sections(image)
+    symbols = _elf_symbols(image, sections)
+    index = next((i for i, name in enumerate(symbols) if name == symbol), None)
+    registers = stack = None
+    if index is not None and ".nv.info" in sections:
+        offset, size = sections[".nv.info"]
+        for attribute, owner, value in _nv_info(image[offset : offset + size]):
+            if owner == index and attribute == 0x2F:
+                registers = value
+            elif owner == index and attribute == 0x11:
+                stack = value
+    if registers is None:
+        raise CompileError(f"no register count for kernel {symbol!r} in the cubin")
+    return registers, stack or 0
+
+
+# ---- NVRTC ---------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise CompileError(
+            "cuda.bindings is not installed; it comes with CUDA builds of torch >= 2.10, or "
+            "`pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime`"
+        ) from error
+    return nvrtc
+
+
+def _call(result: tuple[Any, ...]) -> Any:
+    nvrtc = _nvrtc()
+    code, *values = result
+    if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise CompileError(f"NVRTC: {nvrtc.nvrtcGetErrorString(code)[1].decode()}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@functools.lru_cache(maxsize=1)
+def _include_directory() -> Path:
+    """Directory of cuda_fp16.h: the runtime wheel's, else a toolkit's."""
+    candidates = []
+    with contextlib.suppress(Exception):  # it raises its own types if nothing is there
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        found = find_nvidia_header_directory("cudart")
+        if found:
+            candidates.append(Path(found))
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            candidates.append(Path(os.environ[variable]) / "include")
+    candidates.append(Path("/usr/local/cuda/include"))
+    for candidate in candidates:
+        if (candidate / CUDA_HEADERS[0]).is_file():
+            return candidate
+    raise CompileError(
+        f"cuda_fp16.h was not found in {[str(c) for c in candidates]}; "
+        "`pip install nvidia-cuda-runtime` or set CUDA_HOME"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _compiler_fingerprint() -> str:
+    version = _call(_nvrtc().nvrtcVersion())
+    digest = hashlib.sha256()
+    for name in CUDA_HEADERS:
+        path = _include_directory() / name
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return f"nvrtc {version} headers {digest.hexdigest()}"
+
+
+@functools.lru_cache(maxsize=1)
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCE_ROOT.rglob("*.cuh")):
+        digest.update(str(path.relative_to(SOURCE_ROOT)).encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _options(arch: str) -> list[str]:
+    options = [f"--gpu-architecture={arch}", "-std=c++17", "--ptxas-options=-v", "-default-device"]
+    if os.environ.get("MARLIN_KERNEL_LINEINFO") == "1":
+        options.append("-lineinfo")
+    return options
+
+
+def _compile(source: KernelSource, arch: str) -> Cubin:
+    nvrtc = _nvrtc()
+    text = f'#include "{source.header}"\n'.encode()
+    includes = [f"-I{SOURCE_ROOT}", f"-I{_include_directory()}"]
+    options = [option.encode() for option in (*_options(arch), *includes)]
+    program = _call(nvrtc.nvrtcCreateProgram(text, b"kernel.cu", 0, [], []))
+    try:
+        _call(nvrtc.nvrtcAddNameExpression(program, source.expression.encode()))
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = b" " * _call(nvrtc.nvrtcGetProgramLogSize(program))
+        _call(nvrtc.nvrtcGetProgramLog(program, log))
+        log_text = log.decode(errors="replace").rstrip("\0 \n")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompileError(f"NVRTC rejected {source.expression} for {arch}:\n{log_text}")
+        symbol = _call(nvrtc.nvrtcGetLoweredName(program, source.expression.encode())).decode()
+        image = b" " * _call(nvrtc.nvrtcGetCUBINSize(program))
+        _call(nvrtc.nvrtcGetCUBIN(program, image))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    registers, stack = resource_usage(image, symbol)
+    return Cubin(image, symbol, registers, stack, log_text)
+
+
+# ---- cache ---------------------------------------------------------------------------------------
+
+
+def _prebuilt_directory() -> Path | None:
+    value = os.environ.get("MARLIN_KERNEL_PREBUILT")
+    return Path(value) if value else None
+
+
+def _read(directory: Path, key: str) -> Cubin | None:
+    try:
+        facts = json.loads((directory / f"{key}.json").read_text())
+        image = (directory / f"{key}.cubin").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if hashlib.sha256(image).hexdigest() != facts["sha256"]:
+        return None
+    return Cubin(image, facts["symbol"], facts["registers"], facts["stack_bytes"], facts["log"])
+
+
+def _write(directory: Path, key: str, cubin: Cubin, source: KernelSource, arch: str) -> None:
+    facts = {
+        "symbol": cubin.symbol,
+        "registers": cubin.registers,
+        "stack_bytes": cubin.stack_bytes,
+        "sha256": hashlib.sha256(cubin.image).hexdigest(),
+        "source": asdict(source),
+        "arch": arch,
+        "log": cubin.log,
+    }
+    _replace(directory / f"{key}.cubin", cubin.image)
+    _replace(directory / f"{key}.json", json.dumps(facts, indent=1).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that readers see all of it or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def _lock(directory: Path, key: str) -> Iterator[None]:
+    """Exclusive right, among processes and threads, to produce the files of `key`."""
+    import fcntl
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / f"{key}.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+# ---- ELF -----------------------------------------------------------------------------------------
+
+
+def _elf_headers(image: bytes) -> tuple[list[tuple[int, ...]], int]:
+    if image[:4] != b"\x7fELF":
+        raise CompileError("the compiler's output is not an ELF file")
+    (table,) = struct.unpack_from("<Q", image, 0x28)
+    entry_size, count, names = struct.unpack_from("<HHH", image, 0x3A)
+    headers = [
+        struct.unpack_from("<IIQQQQIIQQ", image, table + i * entry_size) for i in range(count)
+    ]
+    return headers, names
+
+
+def _string(image: bytes, offset: int) -> str:
+    return image[offset : image.index(b"\0", offset)].decode()
+
+
+def _elf_sections(image: bytes) -> dict[str, tuple[int, int]]:
+    headers, names = _elf_headers(image)
+    base = headers[names][4]
+    return {_string(image, base + h[0]): (h[4], h[5]) for h in headers}
+
+
+def _elf_symbols(image: bytes, sections: dict[str, tuple[int, int]]) -> list[str]:
+    offset, size = sections[".symtab"]
+    strings = sections[".strtab"][0]
+    return [
+        _string(image, strings + struct.unpack_from("<I", image, offset + i)[0])
+        for i in range(0, size, 24)
+    ]
+
+
+def _nv_info(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (attribute, symbol index, value) of the entries that carry both."""
+    at = 0
+    while at + 4 <= len(data):
+        form, attribute, size = struct.unpack_from("<BBH", data, at)
+        at += 4
+        if form == 4:  # sized value follows; other forms keep the value in the size field
+            if size == 8:
+                yield attribute, *struct.unpack_from("<II", data, at)
+            at += size
+
+
+# ---- ahead of time -------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fill the cache for the given architectures. Returns the process exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m marlin_kernel.compiler", description="Compile kernels ahead of time."
+    )
+    parser.add_argument("--arch", nargs="+", default=["sm_90a"], help="sm_80, sm_86, sm_89, sm_90a")
+    parser.add_argument(
+        "--match", default="", help="only expressions that this pattern is found in"
+    )
+    parser.add_argument("--output", help="directory to fill instead of the cache")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--force", action="store_true", help="compile even what is cached")
+    options = parser.parse_args(arguments)
+    if options.output:
+        os.environ["MARLIN_KERNEL_CACHE"] = options.output
+    from marlin_kernel.kernel_configs import shipped_sources
+
+    work = [
+        (source, arch)
+        for arch in options.arch
+        for source in shipped_sources(arch)
+        if re.search(options.match, source.expression)
+    ]
+
+    def build(item: tuple[KernelSource, str]) -> bool:
+        source, arch = item
+        start = time.perf_counter()
+        try:
+            cubin = compile_kernel(source, arch, force=options.force)
+        except CompileError as error:
+            print(error, file=sys.stderr)
+            return False
+        print(
+            f"{arch} {source.expression}: {cubin.registers} registers, {cubin.stack_bytes} B stack, "
+            f"{len(cubin.image)} B, {time.perf_counter() - start:.1f} s"
+        )
+        return True
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outcomes = list(pool.map(build, work))
+    print(f"{sum(outcomes)} of {len(outcomes)} kernels in {cache_directory()}")
+    return 0 if all(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

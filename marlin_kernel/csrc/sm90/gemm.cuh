@@ -1,0 +1,616 @@
+// Warpgroup kernel: tiles of FEATURES x TOKENS outputs by wgmma, weights as the register operand.
+//
+// A ring of stages (64 k each) is fed by bulk copies of codes and scales and by tensor copies of
+// activations, with the 128-byte swizzle and with zeros for what lies outside the matrix. Two
+// warpgroups each turn their 64-feature tiles into A fragments and multiply them with all tokens of
+// the stage. Fragments are double-buffered: a step is dequantized while the multiplications of the
+// step before are under way.
+//
+// Copies of weights start before the preceding kernel has ended; activations wait for it.
+//
+// Blocks are persistent and walk over work items: a tile, or one of `split` parts of a tile's k
+// range. Parts are added in order of k: through the shared memory of a cluster (CLUSTER == split;
+// faster, but clusters do not fit on every multiprocessor), or through global memory by whoever
+// finishes the last part (nothing waits for another block).
+#pragma once
+
+#include "dequant/int4.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/pdl.cuh"
+#include "ptx/registers.cuh"
+#include "ptx/shared_memory.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/gemm_config.cuh"
+
+namespace sm90 {
+
+// Position in the ring: stage index and the parity of its barriers' phase.
+template <int STAGES>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A work item. Tiles are numbered so that blocks running at the same time share both weights and
+// activations: within a band of kBand token tiles, token tiles first.
+struct WorkItem {
+  static constexpr int kBand = 8;
+  int tile, part, column_block, token_block;
+  __device__ __forceinline__ WorkItem(int item, int split, int column_blocks, int token_blocks) {
+    tile = split == 1 ? item : item / split;
+    part = split == 1 ? 0 : item - tile * split;
+    const int band = tile / (kBand * column_blocks);
+    const int in_band = tile - band * kBand * column_blocks;
+    const int height = min(kBand, token_blocks - band * kBand);
+    column_block = in_band / height;
+    token_block = band * kBand + in_band % height;
+  }
+};
+
+// The items of this block.
+template <class Config>
+struct Walk {
+  int item, items;
+  template <class Problem>
+  __device__ __forceinline__ explicit Walk(const Problem& p)
+      : item(static_cast<int>(blockIdx.x)),
+        items(column_blocks(p) * token_blocks(p) * p.split) {}
+  template <class Problem>
+  static __device__ __forceinline__ int column_blocks(const Problem& p) {
+    return ceil_div(p.column_tiles, 2 * Config::PAIRS);
+  }
+  template <class Problem>
+  static __device__ __forceinline__ int token_blocks(const Problem& p) {
+    return ceil_div(p.m, Config::TOKENS);
+  }
+  __device__ __forceinline__ bool done() const { return item >= items; }
+  __device__ __forceinline__ void next() { item += static_cast<int>(gridDim.x); }
+  template <class Problem>
+  __device__ __forceinline__ WorkItem get(const Problem& p) const {
+    return WorkItem(item, p.split, column_blocks(p), token_blocks(p));
+  }
+};
+
+// K tiles of a work item: whole stages, but for the last one of an odd number.
+template <class Config, class Problem>
+__device__ __forceinline__ Range k_range_of(const WorkItem& item, const Problem& p) {
+  Range range(ceil_div(p.k_tiles, Config::STAGE_TILES), item.part, p.split);
+  range.begin *= Config::STAGE_TILES;
+  range.end = min(range.end * Config::STAGE_TILES, p.k_tiles);
+  return range;
+}
+
+// ---- copies into the ring ----
+// One warp; all its lanes run through the loop so that addresses stay in uniform registers, and one of them
+// issues the copies.
+template <class Config>
+class Feeder {
+  using Scalar = typename Config::Scalar;
+  using Scales = typename Config::Scales;
+  using Storage = GemmStorage<Config>;
+
+  // The next stage to fetch.
+  struct Cursor {
+    Walk<Config> walk;
+    int k_tile = 0;
+    int k_end = 0;
+    int token = 0;
+    int column = 0;   // first column tile of the block
+    int columns = 0;  // that exist
+
+    __device__ __forceinline__ void enter_item(const Problem<Scalar>& p) {
+      if (walk.done()) return;
+      const WorkItem item = walk.get(p);
+      const Range range = k_range_of<Config>(item, p);
+      k_tile = range.begin;
+      k_end = range.end;
+      token = item.token_block * Config::TOKENS;
+      column = item.column_block * 2 * Config::PAIRS;
+      columns = min(2 * Config::PAIRS, p.column_tiles - column);
+    }
+    __device__ __forceinline__ void advance(const Problem<Scalar>& p) {
+      k_tile += Config::STAGE_TILES;
+      if (k_tile >= k_end) {
+        walk.next();
+        enter_item(p);
+      }
+    }
+  };
+
+ public:
+  __device__ __forceinline__ Feeder(const Problem<Scalar>& p, const TensorMap* map)
+      : p_(p), map_(map), shared_(ptx::shared_memory<Storage>()), cursor_{Walk<Config>(p)} {}
+
+  __device__ __forceinline__ void run() {
+    // The first round finds the ring empty: weights at once, activations when the preceding kernel
+    // has written them.
+    cursor_.enter_item(p_);
+    Cursor tokens = cursor_;
+#pragma unroll 1
+    for (int stage = 0; stage < Config::STAGES && !cursor_.walk.done(); ++stage) {
+      if (ptx::elect_one()) fetch_weights(stage);
+      cursor_.advance(p_);
+    }
+    ptx::wait_for_predecessors();
+#pragma unroll 1
+    for (int stage = 0; stage < Config::STAGES && !tokens.walk.done(); ++stage) {
+      if (ptx::elect_one()) fetch_tokens(tokens, stage);
+      tokens.advance(p_);
+    }
+    // From then on a stage is fetched as soon as all warps have released its place.
+    RingPosition<Config::STAGES> position;
+#pragma unroll 1
+    for (; !cursor_.walk.done(); cursor_.advance(p_), position.advance()) {
+      ptx::mbarrier_wait(&shared_.empty[position.stage], position.parity);
+      if (ptx::elect_one()) {
+        fetch_weights(position.stage);
+        fetch_tokens(cursor_, position.stage);
+      }
+    }
+  }
+
+ private:
+  // The last stage of an odd k range is half full.
+  __device__ __forceinline__ int tiles(const Cursor& cursor) const {
+    return Config::STAGE_TILES == 1 ? 1 : min(Config::STAGE_TILES, cursor.k_end - cursor.k_tile);
+  }
+
+  // Also announces the bytes of the whole stage.
+  __device__ __forceinline__ void fetch_weights(int stage) {
+    uint64_t* full = &shared_.full[stage];
+    const int count = tiles(cursor_);
+    const int rows = Config::GROUP > kTileK ? 1 : count * Scales::kPerTile;
+    ptx::mbarrier_arrive_expect(full, count * Config::BOX_BYTES +
+                                          cursor_.columns *
+                                              (count * kTileBytes + rows * kScaleRowBytes));
+#pragma unroll
+    for (int i = 0; i < Config::PAIRS; ++i) {
+      const int width = min(2, cursor_.columns - 2 * i);
+      if (i > 0 && width <= 0) break;
+      const long long column = cursor_.column + 2 * i;
+      uint8_t* target = shared_.ring.weights[stage][i];
+      ptx::bulk_copy(target,
+                     p_.weights + (column * p_.k_tiles + cursor_.k_tile * width) * kTileBytes,
+                     count * width * kTileBytes, full);
+      if constexpr (Config::GROUP != 0)
+        ptx::bulk_copy(target + Config::PAIR_CODES,
+                       p_.scales + (column * Scales::groups(p_.k_tiles) +
+                                    Scales::group_of(cursor_.k_tile) * width) *
+                                       kScaleRowBytes,
+                       rows * width * kScaleRowBytes, full);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_tokens(const Cursor& cursor, int stage) {
+#pragma unroll
+    for (int t = 0; t < Config::STAGE_TILES; ++t)
+      if (t == 0 || cursor.k_tile + t < cursor.k_end)
+        ptx::tensor_copy_2d(shared_.ring.tokens[stage][t], map_, (cursor.k_tile + t) * kTileK,
+                            cursor.token, &shared_.full[stage]);
+  }
+
+  const Problem<Scalar>& p_;
+  const TensorMap* map_;
+  Storage& shared_;
+  Cursor cursor_;
+};
+
+// ---- the warpgroups that multiply ----
+template <class Config>
+class Consumer {
+  using Scalar = typename Config::Scalar;
+  using Pair = typename Element<Scalar>::Pair;
+  using Storage = GemmStorage<Config>;
+  using Mma = ptx::Wgmma<Config::TOKENS, Scalar>;
+  static constexpr int SUMS = Config::SUMS;
+
+ public:
+  __device__ __forceinline__ explicit Consumer(const Problem<Scalar>& p)
+      : p_(p),
+        shared_(ptx::shared_memory<Storage>()),
+        group_(ptx::warp_uniform(threadIdx.x / kWarpgroupThreads)),
+        warp_(ptx::warp_uniform(threadIdx.x / kWarpSize % 4)),
+        lane_(threadIdx.x % kWarpSize) {}
+
+  __device__ __forceinline__ void run() {
+    bool waited = false;
+    for (Walk<Config> walk(p_); !walk.done(); walk.next()) {
+      const WorkItem item = walk.get(p_);
+      multiply(item);
+      if (!waited) ptx::wait_for_predecessors();  // they may still read what is overwritten here
+      waited = true;
+      if constexpr (Config::CLUSTER > 1)
+        add_cluster(item);
+      else if (p_.split == 1 || add_parts(item))
+        write_tile(item);
+    }
+  }
+
+ private:
+  // ---- mainloop ----
+  __device__ __forceinline__ void multiply(const WorkItem& item) {
+#pragma unroll
+    for (int m = 0; m < Config::M_TILES; ++m)
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) total_[m][i] = 0.f;
+    if constexpr (Config::SCALE_SUMS) {
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) group_sums_[1][i] = 0.f;
+      scale_ = make_float2(0.f, 0.f);
+    }
+    width_ = ColumnPair(item.column_block * Config::PAIRS + pair(), p_.column_tiles).width;
+    const int tiles = k_range_of<Config>(item, p_).size();
+    open_stage();
+    load_words<0, 0, 0>();
+    int i = 0;
+#pragma unroll 1
+    for (; i + 2 < tiles; i += 2) {
+      multiply_tile<0, 0>(i, true);
+      multiply_tile<Config::STEPS % 2, 1>(i + 1, true);
+    }
+    if (i + 2 == tiles) {
+      multiply_tile<0, 0>(i, true);
+      multiply_tile<Config::STEPS % 2, 1>(i + 1, false);
+      finish<1>();
+    } else {
+      multiply_tile<0, 0>(i, false);
+      finish<(Config::STEPS + 1) % 2>();
+    }
+  }
+
+  // Wait for the stage at position_ and note where it lies.
+  __device__ __forceinline__ void open_stage() {
+    ptx::mbarrier_wait(&shared_.full[position_.stage], position_.parity);
+    stage_ = position_.stage;
+    position_.advance();
+  }
+
+  // Multiply k tile i. FIRST: fragment buffer of its first step; they alternate from step to step.
+  // ODD: i % 2. more: another tile follows.
+  template <int FIRST, int ODD>
+  __device__ __forceinline__ void multiply_tile(int i, bool more) {
+    constexpr int kPlace = Config::STAGE_TILES == 1 ? 0 : ODD;  // in the stage
+    multiply_steps<FIRST, 0, kPlace>(i, more);
+  }
+
+  template <int FIRST, int STEP, int PLACE>
+  __device__ __forceinline__ void multiply_steps(int tile, bool more) {
+    if constexpr (STEP < Config::STEPS) {
+      constexpr int BUFFER = (FIRST + STEP) % 2;
+      constexpr int PART = STEP / Config::M_TILES;
+      constexpr int M = STEP % Config::M_TILES;
+      const int stage = stage_;
+      const float2 scale = dequantize<BUFFER, PART>();
+      const uint64_t tokens =
+          ptx::wgmma_descriptor(shared_.ring.tokens[stage][PLACE]) +
+          PART * Config::STEP_K16 * ptx::kWgmmaStepK16;
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int s = 0; s < Config::STEP_K16; ++s) {
+        const uint64_t b = tokens + s * ptx::kWgmmaStepK16;
+        if constexpr (Config::SCALE_SUMS)
+          Mma::mma(group_sums_[BUFFER], fragments_[BUFFER][s], b, s > 0);
+        else
+          Mma::mma(total_[M], fragments_[BUFFER][s], b, 1);
+      }
+      ptx::wgmma_commit();
+      // Codes of the next step, while these multiplications run.
+      constexpr int kNext = STEP + 1;
+      if constexpr (kNext < Config::STEPS) {
+        load_words<PLACE, kNext / Config::M_TILES, kNext % Config::M_TILES>();
+      } else if constexpr (PLACE + 1 < Config::STAGE_TILES) {
+        if (more) load_words<PLACE + 1, 0, 0>();
+      } else {
+        if (more) {
+          open_stage();
+          load_words<0, 0, 0>();
+        }
+      }
+      ptx::wgmma_wait<1>();  // the step before is complete
+      if (STEP == 0 && PLACE == 0 && tile > 0) release(previous_stage_);
+      if (STEP == 0 && PLACE == 0) previous_stage_ = stage;
+      add_scaled<BUFFER ^ 1, (M + Config::M_TILES - 1) % Config::M_TILES>();
+      scale_ = scale;
+      multiply_steps<FIRST, STEP + 1, PLACE>(tile, more);
+    }
+  }
+
+  // Column pair of this warpgroup in the block, and its column of 64-feature tile m in the pair.
+  __device__ __forceinline__ int pair() const { return Config::M_TILES == 1 ? 0 : group_; }
+  __device__ __forceinline__ int column(int m) const { return Config::M_TILES == 1 ? group_ : m; }
+
+  // This lane's codes and scales of one step of the open stage.
+  template <int PLACE, int PART, int M>
+  __device__ __forceinline__ void load_words() {
+    const uint8_t* weights = shared_.ring.weights[stage_][pair()];
+    const uint8_t* codes = weights + (PLACE * width_ + column(M)) * kTileBytes +
+                           (warp_ * kWarpSize + lane_) * 16 + PART * Config::STEP_K16 * 4;
+    if constexpr (Config::STEP_K16 == 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(codes);
+      words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(codes);
+      words_[0] = v.x, words_[1] = v.y;
+    }
+#pragma unroll
+    for (int i = 0; i < Config::STEP_SCALES; ++i) {
+      // Row of scales: a stage of 128 k holds one row of a 128-k group.
+      const int row = Config::GROUP > kTileK
+                          ? 0
+                          : PLACE * Config::Scales::kPerTile + PART * Config::STEP_SCALES + i;
+      scale_words_[i] = *reinterpret_cast<const uint32_t*>(
+          weights + Config::PAIR_CODES + (row * width_ + column(M)) * kScaleRowBytes +
+          lane_ / 4 * 16 + warp_ * 4);
+    }
+  }
+
+  // Loaded codes to fragments. Returns the scales of rows g and g + 8 if sums are scaled.
+  template <int BUFFER, int PART>
+  __device__ __forceinline__ float2 dequantize() {
+#pragma unroll
+    for (int s = 0; s < Config::STEP_K16; ++s) {
+      dequant::int4_to_fragment(fragments_[BUFFER][s], words_[s], Scalar());
+      if constexpr (Config::SCALE_WEIGHTS)
+        dequant::RowScales<Scalar>(scale_words_[s * Config::STEP_SCALES / Config::STEP_K16])
+            .apply(fragments_[BUFFER][s]);
+    }
+    if constexpr (Config::SCALE_SUMS)
+      return __half22float2(*reinterpret_cast<const __half2*>(&scale_words_[0]));
+    return make_float2(1.f, 1.f);
+  }
+
+  // total += scale * sums of the group whose multiplications have completed.
+  template <int BUFFER, int M>
+  __device__ __forceinline__ void add_scaled() {
+    if constexpr (Config::SCALE_SUMS) {
+      ptx::pin_registers(group_sums_[BUFFER]);
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i)
+        total_[M][i] += (i % 4 < 2 ? scale_.x : scale_.y) * group_sums_[BUFFER][i];
+    }
+  }
+
+  // After the last step, which used BUFFER.
+  template <int BUFFER>
+  __device__ __forceinline__ void finish() {
+    ptx::wgmma_wait<0>();
+    release(stage_);
+    add_scaled<BUFFER, Config::M_TILES - 1>();
+#pragma unroll
+    for (int m = 0; m < Config::M_TILES; ++m) ptx::pin_registers(total_[m]);
+  }
+
+  __device__ __forceinline__ void release(int stage) {
+    if (lane_ == 0) ptx::mbarrier_arrive(&shared_.empty[stage]);
+  }
+
+  // ---- tiles in several parts ----
+  // Leave this part's sums in global memory. Whoever finishes the last part of a tile adds them in order of k
+  // into total_, and gets true. The warpgroups of a block do this independently.
+  __device__ __forceinline__ bool add_parts(const WorkItem& item) {
+    constexpr int kQuads = Config::M_TILES * SUMS / 4;  // of a lane
+    const int lane = threadIdx.x % kWarpgroupThreads;
+    float4* parts = reinterpret_cast<float4*>(p_.partials) +
+                    static_cast<long long>(item.tile * kWarpgroups + group_) * p_.split * kQuads *
+                        kWarpgroupThreads +
+                    lane;
+    float4* mine = parts + item.part * kQuads * kWarpgroupThreads;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) ptx::store_l2(mine + q * kWarpgroupThreads, quad(q));
+    ptx::device_fence();
+    ptx::named_sync(1 + group_, kWarpgroupThreads);
+    int* counter = p_.counters + item.tile * kWarpgroups + group_;
+    if (lane == 0) {
+      const int before = ptx::atomic_add(counter, 1);
+      ptx::device_fence();
+      if (before == p_.split - 1) *counter = 0;
+      shared_.arrivals[group_] = before;
+    }
+    ptx::named_sync(1 + group_, kWarpgroupThreads);
+    const bool last = shared_.arrivals[group_] == p_.split - 1;
+    ptx::named_sync(1 + group_, kWarpgroupThreads);  // read before the next item overwrites it
+    if (!last) return false;
+    ptx::device_fence();
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int part = 0; part < p_.split; ++part) {
+        const float4 v = ptx::load_l2(parts + (part * kQuads + q) * kWarpgroupThreads);
+        sum.x += v.x;
+        sum.y += v.y;
+        sum.z += v.z;
+        sum.w += v.w;
+      }
+      total_[q * 4 / SUMS][q * 4 % SUMS] = sum.x;
+      total_[q * 4 / SUMS][q * 4 % SUMS + 1] = sum.y;
+      total_[q * 4 / SUMS][q * 4 % SUMS + 2] = sum.z;
+      total_[q * 4 / SUMS][q * 4 % SUMS + 3] = sum.w;
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ float4 quad(int q) const {
+    const float* v = total_[q * 4 / SUMS] + q * 4 % SUMS;
+    return make_float4(v[0], v[1], v[2], v[3]);
+  }
+
+  // Each rank of the cluster leaves its sums where its ring was; then each adds one share of the
+  // features over all ranks, and writes them.
+  __device__ __forceinline__ void add_cluster(const WorkItem& item) {
+    using Partial = typename Storage::Partial;
+    Partial& partial = *reinterpret_cast<Partial*>(&shared_.ring);
+    ptx::named_sync(1, Config::CONSUMERS);  // all warps have read the ring to its end
+    const int first_token = item.token_block * Config::TOKENS;
+    const int tokens = min(Config::TOKENS, p_.m - first_token);
+#pragma unroll
+    for (int m = 0; m < Config::M_TILES; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < Config::TOKENS / 8; ++j)
+          *reinterpret_cast<float2*>(&partial[feature(m) + 8 * h][j * 8 + lane_ % 4 * 2]) =
+              make_float2(total_[m][4 * j + 2 * h], total_[m][4 * j + 2 * h + 1]);
+    ptx::cluster_arrive();
+
+    constexpr int kFeatures = Config::FEATURES_PER_RANK;
+    constexpr int kAtOnce = Config::CONSUMERS / kFeatures;  // groups of four tokens
+    const int f = item.part * kFeatures + threadIdx.x % kFeatures;
+    const int n = item.column_block * Config::FEATURES + f;
+    const float scale = column_scale(n);
+    const float shift = bias(n);
+    const bool writes = threadIdx.x < kAtOnce * kFeatures && f < Config::FEATURES && n < p_.n;
+    Scalar* out = p_.out + static_cast<long long>(first_token) * p_.n + n;
+    ptx::cluster_wait();
+    if (writes) {
+#pragma unroll 2
+      for (int at = threadIdx.x / kFeatures * 4; at < tokens; at += kAtOnce * 4) {
+        float4 parts[Config::CLUSTER];
+#pragma unroll
+        for (int source = 0; source < Config::CLUSTER; ++source)
+          parts[source] = ptx::load_remote(&partial[f][at], source);
+        float sums[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int source = 0; source < Config::CLUSTER; ++source) {
+          sums[0] += parts[source].x;
+          sums[1] += parts[source].y;
+          sums[2] += parts[source].z;
+          sums[3] += parts[source].w;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (at + i < tokens)
+            out[static_cast<long long>(at + i) * p_.n] =
+                Element<Scalar>::from_float(sums[i] * scale + shift);
+      }
+    }
+    ptx::warp_sync();
+    ptx::cluster_arrive();  // no block may end while others read its sums
+    ptx::cluster_wait();
+  }
+
+  // ---- output of a tile ----
+  // First feature of this lane in 64-feature tile m of this warpgroup; the second is 8 further.
+  __device__ __forceinline__ int feature(int m) const {
+    return (group_ * Config::M_TILES + m) * kTileN + warp_ * 16 + lane_ / 4;
+  }
+
+  __device__ __forceinline__ float column_scale(int n) const {
+    if constexpr (Config::GROUP != 0) return 1.f;
+    if (n >= p_.n) return 0.f;
+    return __half2float(reinterpret_cast<const __half*>(p_.scales)[column_scale_index(n)]);
+  }
+
+  __device__ __forceinline__ float bias(int n) const {
+    return p_.bias != nullptr && n < p_.n ? Element<Scalar>::to_float(p_.bias[n]) : 0.f;
+  }
+
+  __device__ __forceinline__ void write_tile(const WorkItem& item) {
+    using Out = typename Storage::Out;
+    auto& out = (*reinterpret_cast<Out*>(shared_.out))[group_];
+    const int block_n = item.column_block * Config::FEATURES;
+#pragma unroll
+    for (int m = 0; m < Config::M_TILES; ++m) {
+      const int n = block_n + feature(m);
+      const float scale[2] = {column_scale(n), column_scale(n + 8)};
+      const float shift[2] = {bias(n), bias(n + 8)};
+#pragma unroll
+      for (int j = 0; j < Config::TOKENS / 8; ++j) {
+        uint32_t packed[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          Pair pair;
+          pair.x = Element<Scalar>::from_float(total_[m][4 * j + 2 * h] * scale[h] + shift[h]);
+          pair.y = Element<Scalar>::from_float(total_[m][4 * j + 2 * h + 1] * scale[h] + shift[h]);
+          packed[h] = *reinterpret_cast<const uint32_t*>(&pair);
+        }
+        ptx::stmatrix_x2_transposed(
+            &out[j * 8 + lane_ % 8][m * kTileN + warp_ * 16 + lane_ / 8 % 2 * 8], packed[0],
+            packed[1]);
+      }
+    }
+    ptx::named_sync(1 + group_, kWarpgroupThreads);
+    copy_out(out, item);
+    ptx::named_sync(1 + group_, kWarpgroupThreads);
+  }
+
+  // Shared [TOKENS][M_TILES * 64] to global rows, 16 bytes at a time where alignment allows.
+  __device__ __forceinline__ void copy_out(
+      const Scalar (&tile)[Config::TOKENS][Config::OUT_ROW], const WorkItem& work) {
+    constexpr int kChunk = 8;
+    constexpr int kChunks = Config::M_TILES * kTileN / kChunk;  // of a row
+    const int first_token = work.token_block * Config::TOKENS;
+    const int first_n = work.column_block * Config::FEATURES + group_ * Config::M_TILES * kTileN;
+    const int tokens = min(Config::TOKENS, p_.m - first_token);
+    const bool aligned = (reinterpret_cast<unsigned long long>(p_.out) | p_.n * sizeof(Scalar)) % 16 == 0;
+    for (int item = threadIdx.x % kWarpgroupThreads; item < tokens * kChunks;
+         item += kWarpgroupThreads) {
+      const int token = item / kChunks;
+      const int at = item % kChunks * kChunk;
+      const int n = first_n + at;
+      Scalar* target = p_.out + static_cast<long long>(first_token + token) * p_.n + n;
+      if (aligned && n + kChunk <= p_.n) {
+        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(&tile[token][at]);
+      } else {
+        for (int i = 0; i < kChunk; ++i)
+          if (n + i < p_.n) target[i] = tile[token][at + i];
+      }
+    }
+  }
+
+  const Problem<Scalar>& p_;
+  Storage& shared_;
+  const int group_;  // warpgroup
+  const int warp_;   // in the warpgroup
+  const int lane_;
+  RingPosition<Config::STAGES> position_;
+  int stage_ = 0;           // whose codes are being loaded
+  int previous_stage_ = 0;  // to be released
+  int width_;     // columns of this warpgroup's pair
+  float2 scale_;  // of the step under way
+  uint32_t words_[Config::STEP_K16];
+  uint32_t scale_words_[Config::STEP_SCALES > 0 ? Config::STEP_SCALES : 1];
+  uint32_t fragments_[2][Config::STEP_K16][4];
+  float group_sums_[Config::SCALE_SUMS ? 2 : 1][SUMS];
+  float total_[Config::M_TILES][SUMS];
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
+    gemm_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem,
+                const __grid_constant__ TensorMap tokens) {
+  using Storage = GemmStorage<Config>;
+  static_assert(sizeof(Storage) == Config::STORAGE_BYTES,
+                "the host's formula for shared memory must agree with the struct");
+  Storage& shared = ptx::shared_memory<Storage>();
+  const int warp = ptx::warp_uniform(threadIdx.x / kWarpSize);
+  constexpr int kFeedingWarp = Config::CONSUMERS / kWarpSize;
+  if (warp == kFeedingWarp && ptx::elect_one()) {
+    ptx::prefetch_tensor_map(&tokens);
+    for (int stage = 0; stage < Config::STAGES; ++stage) {
+      ptx::mbarrier_init(&shared.full[stage], 1);
+      ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  ptx::block_sync();
+  ptx::launch_dependents();
+  if (warp >= kFeedingWarp) {
+    ptx::release_registers<Config::FEEDER_REGISTERS>();
+    if (warp == kFeedingWarp) Feeder<Config>(problem, &tokens).run();
+  } else {
+    ptx::acquire_registers<Config::CONSUMER_REGISTERS>();
+    Consumer<Config>(problem).run();
+  }
+}
+
+}  // namespace sm90

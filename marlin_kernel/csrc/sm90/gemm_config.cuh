@@ -1,0 +1,91 @@
+// Compile-time shape of the warpgroup kernel.
+#pragma once
+
+#include "sm90/problem.cuh"
+
+namespace sm90 {
+
+constexpr int kWarpgroups = 2;
+constexpr int kWarpgroupThreads = 128;
+
+template <class Scalar_,       // __half or __nv_bfloat16: activations and output
+          int GROUP_,          // k that share a scale: 32, 64, 128; 0 = the whole column
+          int TOKENS_,         // tokens of a tile
+          int M_TILES_,        // 64-feature tiles of each warpgroup
+          int CLUSTER_,        // blocks of a cluster that share a tile's k range; 1: see Problem::split
+          int STAGES_,         // of the ring
+          int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
+          int STAGE_TILES_,    // 64-k tiles of a stage: 1 or 2
+          int SCALE_SUMS_,     // 1: scales multiply the sums of a group; 0: the weights
+          int STORAGE_BYTES_>  // sizeof(GemmStorage), as the host computes it
+struct GemmConfig {
+  using Scalar = Scalar_;
+  static constexpr int GROUP = GROUP_;
+  static constexpr int TOKENS = TOKENS_;
+  static constexpr int M_TILES = M_TILES_;
+  static constexpr int CLUSTER = CLUSTER_;
+  static constexpr int STAGES = STAGES_;
+  static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
+  static constexpr bool SCALE_SUMS = SCALE_SUMS_ != 0 && GROUP != 0;
+  static constexpr bool SCALE_WEIGHTS = SCALE_SUMS_ == 0 && GROUP != 0;
+  static constexpr int STORAGE_BYTES = STORAGE_BYTES_;
+
+  static constexpr int STAGE_TILES = STAGE_TILES_;
+
+  using Scales = ScaleLayout<GROUP>;
+  static constexpr int CONSUMERS = kWarpgroups * kWarpgroupThreads;
+  static constexpr int THREADS = CONSUMERS + kWarpgroupThreads;  // one warpgroup feeds
+  static constexpr int PAIRS = M_TILES;  // column pairs of a block
+  static constexpr int FEATURES = PAIRS * 2 * kTileN;
+  static constexpr int SUMS = TOKENS / 2;  // accumulators of a lane for one 64-feature tile
+
+  // A stage: codes and scales of each column pair, and activations in boxes of 64 k.
+  static constexpr int SCALE_ROWS =  // groups of a stage
+      GROUP == 0 ? 0 : GROUP < STAGE_TILES * kTileK ? STAGE_TILES * kTileK / GROUP : 1;
+  static constexpr int PAIR_CODES = STAGE_TILES * 2 * kTileBytes;
+  static constexpr int PAIR_BYTES = PAIR_CODES + SCALE_ROWS * 2 * kScaleRowBytes;
+  static constexpr int BOX_BYTES = TOKENS * kTileK * static_cast<int>(sizeof(Scalar));
+
+  // Steps: the multiplications between two commits; with scaled sums a step ends where a group
+  // does.
+  static constexpr int STEP_K16 = SCALE_SUMS && GROUP < kTileK ? GROUP / 16 : kStepsPerTile;
+  static constexpr int PARTS = kStepsPerTile / STEP_K16;  // steps along the k of a tile
+  static constexpr int STEPS = PARTS * M_TILES;           // steps of a tile of all columns
+  static constexpr int STEP_SCALES = GROUP == 0 ? 0 : ceil_div(Scales::kPerTile, PARTS);
+
+  // Registers per thread: what the launch gives, redistributed to those that multiply.
+  static constexpr int FEEDER_REGISTERS = BLOCKS_PER_SM == 1 ? 40 : 32;
+  static constexpr int CONSUMER_REGISTERS = BLOCKS_PER_SM == 1 ? 232 : 104;
+
+  static constexpr int FEATURES_PER_RANK = ceil_div(FEATURES, CLUSTER);
+  static constexpr int PARTIAL_ROW = TOKENS + 4;        // floats; padded against bank conflicts
+  static constexpr int OUT_ROW = M_TILES * kTileN + 8;  // elements; likewise
+
+  static_assert(TOKENS % 8 == 0 && TOKENS <= 256, "tokens are the columns of a wgmma");
+  static_assert(CLUSTER >= 1 && CLUSTER <= 8, "portable clusters have at most 8 blocks");
+  static_assert(BLOCKS_PER_SM <= 2, "no share of registers is defined");
+};
+
+// Dynamic shared memory.
+template <class Config>
+struct GemmStorage {
+  struct Ring {
+    alignas(1024) uint8_t tokens[Config::STAGES][Config::STAGE_TILES][Config::BOX_BYTES];
+    alignas(128) uint8_t weights[Config::STAGES][Config::PAIRS][Config::PAIR_BYTES];
+  };
+  using Partial = float[Config::FEATURES][Config::PARTIAL_ROW];
+  using Out = typename Config::Scalar[kWarpgroups][Config::TOKENS][Config::OUT_ROW];
+
+  Ring ring;
+  // The output has its own place, so that the next item's copies run while a tile is written.
+  // Blocks of a cluster have one item only, and leave their sums where the ring was.
+  alignas(16) uint8_t out[Config::CLUSTER == 1 ? sizeof(Out) : 16];
+  alignas(16) uint64_t full[Config::STAGES];
+  alignas(16) uint64_t empty[Config::STAGES];
+  alignas(16) int arrivals[kWarpgroups];  // parts of a tile that were finished before
+
+  static_assert(Config::CLUSTER == 1 || sizeof(Partial) <= sizeof(Ring),
+                "the sums of a tile must fit where the ring was");
+};
+
+}  // namespace sm90

@@ -1,0 +1,370 @@
+"""The kernels that exist, as data, and the pure function that chooses one for a problem.
+
+Each configuration is a frozen dataclass: what the C++ template is instantiated with, what a launch
+needs (grid, cluster, shared memory), and the limits within which it may be used. `select_config`
+looks at tuned rows first (tuning/<gpu>.json, written by scripts/tune.py) and falls back to an
+analytic rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from marlin_kernel.compiler import KernelSource
+from marlin_kernel.errors import ConfigError
+
+TILE_N = 64  # features of a weight tile in device memory
+TILE_K = 64  # k of a weight tile
+TILE_BYTES = TILE_N * TILE_K // 2
+SCALE_ROW_BYTES = TILE_N * 2
+MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
+SM_SHARED_BYTES = 228 * 1024  # of one multiprocessor, 1 KB of it reserved per block
+GROUP_SIZES = (-1, 32, 64, 128)
+SCALARS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
+TUNING_DIRECTORY = Path(__file__).parent / "tuning"
+
+
+def _scale_bytes_per_tile(group_size: int) -> int:
+    if group_size == -1:
+        return 0
+    return max(1, TILE_K // group_size) * SCALE_ROW_BYTES
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One shape of the small-batch kernel (csrc/sm90/decode.cuh).
+
+    token_tiles: tokens / 8 of a block; warps_n: warps side by side, 64 features each; warps_k:
+    warps that share a feature column's k range; split: blocks of the cluster that share it further;
+    stages: weight tiles in flight per warp; blocks_per_sm: blocks that registers must leave room
+    for.
+    """
+
+    token_tiles: int
+    warps_n: int
+    warps_k: int
+    split: int
+    stages: int
+    blocks_per_sm: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+    @property
+    def max_tokens(self) -> int:
+        return 8 * self.token_tiles
+
+    def source(self, dtype: str, group_size: int) -> KernelSource:
+        """dtype: "float16" or "bfloat16"; group_size: -1, 32, 64 or 128."""
+        numbers = (
+            max(group_size, 0),
+            *(getattr(self, field.name) for field in fields(self)),
+            self.storage_bytes(group_size),
+        )
+        arguments = ", ".join(map(str, numbers))
+        expression = f"sm90::decode_kernel<sm90::DecodeConfig<{SCALARS[dtype]}, {arguments}>>"
+        return KernelSource("sm90/decode.cuh", expression)
+
+    def storage_bytes(self, group_size: int) -> int:
+        """sizeof(DecodeStorage); the kernel asserts that it agrees."""
+        warps = self.warps_n * self.warps_k
+        ring = warps * self.stages * (TILE_BYTES + _scale_bytes_per_tile(group_size))
+        received = self.warps_n * TILE_N * self.max_tokens * 4
+        barriers = -(-warps * self.stages * 8 // 16) * 16
+        return -(-(ring + received + barriers) // 128) * 128
+
+    def shared_bytes(self, m: int, k_tiles: int, group_size: int) -> int:
+        """Dynamic shared memory of a launch with m tokens and K' / 64 weight tiles along k."""
+        row = -(-k_tiles // self.split) * TILE_K * 2 + 16
+        return self.storage_bytes(group_size) + m * row
+
+    def grid(self, m: int, column_tiles: int, multiprocessors: int = 132) -> tuple[int, int, int]:
+        return (self.split, -(-column_tiles // self.warps_n), 1)
+
+    def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
+        if group_size == 32 and self.threads * self.blocks_per_sm > 512:
+            return False  # two groups per tile need more registers than that leaves
+        return (
+            0 < m <= self.max_tokens
+            and self.shared_bytes(m, k_tiles, group_size) <= MAX_SHARED_BYTES
+        )
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One shape of the warpgroup kernel (csrc/sm90/gemm.cuh).
+
+    tokens: of a tile; m_tiles: 64-feature tiles of each of the two warpgroups; stages: of the ring;
+    blocks_per_sm: blocks that registers must leave room for; stage_tiles: 64-k tiles of a stage (1
+    or 2); scale_sums: scales multiply the sums of a group instead of the weights; split: parts of
+    the k range, when blocks share a tile of outputs; cluster: those blocks form a cluster and add
+    in its shared memory (otherwise in global memory, and split is an argument of the launch).
+    """
+
+    tokens: int
+    m_tiles: int
+    stages: int
+    blocks_per_sm: int
+    stage_tiles: int
+    scale_sums: bool
+    split: int = 1
+    cluster: bool = False
+
+    threads = 384  # two warpgroups multiply, one feeds
+
+    @property
+    def columns(self) -> int:
+        """Column tiles (64 features) of a block."""
+        return 2 * self.m_tiles
+
+    def source(self, dtype: str, group_size: int) -> KernelSource:
+        """dtype: "float16" or "bfloat16"; group_size: -1, 32, 64 or 128."""
+        numbers = (
+            max(group_size, 0),
+            self.tokens,
+            self.m_tiles,
+            self.split if self.cluster else 1,
+            self.stages,
+            self.blocks_per_sm,
+            self.stage_tiles,
+            int(self.scale_sums),
+            self.storage_bytes(group_size),
+        )
+        arguments = ", ".join(map(str, numbers))
+        expression = f"sm90::gemm_kernel<sm90::GemmConfig<{SCALARS[dtype]}, {arguments}>>"
+        return KernelSource("sm90/gemm.cuh", expression)
+
+    def storage_bytes(self, group_size: int) -> int:
+        """sizeof(GemmStorage); the kernel asserts that it agrees."""
+        out = 16 if self.cluster else 2 * self.tokens * (self.m_tiles * TILE_N + 8) * 2
+        barriers = 2 * (-(-self.stages * 8 // 16) * 16) + 16
+        return -(-(self._ring_bytes(group_size) + out + barriers) // 1024) * 1024
+
+    def _ring_bytes(self, group_size: int) -> int:
+        tokens = self.stage_tiles * self.tokens * TILE_K * 2
+        rows = 0 if group_size == -1 else max(1, self.stage_tiles * TILE_K // group_size)
+        pair = self.stage_tiles * 2 * TILE_BYTES + rows * 2 * SCALE_ROW_BYTES
+        return -(-self.stages * (tokens + self.m_tiles * pair) // 1024) * 1024
+
+    def shared_bytes(self, m: int, k_tiles: int, group_size: int) -> int:
+        """Dynamic shared memory of a launch."""
+        return self.storage_bytes(group_size)
+
+    def tiles(self, m: int, column_tiles: int) -> int:
+        """Output tiles of a problem."""
+        return -(-column_tiles // self.columns) * -(-m // self.tokens)
+
+    def grid(self, m: int, column_tiles: int, multiprocessors: int = 132) -> tuple[int, int, int]:
+        items = self.tiles(m, column_tiles) * self.split
+        if self.cluster:
+            return (items, 1, 1)
+        return (min(items, multiprocessors * self.blocks_per_sm), 1, 1)
+
+    def workspace(self, m: int, column_tiles: int) -> tuple[int, int]:
+        """Floats of partial sums and number of counters that a launch needs."""
+        if self.split == 1 or self.cluster:
+            return 0, 0
+        tiles = self.tiles(m, column_tiles)
+        return tiles * self.split * self.columns * TILE_N * self.tokens, 2 * tiles
+
+    def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
+        partial = self.columns * TILE_N * (self.tokens + 4) * 4
+        return (
+            m > 0
+            and self.storage_bytes(group_size) <= MAX_SHARED_BYTES
+            and (not self.cluster or partial <= self._ring_bytes(group_size))
+            and self.split <= -(-k_tiles // self.stage_tiles)
+        )
+
+
+KernelConfig = DecodeConfig | GemmConfig
+
+
+# ---- the configurations that exist ----
+
+_DECODE_SHAPES = (  # token_tiles, warps_n, warps_k, stages, blocks_per_sm
+    (1, 1, 4, 4, 4),
+    (1, 1, 4, 6, 3),
+    (1, 1, 8, 3, 3),
+    (1, 1, 8, 4, 2),
+    (1, 2, 4, 4, 2),
+    (1, 2, 2, 4, 4),
+    (1, 4, 2, 4, 2),
+)
+_GEMM_SHAPES = (  # tokens, m_tiles, stages, blocks_per_sm, stage_tiles, scale_sums
+    (8, 1, 6, 2, 2, True),
+    (8, 2, 4, 2, 2, True),
+    (16, 1, 6, 2, 2, True),
+    (16, 2, 4, 2, 2, True),
+    (16, 2, 10, 1, 2, True),
+    (32, 1, 6, 1, 2, True),
+    (32, 2, 4, 1, 2, True),
+    (32, 1, 4, 2, 2, False),
+    (64, 1, 6, 1, 2, True),
+    (64, 1, 4, 2, 2, False),
+    (64, 2, 8, 1, 1, False),
+    (128, 1, 6, 1, 1, False),
+    (128, 2, 4, 1, 1, False),
+    (256, 1, 4, 1, 1, False),
+)
+_SPLITS = (2, 3, 4, 5, 6, 8)
+_INVARIANT_SHAPES = ((32, 4, 2), (64, 4, 2), (128, 3, 1))  # tokens, stages, blocks_per_sm
+
+
+@functools.cache
+def supported_configs() -> tuple[KernelConfig, ...]:
+    """Every configuration that `select_config` may return."""
+    configs: list[KernelConfig] = [
+        DecodeConfig(t, wn, wk, split, stages, blocks)
+        for t, wn, wk, stages, blocks in _DECODE_SHAPES
+        for split in (1, 2, 4, 8)
+    ]
+    for shape in _GEMM_SHAPES:
+        configs.append(GemmConfig(*shape))
+        configs += [GemmConfig(*shape, split) for split in _SPLITS]
+        configs += [GemmConfig(*shape, split, cluster=True) for split in _SPLITS]
+    for tokens, stages, blocks in _INVARIANT_SHAPES:
+        configs += [GemmConfig(tokens, 1, stages, blocks, 2, False, s) for s in (1, 2, 4)]
+    return tuple(dict.fromkeys(configs))
+
+
+def shipped_sources(arch: str) -> list[KernelSource]:
+    """Kernels that ahead-of-time compilation builds for `arch`."""
+    if arch != "sm_90a":
+        return []
+    sources = [
+        config.source(dtype, group_size)
+        for config in supported_configs()
+        for dtype in SCALARS
+        for group_size in GROUP_SIZES
+        if config.fits(1, 4096, group_size)
+    ]
+    return list(dict.fromkeys(sources))
+
+
+# ---- choice ----
+
+# Constants of the analytic choice, fitted to measurements on an H200.
+_DRAM_RATE = 3.9e12  # bytes per second
+_CLOCK = 1.65e9  # of a multiprocessor under load
+_LAUNCH_TIME = 2.2e-6
+_ROUND_TIME = 1.2e-6  # first bytes of a block
+_DOMAIN = 16  # multiprocessors that a cluster may spread over
+
+
+def estimate(
+    config: KernelConfig, m: int, k_tiles: int, column_tiles: int, multiprocessors: int = 132
+) -> float:
+    """Predicted seconds of a launch, to rank configurations where none was tuned."""
+    weight_bytes = k_tiles * column_tiles * (TILE_BYTES + SCALE_ROW_BYTES // 2)
+    resident = config.blocks_per_sm
+    if isinstance(config, DecodeConfig):
+        columns, tokens = config.warps_n, config.max_tokens
+        step = 75.0 * columns  # clock cycles of a multiprocessor for 64 k
+        parallel = 1.0
+        shared = config.shared_bytes(m, k_tiles, 128) + 1024
+        resident = max(1, min(resident, SM_SHARED_BYTES // shared))
+    else:
+        columns, tokens = config.columns, config.tokens
+        tensor = columns * 4 * max(16.0, tokens / 2)
+        issue = columns * (90.0 if config.scale_sums else 110.0)
+        step = max(1.05 * tensor, issue) + 0.3 * min(tensor, issue)
+        parallel = 1.0 if resident > 1 else 1.35  # one block hides less of its latency
+        if tokens >= 128:
+            parallel = 1.0
+    k_share = -(-k_tiles // config.split)
+    tiles = -(-column_tiles // columns) * -(-m // tokens)
+    blocks = tiles * config.split
+    slots = multiprocessors * resident
+    in_cluster = isinstance(config, DecodeConfig) or config.cluster
+    if config.split > 1 and in_cluster:
+        domains = multiprocessors // _DOMAIN
+        slots = min(slots, domains * (_DOMAIN * resident // config.split) * config.split)
+    rounds = -(-blocks // slots)
+    persistent = isinstance(config, GemmConfig) and not config.cluster
+    on_busiest = rounds * resident if rounds > 1 else -(-blocks // multiprocessors)
+    compute = on_busiest * k_share * step * parallel / _CLOCK
+    activations = blocks * min(m, tokens) * k_share * TILE_K * 2
+    memory = weight_bytes / _DRAM_RATE + activations / 6e12
+    memory *= max(1.0, 0.75 * multiprocessors * min(resident, 1.5) / blocks)
+    reduction = 0.0
+    if config.split > 1:
+        reduction = (0.7e-6 if in_cluster else 2.2e-6) + columns * TILE_N * min(
+            m, tokens
+        ) * config.split * 1e-11
+    each_round = reduction + (0.0 if persistent else _ROUND_TIME)
+    return (
+        _LAUNCH_TIME
+        + rounds * each_round
+        + max(compute, memory)
+        + 0.3 * min(compute, memory)
+        + (columns * TILE_N * tokens * 2e-11 if persistent else 0.0)
+    )
+
+
+@functools.cache
+def _tuned_rows(gpu: str) -> dict[tuple[int, int], tuple[tuple[int, KernelConfig], ...]]:
+    path = TUNING_DIRECTORY / f"{gpu}.json"
+    if not path.is_file():
+        return {}
+    kinds = {"decode": DecodeConfig, "gemm": GemmConfig}
+    table: dict[tuple[int, int], tuple[tuple[int, KernelConfig], ...]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        choices = [
+            (entry["m"], kinds[entry["kind"]](**entry["config"])) for entry in row["choices"]
+        ]
+        table[row["k"] // TILE_K, row["n"] // TILE_N] = tuple(sorted(choices, key=lambda c: c[0]))
+    return table
+
+
+def gpu_key(name: str) -> str:
+    """Name of the tuned table of a GPU, from the name that its driver reports."""
+    return name.lower().replace("nvidia", "").strip().replace(" ", "_")
+
+
+@functools.lru_cache(maxsize=65536)
+def select_config(
+    m: int,
+    k_tiles: int,
+    column_tiles: int,
+    group_size: int,
+    *,
+    batch_invariant: bool = False,
+    gpu: str = "h200",
+    multiprocessors: int = 132,
+) -> KernelConfig:
+    """Choose a kernel for m > 0 tokens and K' / 64 x N' / 64 weight tiles. Pure.
+
+    batch_invariant: the order of a row's additions depends on K and N alone, so its bits are the
+    same at every m: one split, scales on the weights. gpu: name of a tuned table.
+    Raises ConfigError if no configuration fits, which no size that packing accepts brings about.
+    """
+    if batch_invariant:
+        return _select_invariant(m, k_tiles, column_tiles, group_size, multiprocessors)
+    tuned = _tuned_rows(gpu).get((k_tiles, column_tiles), ())
+    for limit, config in tuned:
+        if m <= limit and config.fits(m, k_tiles, group_size):
+            return config
+    fitting = [c for c in supported_configs() if c.fits(m, k_tiles, group_size)]
+    if not fitting:
+        raise ConfigError(
+            f"no kernel for m={m}, {k_tiles} x {column_tiles} weight tiles, group {group_size}"
+        )
+    return min(fitting, key=lambda c: estimate(c, m, k_tiles, column_tiles, multiprocessors))
+
+
+def _select_invariant(
+    m: int, k_tiles: int, column_tiles: int, group_size: int, multiprocessors: int
+) -> GemmConfig:
+    """Tokens per tile follow m, everything that orders additions follows K and N."""
+    blocks = -(-column_tiles // 2)
+    longest = min(4, max(1, k_tiles // 8))
+    split = max(s for s in (1, 2, 4) if s == 1 or (s <= longest and blocks * s <= multiprocessors))
+    tokens, stages, blocks_per_sm = next(
+        (row for row in _INVARIANT_SHAPES if m <= row[0]), _INVARIANT_SHAPES[-1]
+    )
+    return GemmConfig(tokens, 1, stages, blocks_per_sm, 2, False, split)

@@ -1,0 +1,490 @@
+"""Load compiled kernels and launch them on torch's current stream.
+
+Interface for `marlin_kernel.ops` (everything else here is private to kernels and tuning):
+    supports(...)        can this device run this weight type? (no compilation)
+    convert_layout(...)  on-disk Marlin tensors -> the device layout, once after loading
+    gemm(...)            out = a @ W (+ bias)
+
+A launch costs a dictionary look-up, packing of one argument block and one driver call: kernels are
+launched through plans that hold the function, the launch attributes and the argument buffers. Plans
+belong to a thread, because the driver call releases the GIL while it reads those buffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin_kernel import kernel_configs
+from marlin_kernel.compiler import Cubin, KernelSource, compile_kernel
+from marlin_kernel.errors import MarlinError
+from marlin_kernel.kernel_configs import (
+    TILE_BYTES,
+    TILE_K,
+    TILE_N,
+    DecodeConfig,
+    GemmConfig,
+    KernelConfig,
+)
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class LaunchError(MarlinError, RuntimeError):
+    """A driver call failed; the message names the call and the driver's error."""
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    driver = _driver()
+    code, *values = result
+    if code != driver.CUresult.CUDA_SUCCESS:
+        text = driver.cuGetErrorString(code)[1]
+        raise LaunchError(f"{what}: {text.decode() if text else code}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def device_arch(index: int) -> str:
+    """Compiler target of CUDA device `index`: "sm_90a" on Hopper, else "sm_<capability>"."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+class _Function:
+    """A kernel loaded on one device. The module stays loaded as long as the process lives."""
+
+    def __init__(self, source: KernelSource, index: int) -> None:
+        driver = _driver()
+        self.cubin: Cubin = compile_kernel(source, device_arch(index))
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # the primary context is current from here on
+            self.module = _check(driver.cuModuleLoadData(self.cubin.image), "cuModuleLoadData")
+            self.handle = _check(
+                driver.cuModuleGetFunction(self.module, self.cubin.symbol.encode()),
+                "cuModuleGetFunction",
+            )
+            attribute = driver.CUfunction_attribute
+            _check(
+                driver.cuFuncSetAttribute(
+                    self.handle,
+                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    kernel_configs.MAX_SHARED_BYTES,
+                ),
+                "cuFuncSetAttribute",
+            )
+            _check(
+                driver.cuFuncSetAttribute(
+                    self.handle,
+                    attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                    100,
+                ),
+                "cuFuncSetAttribute",
+            )
+
+
+_functions: dict[tuple[KernelSource, int], _Function] = {}
+_functions_lock = threading.Lock()
+
+
+def load(source: KernelSource, index: int) -> _Function:
+    """The kernel `source` on CUDA device `index`: compiled (or read from the cache) and loaded
+    once.
+    """
+    found = _functions.get((source, index))
+    if found is None:
+        with _functions_lock:
+            found = _functions.get((source, index))
+            if found is None:
+                found = _functions[source, index] = _Function(source, index)
+    return found
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+
+
+class Plan:
+    """One way to launch one kernel: grid, cluster, shared memory, stream, argument buffer.
+
+    A plan serves one thread at a time.
+    """
+
+    def __init__(
+        self,
+        function: _Function,
+        grid: tuple[int, int, int],
+        threads: int,
+        cluster: int,
+        shared_bytes: int,
+        stream: int,
+        argument_bytes: int,
+        *,
+        dependent_launch: bool = True,
+    ) -> None:
+        driver = _driver()
+        self._launch = driver.cuLaunchKernelEx
+        self._success = driver.CUresult.CUDA_SUCCESS
+        self._function = function  # keeps the module alive
+        self._handle = function.handle
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(stream)
+        attributes = []
+        identifier = driver.CUlaunchAttributeID
+        if dependent_launch:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = identifier.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = identifier.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x = cluster
+            attribute.value.clusterDim.y = 1
+            attribute.value.clusterDim.z = 1
+            attributes.append(attribute)
+        config.attrs = attributes
+        config.numAttrs = len(attributes)
+        self._config = config
+        # Arguments live in one 64-byte aligned block (tensor maps need that).
+        self._memory = (ctypes.c_uint8 * (argument_bytes + 64))()
+        base = ctypes.addressof(self._memory)
+        self._offset = -base % 64
+        self.arguments = memoryview(self._memory).cast("B")[self._offset :]
+        base += self._offset
+        self._pointers = (ctypes.c_void_p * 2)(base, base + _TENSOR_MAP_OFFSET)
+        self._pointers_address = ctypes.addressof(self._pointers)
+
+    def launch(self) -> None:
+        """Launch with what `arguments` holds. Raises LaunchError if the driver refuses."""
+        (code,) = self._launch(self._config, self._handle, self._pointers_address, 0)
+        if code != self._success:
+            _check((code,), "cuLaunchKernelEx")
+
+
+_PROBLEM = struct.Struct("<QQQQQqiiiiiiQQ")  # sm90::Problem
+_TENSOR_MAP_OFFSET = 128  # of the second argument in a plan's buffer
+_TENSOR_MAP_BYTES = 128
+
+
+class _ThreadPlans(threading.local):
+    def __init__(self) -> None:
+        self.plans: dict[tuple[Any, ...], Plan] = {}
+
+
+_thread_plans = _ThreadPlans()
+_MAX_PLANS = 4096
+
+
+def plan_for(
+    config: KernelConfig,
+    index: int,
+    stream: int,
+    dtype: str,
+    group_size: int,
+    m: int,
+    column_tiles: int,
+    k_tiles: int,
+    dependent_launch: bool = True,
+) -> Plan:
+    """Plan to launch `config` on device `index`, for this thread."""
+    key = (config, index, stream, dtype, group_size, m, column_tiles, k_tiles, dependent_launch)
+    plans = _thread_plans.plans
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= _MAX_PLANS:
+            plans.clear()
+        plan = plans[key] = Plan(
+            load(config.source(dtype, group_size), index),
+            config.grid(m, column_tiles, multiprocessors(index)),
+            config.threads,
+            config.split if isinstance(config, DecodeConfig) or config.cluster else 1,
+            config.shared_bytes(m, k_tiles, group_size),
+            stream,
+            _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES,
+            dependent_launch=dependent_launch,
+        )
+    return plan
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """Multiprocessors of CUDA device `index`."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensor_map(address: int, dtype: str, m: int, k: int, row_bytes: int, tokens: int) -> bytes:
+    """Encoded map of activations [m, k] for boxes of `tokens` rows x 64 k with the 128-byte
+    swizzle.
+    """
+    driver = _driver()
+    element = driver.CUtensorMapDataType
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    encoded = _check(
+        driver.cuTensorMapEncodeTiled(
+            element.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+            if dtype == "float16"
+            else element.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            address,
+            [u64(k), u64(m)],
+            [u64(row_bytes)],
+            [u32(TILE_K), u32(tokens)],
+            [u32(1), u32(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "cuTensorMapEncodeTiled",
+    )
+    return ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES)
+
+
+def _aligned_rows(a: Tensor) -> Tensor:
+    """`a`, or a copy of it whose rows start on 16 bytes (the copy engine needs that)."""
+    if a.data_ptr() % 16 == 0 and a.stride(0) % 8 == 0:
+        return a
+    m, k = a.shape
+    copy = a.new_empty(m, -(-k // 8) * 8)
+    copy[:, :k] = a
+    return copy[:, :k]
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    partials: Tensor  # float32
+    counters: Tensor  # int32, zero whenever no kernel runs
+
+
+_workspaces: dict[tuple[int, ...], _Workspace] = {}
+_workspace_lock = threading.Lock()
+
+
+def _workspace(index: int, stream: int, floats: int, counters: int) -> tuple[int, int]:
+    """Addresses of at least that many floats and zeroed counters, for launches on one stream.
+
+    Memory allocated while a CUDA graph is captured belongs to the graph, and its zeroing becomes a
+    node of it: it serves only the calls of that capture.
+    """
+    key: tuple[int, ...] = (index, stream)
+    if torch.cuda.is_current_stream_capturing():
+        status = _check(_driver().cuStreamGetCaptureInfo(stream), "cuStreamGetCaptureInfo")
+        key = (index, stream, int(status[1]))
+    found = _workspaces.get(key)
+    if found is None or found.partials.numel() < floats or found.counters.numel() < counters:
+        with _workspace_lock:
+            if len(key) == 3:  # earlier captures are over
+                for old in [k for k in _workspaces if len(k) == 3 and k[2] != key[2]]:
+                    del _workspaces[old]
+            found = _workspaces.get(key)
+            device = torch.device("cuda", index)
+            if found is not None:
+                floats = max(floats, found.partials.numel())
+                counters = max(counters, found.counters.numel())
+            found = _workspaces[key] = _Workspace(
+                torch.empty(max(floats, 1 << 22), dtype=torch.float32, device=device),
+                torch.zeros(max(counters, 4096), dtype=torch.int32, device=device),
+            )
+    return found.partials.data_ptr(), found.counters.data_ptr()
+
+
+def launch_config(
+    config: KernelConfig,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    k: int,
+    n: int,
+    k_padded: int,
+    n_padded: int,
+    group_size: int,
+    dependent_launch: bool = True,
+) -> None:
+    """Launch `config` for out = a @ W + bias; see `gemm` for the arguments. No checks."""
+    index = a.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    m = a.shape[0]
+    column_tiles = n_padded // TILE_N
+    k_tiles = k_padded // TILE_K
+    plan = plan_for(
+        config,
+        index,
+        stream,
+        _DTYPES[a.dtype],
+        group_size,
+        m,
+        column_tiles,
+        k_tiles,
+        dependent_launch,
+    )
+    partials = counters = 0
+    if isinstance(config, GemmConfig):
+        if config.split > 1 and not config.cluster:
+            partials, counters = _workspace(index, stream, *config.workspace(m, column_tiles))
+        a = _aligned_rows(a)
+        start, end = _TENSOR_MAP_OFFSET, _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES
+        plan.arguments[start:end] = _tensor_map(
+            a.data_ptr(), _DTYPES[a.dtype], m, k, a.stride(0) * a.element_size(), config.tokens
+        )
+    _PROBLEM.pack_into(
+        plan.arguments,
+        0,
+        a.data_ptr(),
+        b.data_ptr(),
+        s.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        a.stride(0),
+        m,
+        n,
+        k,
+        column_tiles,
+        k_tiles,
+        config.split,
+        partials,
+        counters,
+    )
+    plan.launch()
+
+
+# ---- interface -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def supports(
+    device: torch.device, weight_type_name: str, group_size: int, dtype: torch.dtype
+) -> bool:
+    """Whether `gemm` serves this weight type, group size (-1: one group) and activation dtype.
+
+    Compiles nothing.
+    """
+    return (
+        device.type == "cuda"
+        and weight_type_name == "uint4b8"
+        and group_size in kernel_configs.GROUP_SIZES
+        and dtype in _DTYPES
+        and torch.cuda.is_available()
+        and device_arch(_index(device)) == "sm_90a"
+    )
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def gemm(
+    a: Tensor,
+    b_dev: Tensor,
+    s_dev: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    k: int,
+    n: int,
+    k_padded: int,
+    n_padded: int,
+    group_size: int,
+    batch_invariant: bool = False,
+) -> None:
+    """``out = a @ W (+ bias)`` on the current stream; W as `convert_layout` left it.
+
+    a: float16 or bfloat16 [M, k], any M >= 0, contiguous along k, any row stride; b_dev, s_dev:
+    int32 and float16, in device order; bias: [n] in the dtype of `a`, or None; out: [M, n],
+    contiguous, every element is written; k_padded: multiple of 64 and of group_size; n_padded:
+    multiple of 64; group_size: -1, 32, 64 or 128; batch_invariant: a row's bits do not depend on M.
+    Nothing is checked here. Raises LaunchError if the driver refuses, CompileError on first use.
+    """
+    m = a.shape[0]
+    if m == 0 or n == 0:
+        return
+    index = a.device.index
+    config = kernel_configs.select_config(
+        m,
+        k_padded // TILE_K,
+        n_padded // TILE_N,
+        group_size,
+        batch_invariant=batch_invariant,
+        gpu=_gpu_key(index),
+        multiprocessors=multiprocessors(index),
+    )
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            launch_config(config, a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
+    else:
+        launch_config(config, a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
+
+
+@functools.cache
+def _gpu_key(index: int) -> str:
+    return kernel_configs.gpu_key(torch.cuda.get_device_name(index))
+
+
+def convert_layout(
+    B: Tensor, s: Tensor, k: int, n: int, group_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """On-disk Marlin tensors (FORMAT.md) to the order of the kernels (csrc/sm90/problem.cuh).
+
+    B: int32 [K'/16, 2 N']; s: float16 [G, N'] in Marlin's permuted column order; k, n: unpadded
+    sizes. Returns new tensors of the same shapes and dtypes on the device of `B`, whose contents
+    are in device order, complete when the function returns.
+    """
+    k_tiles, column_tiles = B.shape[0] * 16 // TILE_K, B.shape[1] // 2 // TILE_N
+    # on disk: [k tile][kk][column tile][lane][m]; on the device: [pair][k
+    # tile][column][m][lane][kk]
+    codes = B.view(k_tiles, 4, column_tiles, 32, 4)
+    if group_size == -1:
+        scales = s.view(-1, TILE_N)[:, _per_column_order(s.device)].view(1, column_tiles, TILE_N)
+    else:
+        scales = s.view(-1, column_tiles, TILE_N)
+    paired = column_tiles // 2 * 2
+    codes_out, scales_out = torch.empty_like(B), torch.empty_like(s)
+    codes_flat, scales_flat = codes_out.view(-1), scales_out.view(-1)
+    codes_split = paired * k_tiles * (TILE_BYTES // 4)
+    scales_split = paired * scales.shape[0] * TILE_N
+    for columns, code_part, scale_part in (
+        (slice(0, paired), codes_flat[:codes_split], scales_flat[:scales_split]),
+        (slice(paired, None), codes_flat[codes_split:], scales_flat[scales_split:]),
+    ):
+        width = 2 if columns.start == 0 else 1
+        part = codes[:, :, columns].unflatten(2, (-1, width)).permute(2, 0, 3, 5, 4, 1)
+        code_part.view(part.shape).copy_(part)
+        rows = scales[:, columns].unflatten(1, (-1, width)).transpose(0, 1)
+        scale_part.view(rows.shape).copy_(rows)
+    if B.is_cuda:
+        # The kernels prefetch weights before their predecessor in the stream has ended.
+        torch.cuda.current_stream(B.device).synchronize()
+    return codes_out, scales_out
+
+
+@functools.cache
+def _per_column_order(device: torch.device) -> Tensor:
+    """Index of on-disk per-column scales (permuted within 32) for each device position in 64."""
+    within_eight = (0, 1, 8, 9, 16, 17, 24, 25)
+    stored_at = [0] * TILE_N
+    for half in range(2):
+        for i in range(4):
+            for t, offset in enumerate(within_eight):
+                stored_at[32 * half + 2 * i + offset] = 32 * half + 8 * i + t
+    order = [stored_at[16 * m + 8 * h + g] for g in range(8) for m in range(4) for h in range(2)]
+    return torch.tensor(order, device=device)

@@ -1,0 +1,158 @@
+"""Measure the kernel's configurations on this GPU and write marlin_kernel/tuning/<gpu>.json.
+
+    python scripts/tune.py                          # the shapes below, group size 128, float16
+    python scripts/tune.py --shapes 4096x4096 --m 1 16
+
+For every shape (K x N) and number of tokens the `--candidates` configurations that
+kernel_configs.estimate ranks first are timed (0: all), and the fastest becomes the table's choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from gpu_timing import RotatingWeights, graph_time
+
+from marlin_kernel import kernel_configs, launch
+from marlin_kernel.compiler import CompileError, compile_kernel
+from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
+
+SHAPES = (
+    "4096x12288 4096x4096 4096x22016 11008x4096 "  # Llama-2-7B, fused
+    "8192x10240 8192x8192 8192x57344 28672x8192"  # Llama-2-70B, fused
+)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def candidates(m: int, k: int, n: int, group_size: int, limit: int) -> list[KernelConfig]:
+    """Configurations worth timing, the best by estimate first."""
+    k_tiles, column_tiles = k // kernel_configs.TILE_K, n // kernel_configs.TILE_N
+    fitting = [
+        config
+        for config in kernel_configs.supported_configs()
+        if config.fits(m, k_tiles, group_size) and _plausible(config, m)
+    ]
+    fitting.sort(key=lambda c: kernel_configs.estimate(c, m, k_tiles, column_tiles))
+    return fitting[:limit] if limit else fitting
+
+
+def _plausible(config: KernelConfig, m: int) -> bool:
+    """Not absurdly far from the number of tokens."""
+    if isinstance(config, DecodeConfig):
+        return True
+    return config.tokens >= min(m, 128) // 2 and config.tokens < 8 * max(m, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES.split())
+    parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--group_size", type=int, default=128)
+    parser.add_argument("--candidates", type=int, default=40)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measurements", type=Path, help="also write every time that was taken")
+    options = parser.parse_args()
+    gpu = torch.cuda.get_device_name()
+    output = options.output or (
+        kernel_configs.TUNING_DIRECTORY / f"{kernel_configs.gpu_key(gpu)}.json"
+    )
+    rows, measurements = [], []
+    if output.is_file():  # keep what is not measured again
+        rows = [
+            row
+            for row in json.loads(output.read_text())["rows"]
+            if f"{row['k']}x{row['n']}" not in options.shapes
+        ]
+    for shape in options.shapes:
+        k, n = map(int, shape.split("x"))
+        choices = tune_shape(k, n, options, measurements)
+        rows.append({"k": k, "n": n, "choices": choices})
+        write(output, gpu, options.group_size, rows)
+    if options.measurements:
+        options.measurements.write_text(json.dumps(measurements))
+
+
+def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) -> list[dict]:
+    """The table's choices for one shape: for each limit of m a configuration and its time."""
+    weights = RotatingWeights.make(k, n, options.group_size)
+    choices = []
+    for m in options.m:
+        tried = candidates(m, k, n, options.group_size, options.candidates)
+        precompile(tried, options.group_size)
+        a = torch.randn(m, k, device="cuda").half()
+        out = torch.empty(m, n, device="cuda", dtype=torch.float16)
+        launches = max(2, weights.copies if m <= 256 else weights.copies // 4)
+        times = {}
+        for config in tried:
+            try:
+                times[config] = graph_time(
+                    [_launch(config, a, weights, i, out) for i in range(launches)], replays=5
+                )
+            except (launch.LaunchError, CompileError) as error:
+                print(f"{config}: {str(error)[:120]}", file=sys.stderr)
+        best = min(times, key=times.__getitem__)
+        flops = 2 * m * n * k / times[best] * 1e-6
+        print(f"{k}x{n} m={m}: {times[best]:.2f} us, {flops:.0f} TFLOP/s, {best}", flush=True)
+        kind = "decode" if isinstance(best, DecodeConfig) else "gemm"
+        choices.append({"m": m, "us": round(times[best], 2), "kind": kind, "config": asdict(best)})
+        measurements += [[k, n, m, round(us, 3), repr(config)] for config, us in times.items()]
+    choices[-1]["m"] = 1 << 30
+    return choices
+
+
+def _launch(config: KernelConfig, a: torch.Tensor, w: RotatingWeights, i: int, out: torch.Tensor):
+    return lambda: launch.launch_config(
+        config, a, w.codes[i], w.scales[i], None, out, w.k, w.n, w.k, w.n, w.group_size
+    )
+
+
+def precompile(configs: list[KernelConfig], group_size: int) -> None:
+    """Compile in parallel what the launches will ask for."""
+    sources = {config.source("float16", group_size) for config in configs}
+    arch = launch.device_arch(torch.cuda.current_device())
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda source: compile_kernel(source, arch), sources))
+
+
+def write(path: Path, gpu: str, group_size: int, rows: list[dict]) -> None:
+    """Write the table, one choice a line."""
+    head = {
+        "gpu": gpu,
+        "group_size": group_size,
+        "dtype": "float16",
+        "torch": torch.__version__,
+        "driver": _driver_version(),
+        "host": platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "scripts/tune.py",
+    }
+    lines = []
+    for row in sorted(rows, key=lambda r: (r["k"], r["n"])):
+        choices = ",\n   ".join(json.dumps(choice) for choice in row["choices"])
+        lines.append(f' {{"k": {row["k"]}, "n": {row["n"]}, "choices": [\n   {choices}]}}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def _driver_version() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except (ImportError, RuntimeError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()
