@@ -75,6 +75,8 @@ class QuantizeConfig:
         _at_least("sweeps", self.sweeps, 0)
         if self.seqlen is not None:
             _at_least("seqlen", self.seqlen, 2)
+        if self.eval_tokens is not None:
+            _at_least("eval_tokens", self.eval_tokens, 1)
         if not 0 <= self.percdamp <= 10:
             raise ConfigError(f"percdamp={self.percdamp} is not in [0, 10]; 0.01 to 0.1 is usual")
         if not 0 < self.target_damp <= 100:
@@ -157,12 +159,16 @@ def _at_least(name: str, value: int, least: int) -> None:
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Settings of a YAML recipe (`configs/quantize/*.yaml`).
 
-    Raises ConfigError if the file is missing, is not a mapping, or holds unknown keys.
+    Raises ConfigError if the file is missing, is no YAML mapping, or holds unknown keys.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config={str(path)!r}: no such recipe; see configs/quantize/")
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config={str(path)!r} is not valid YAML: {reason}") from None
     if not isinstance(content, Mapping):
         raise ConfigError(f"config={str(path)!r} is not a mapping of settings")
     known = {field.name for field in fields(QuantizeConfig)}
@@ -175,16 +181,32 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> QuantizeConfig:
-    """Defaults, then the recipe, then the flags that were given (None = not given)."""
+    """Defaults, then the recipe, then the flags that were given (None = not given).
+
+    Raises ConfigError for a value of another type than its setting has.
+    """
     values = {**recipe, **{key: value for key, value in flags.items() if value is not None}}
     if "eval" in values:
         names = values["eval"]
         names = names.split(",") if isinstance(names, str) else names
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"eval={names!r} is not a list of data sets")
         values["eval"] = tuple(n.strip() for n in names if n.strip() and n.strip() != "none")
-    for field in fields(QuantizeConfig):  # YAML reads 1e-2 as a string, 1 as an int
-        if field.name in values and isinstance(field.default, float):
-            values[field.name] = _number(field.name, values[field.name])
+    for field in fields(QuantizeConfig):
+        if field.name in values:
+            values[field.name] = _typed(field.name, str(field.type), values[field.name])
     return replace(QuantizeConfig(), **values)
+
+
+def _typed(name: str, annotation: str, value: Any) -> Any:
+    """`value`, if it has the type of a field's annotation ("int", "str | None", ...)."""
+    kind, _, optional = annotation.partition(" | ")
+    if kind == "float":  # YAML reads 1e-2 as a string, 1 as an int
+        return _number(name, value)
+    words = {"int": "an integer", "str": "a text", "bool": "true or false"}
+    if kind in words and type(value).__name__ != kind and not (optional and value is None):
+        raise ConfigError(f"{name}={value!r} is not {words[kind]}")
+    return value
 
 
 def _number(name: str, value: Any) -> float:
