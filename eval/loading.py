@@ -16,7 +16,7 @@ from marlin_kernel.layer import Layer
 log = logging.getLogger(__name__)
 
 QUANTIZATION_REPORT = "quantization_report.json"
-WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def load(
@@ -100,10 +100,11 @@ def choose_device(name: str | None) -> str:
 
 
 def checkpoint_bytes(path: str) -> int | None:
-    """Bytes of the weight files of a local folder or file; None for a hub name."""
+    """Bytes of the weight files of a local folder; None for a hub name.
+
+    None for a GGUF file too: its weights are quantized already, which is no size to compare with.
+    """
     local = Path(path).expanduser()
-    if local.is_file():
-        return local.stat().st_size
     if not local.is_dir():
         return None
     for pattern in WEIGHT_FILES:

@@ -44,7 +44,7 @@ text-transform:uppercase;margin:0 0 6px}
 .chips{display:flex;flex-wrap:wrap;gap:8px;margin:14px 0 26px;padding:0;list-style:none}
 .chips li{background:var(--tint);color:var(--accent);border-radius:999px;padding:3px 12px;
 font-size:.86rem;font-weight:500}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:16px;
+.tiles{display:grid;grid-template-columns:repeat(var(--n),minmax(0,1fr));gap:16px;
 margin:0 0 20px}
 .tile,section{background:var(--card);border:1px solid var(--line);border-radius:14px}
 .tile{padding:16px 20px}
@@ -173,7 +173,7 @@ def _tiles(report: Report) -> str:
         note = f"{result.dataset}, {row.name}"
         if base is not None:
             change = 100 * (result.perplexity / base.perplexity - 1)
-            note = f"{result.dataset}, from {base.perplexity:.3f} ({change:+.1f} %)"
+            note = f"{result.dataset}, from {base.perplexity:.3f} ({change:+.1f}\u00a0%)"
         tiles.append(("Perplexity", f"{result.perplexity:.3f}", note))
         if result.kl is not None and baseline is not row:
             tiles.append(("KL divergence", f"{result.kl:.4f}", f"nats per token, {result.dataset}"))
@@ -199,7 +199,8 @@ def _tiles(report: Report) -> str:
         f"<span>{escape(note)}</span></div>"
         for what, value, note in tiles
     )
-    return f'<div class="tiles">{cells}</div>' if tiles else ""
+    columns = len(tiles) if len(tiles) <= 4 else 3
+    return f'<div class="tiles" style="--n:{columns}">{cells}</div>' if tiles else ""
 
 
 def _quality(report: Report) -> str:
@@ -342,7 +343,9 @@ def _layers(quantization: Mapping[str, Any] | None) -> str:
     dead = sum(int(x.get("dead_inputs") or 0) for x in layers)
     remarks = []
     if retried:
-        remarks.append(f"{retried} layers needed more damping than asked for")
+        remarks.append(
+            f"{retried} layer{'s' if retried > 1 else ''} needed more damping than asked for"
+        )
     if dead:
         remarks.append(f"{dead} inputs were never active in the calibration text")
     return (
