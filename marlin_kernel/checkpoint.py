@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,8 @@ class CheckpointWriter:
         self._probe: dict[str, Any] | None = None
         self.out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(self.out)
-        self._folder = self.out.parent / f"{_partial_prefix(self.out)}{os.getpid()}"
+        unique = f"{_partial_prefix(self.out)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._folder = self.out.parent / unique
         self._folder.mkdir()
 
     def __enter__(self) -> CheckpointWriter:
@@ -363,8 +365,8 @@ def _remove_abandoned(out: Path) -> None:
     """Delete temporary folders of runs on this host that were killed."""
     prefix = _partial_prefix(out)
     for folder in out.parent.glob(prefix + "*"):
-        pid = folder.name.removeprefix(prefix)
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+        pid = folder.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

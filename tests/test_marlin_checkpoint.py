@@ -209,6 +209,15 @@ def test_existing_folders_are_protected(tmp_path):
     assert verify_tensors(tmp_path / "empty") == []
 
 
+def test_a_folder_that_appears_meanwhile_is_protected(tmp_path):
+    with CheckpointWriter(tmp_path / "out", SCHEME) as writer:
+        writer.add("a", torch.zeros(1))
+        write_folder(tmp_path / "out", seed=5)  # another run was faster
+        with pytest.raises(ConfigError, match="already holds a checkpoint"):
+            writer.finish({})
+    assert read_manifest(tmp_path / "out")["settings"] == {"seed": 5}
+
+
 def test_writer_rejects_layers_of_another_grid(tmp_path):
     with CheckpointWriter(tmp_path / "out", SCHEME) as writer:
         with pytest.raises(ConfigError, match="layer x is"):

@@ -45,6 +45,8 @@ def test_padding_weighs_exactly_zero(k, n, wtype, g):
     padded = read(write(layer, "marlin"), "marlin", padded_spec).dequantize()
     assert torch.equal(padded[:k, :n], layer.dequantize())
     assert not padded[k:].any() and not padded[:, n:].any()
+    scales = read(write(layer, "marlin"), "marlin", padded_spec).scales
+    assert not scales[layer.spec.groups :].any() and not scales[:, n:].any()
 
 
 def test_original_marlin_files_are_byte_identical():

@@ -99,6 +99,8 @@ def test_int4_kernel_of_torch_agrees():
     few = torch.randn(4, 128, dtype=torch.bfloat16)
     if not dense._int4_fits(few, codes, None, 32, layer.weight_type):
         pytest.skip("this torch or CPU has no int4 kernel")
+    partial = torch.randn(4, 112, dtype=torch.bfloat16)  # a group that K does not fill
+    assert not dense._int4_fits(partial, codes[:112], None, 32, layer.weight_type)
     many = few.repeat(16, 1)
     assert not dense._int4_fits(many, codes, None, 32, layer.weight_type)
     expected = reference.matmul(few.float(), layer.dequantize(), layer.bias)
