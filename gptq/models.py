@@ -151,7 +151,7 @@ class StreamedModel:
 
     folder: a Hugging Face folder with safetensors. dtype, device: of weights and activations.
     storage: dtype in which tensors that are not quantized will be stored (the source's own; float32
-    becomes float16); they are rounded to it on reading, so that calibration sees what is served.
+    becomes float16).
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -170,7 +170,6 @@ class StreamedModel:
         self.base = self.skeleton.get_submodule(self.family.base)
         self._layers = list(getattr(self.base, self.family.layers))
         self.num_layers = len(self._layers)
-        self._linears = {f"{name}.weight" for name in self.quantizable()}
         self._check_tensors()
         first = self.tensors[f"{self.layer_name(0)}.{self.family.linears[0]}.weight"]
         self.storage = torch.bfloat16 if first.dtype == torch.bfloat16 else torch.float16
@@ -219,8 +218,9 @@ class StreamedModel:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as the quantizer computes with it: in `dtype` on `device`."""
-        tensor = self.tensors[name] if name in self._linears else self.stored(name)
-        return tensor.to(device=self.device, dtype=self.dtype)
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
+        return self.tensors[name].to(device=self.device, dtype=self.dtype)
 
     def layer_name(self, index: int) -> str:
         return f"{self.family.base}.{self.family.layers}.{index}"

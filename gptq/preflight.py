@@ -208,6 +208,10 @@ def rehearse(
         group = normalize_group_size(config.groupsize, inputs)
         spec = LayerSpec(inputs, outputs, wtype, group, config.moves_groups and group < inputs)
         formats.check_exportable(config.format, spec)
+    quantized = {f"{linear}.weight" for linear in linears}
+    for other in model.tensors:
+        if other not in quantized:
+            model.stored(other)  # raises if the checkpoint's dtype cannot hold it
     weight = model.tensor(f"{name}.weight")
     identity = torch.eye(k, device=model.device)
     nearest = SolverOptions(wtype, config.groupsize, grid=options.grid, nearest=True)
