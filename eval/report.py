@@ -111,7 +111,7 @@ def write_report(out_dir: str | os.PathLike[str], report: Report) -> dict[str, P
 def to_json(report: Report) -> dict[str, Any]:
     """The report as JSON-ready data, schema version FORMAT_VERSION (docs/evaluation.md).
 
-    Infinities and NaN become None: JSON has no word for them.
+    Infinities and NaN become None (JSON has no word for them), a Path its string.
     """
     content = asdict(report)
     baseline = report.baseline_row()
@@ -134,7 +134,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
             Row(
                 **{
                     **row,
-                    "perplexity": tuple(PerplexityResult(**p) for p in row["perplexity"]),
+                    "perplexity": tuple(
+                        PerplexityResult(**p | {k: _number(p[k]) for k in ("perplexity", "nll")})
+                        for p in row["perplexity"]
+                    ),
                     "tasks": tuple(TaskResult(**t) for t in row["tasks"]),
                 }
             )
@@ -431,6 +434,10 @@ def _unique(items: Any) -> list[Any]:
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def _finite(value: Any) -> Any:

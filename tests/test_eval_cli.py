@@ -1,0 +1,129 @@
+"""Command line: flags over recipe over defaults, and errors before any long work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from eval_cases import save_packed, save_tiny
+
+from eval import cli
+from eval.config import EvalConfig, resolve
+from marlin_kernel.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(params=["with lm-eval", "without lm-eval"])
+def either(request, monkeypatch):
+    if request.param == "without lm-eval":
+        monkeypatch.setattr(cli, "has_lm_eval", lambda: False)
+    elif not cli.has_lm_eval():
+        pytest.skip("lm-eval is not installed (extra [eval])")
+
+
+def test_flags_override_the_recipe(either, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("perplexity: [c4, pydoc]\nseqlen: 512\ntasks: mmlu,piqa\n")
+    config, args = cli.parse(
+        ["--config", str(recipe), "--perplexity", "pydoc,red", "wikitext2", "--model_args",
+         "pretrained=x,dtype=float32"]
+    )  # fmt: skip
+    assert config.perplexity == ("pydoc", "red", "wikitext2")
+    assert config.seqlen == 512
+    assert args.tasks == ["mmlu", "piqa"]
+    assert args.model_args == {"pretrained": "x", "dtype": "float32"}
+
+
+def test_recipes_of_the_project_are_valid():
+    if not cli.has_lm_eval():
+        pytest.skip("lm-eval is not installed (extra [eval])")
+    recipes = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        config, _ = cli.parse(["--config", str(recipe)])
+        assert config.perplexity
+
+
+def test_lm_evals_own_options_are_accepted():
+    if not cli.has_lm_eval():
+        pytest.skip("lm-eval is not installed (extra [eval])")
+    _, args = cli.parse(
+        "--model hf --model_args pretrained=a --tasks mmlu --num_fewshot 5 --batch_size auto:4 "
+        "--limit 10 --apply_chat_template --seed 1,2,3,4 --gen_kwargs temperature=0 "
+        "--output_path out --log_samples --include_path x --write_out --cache_requests true".split()
+    )
+    assert args.num_fewshot == 5 and args.seed == [1, 2, 3, 4] and args.apply_chat_template is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "nothing to do: give --tasks"),
+        ("--perplexity pydoc", "no model: give --model_args"),
+        ("--perplexity pydoc --seqlen 1 --model_args pretrained=x", "seqlen=1 must be"),
+        ("--perplexity pydoc --marlin_checkpoint /nowhere", "marlin_checkpoint='/nowhere'"),
+        ("--perplexity pydoc --data_dir /nowhere", "data_dir='/nowhere' is not an existing"),
+        ("--perplexity nothing --model_args pretrained=x", "text source 'nothing'"),
+        ("--perplexity pydoc --model_args pretrained=x,dtype=int4", "dtype='int4'"),
+        ("--perplexity pydoc --model_args pretrained=./gone", "./gone"),
+        ("--perplexity pydoc --device warp --model_args pretrained=x", "device='warp'"),
+        ("--config /nowhere.yaml", "no such recipe"),
+        ("--perplexity pydoc --baseline /nowhere.json", "baseline='/nowhere.json'"),
+    ],
+)
+def test_errors_name_the_option_and_the_way_out(either, flags, message, capsys):
+    assert cli.main(flags.split()) == 2
+    found = capsys.readouterr().err
+    assert message in found and "Traceback" not in found
+
+
+def test_unknown_recipe_keys_are_rejected(either, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("perplexty: [c4]\n")
+    assert cli.main(["--config", str(recipe)]) == 2
+    assert "unknown keys ['perplexty']" in capsys.readouterr().err
+
+
+def test_tasks_without_lm_eval_name_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "has_lm_eval", lambda: False)
+    assert cli.main(["--tasks", "mmlu", "--model_args", "pretrained=x"]) == 2
+    assert "pip install 'marlin-gptq[eval]'" in capsys.readouterr().err
+
+
+def test_perplexity_without_lm_eval(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "has_lm_eval", lambda: False)
+    plain, packed = save_tiny(tmp_path / "plain"), save_packed(tmp_path / "packed")
+    code = cli.main(
+        f"--model_args pretrained={plain} --marlin_checkpoint {packed} --perplexity pydoc "
+        f"--seqlen 64 --max_tokens 256 --device cpu --report {tmp_path}/report".split()
+    )
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "| **GPTQ INT4** |" in printed.out and "KL pydoc" in printed.out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["rows"][1]["perplexity"][0]["tokens"] == 4 * 63
+
+    code = cli.main(  # alone, beside the rows of the earlier report
+        f"--model marlin --model_args pretrained={packed} --perplexity pydoc --seqlen 64 "
+        f"--max_tokens 256 --device cpu --baseline {tmp_path}/report/report.json".split()
+    )
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "| **original** |" in printed.out
+
+
+def test_seqlen_beyond_the_context_is_refused(tmp_path, capsys):
+    plain = save_tiny(tmp_path / "plain")
+    code = cli.main(
+        f"--model_args pretrained={plain} --perplexity pydoc --seqlen 999 --device cpu".split()
+    )
+    assert code == 2
+    assert "seqlen=999 exceeds the model's context of 128" in capsys.readouterr().err
+
+
+def test_resolve_rejects_wrong_types():
+    with pytest.raises(ConfigError, match="max_tokens='many'"):
+        resolve({"max_tokens": "many"})
+    assert resolve({"perplexity": None}) == EvalConfig()
