@@ -37,7 +37,16 @@ MAX_SEQLEN = 4096
 
 def choose_device(config: QuantizeConfig) -> torch.device:
     """`--device`, or the first GPU, or the CPU. Raises ConfigError if it is not there."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError(
+            f"device={config.device!r} is no device of torch; use cpu, cuda, or cuda:1"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise ConfigError(
+            f"device={config.device!r}: torch sees {torch.cuda.device_count()} GPUs, counted from 0"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device={config.device!r}: torch sees no GPU; use --device cpu, or install a CUDA build"
@@ -95,11 +104,13 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
     linears = _linear_sizes(model, skip)
     tokenizer = _tokenizer(folder)
     samples = [] if config.nearest else calibration_samples(config, tokenizer, seqlen)
+    _check_vocabulary(samples, model)
     probe = _probe_tokens(tokenizer, model.config.vocab_size)
 
     planned = preflight.plan(model, config, linears, samples)
     say(_table(planned.rows(config, model)))
     preflight.check_room(planned, model, out)
+    preflight.check_copied(model, linears)
     preflight.rehearse(model, config, linears)
 
     origin = {"path": config.checkpoint, "sha256": source_hash(folder)}
@@ -124,7 +135,7 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
         "seconds_hessian": walker.clock.hessian,
         "seconds_solve": walker.clock.solve,
         "seconds_io": 0.0,
-        "peak_host_bytes": _peak_host(),
+        "peak_host_bytes": peak_host(),
         "peak_device_bytes": _peak_device(device),
         "source_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "packed_bytes": planned.packed_bytes,
@@ -182,7 +193,7 @@ def _row(result: LinearResult, device: torch.device) -> dict[str, Any]:
         "out_features": n,
         **asdict(result.solution.statistics),
         "seconds": result.seconds,
-        "peak_host_bytes": _peak_host(),
+        "peak_host_bytes": peak_host(),
         "peak_device_bytes": _peak_device(device),
     }
 
@@ -211,10 +222,20 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder} holds no tokenizer that transformers can load ({error}); copy the model's "
+            f"{folder} holds no tokenizer that transformers can load ({reason}); copy the model's "
             "tokenizer files beside its weights"
         ) from error
+
+
+def _check_vocabulary(samples: Sequence[Tensor], model: StreamedModel) -> None:
+    largest = max((int(ids.max()) for ids in samples), default=0)
+    if largest >= model.config.vocab_size:
+        raise CheckpointError(
+            f"{model.folder}: its tokenizer gives the token {largest}, the embedding has "
+            f"{model.config.vocab_size} rows; copy the tokenizer files of this very model there"
+        )
 
 
 def _probe_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
@@ -222,10 +243,22 @@ def _probe_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
     return torch.tensor(ids.input_ids[:PROBE_TOKENS], dtype=torch.int64).clamp(max=vocabulary - 1)
 
 
-def _peak_host() -> int:
+def reset_peak_host() -> None:
+    """Start counting `peak_host` anew, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("the peak of resident memory cannot be reset here")
+
+
+def peak_host() -> int:
     """Peak resident memory of this process, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:  # unlike getrusage, this can be reset
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _peak_device(device: torch.device) -> int:
