@@ -212,6 +212,12 @@ def test_quantization_config_round_trip(fmt, name, group_size):
     assert scheme.layer("a.b", bias=False) == layer.spec
 
 
+def test_one_group_needs_no_index():
+    scheme = Scheme("marlin", U4B8, 64, act_order=True, modules={"a": (64, 32), "b": (128, 32)})
+    assert not scheme.layer("a", bias=False).act_order  # 64 inputs are one group
+    assert scheme.layer("b", bias=False).act_order
+
+
 def test_gptq_config_has_the_keys_that_servers_demand():
     config = quantization_config(Scheme("gptq", U4B8, 128))
     expected = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
