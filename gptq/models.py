@@ -158,7 +158,13 @@ class StreamedModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.folder, self.dtype, self.device = folder, dtype, device
-        self.config = AutoConfig.from_pretrained(folder)
+        try:
+            self.config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:  # no JSON, or a model_type transformers lacks
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{folder}: transformers cannot read its config.json: {reason}"
+            ) from error
         if getattr(self.config, "quantization_config", None):
             raise CheckpointError(
                 f"checkpoint={str(folder)!r} is already quantized; give the full-precision model"

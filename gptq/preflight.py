@@ -176,6 +176,8 @@ def check_room(plan: Plan, model: StreamedModel, folder: Path) -> None:
     parent = folder
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError(f"save={str(folder)!r}: {parent} is a file; choose another folder")
     free = shutil.disk_usage(parent).free
     if free < plan.disk_bytes:
         raise ConfigError(
@@ -205,6 +207,11 @@ def rehearse(
     options = config.solver_options()
     wtype = config.weight_type
     for inputs, outputs in set(linears.values()):
+        if config.format != "marlin" and config.groupsize > inputs:
+            raise ConfigError(
+                f"groupsize={config.groupsize} is larger than the {inputs} inputs of a linear, which "
+                f"readers of {config.format} refuse; use --format marlin, or a smaller group"
+            )
         group = normalize_group_size(config.groupsize, inputs)
         spec = LayerSpec(inputs, outputs, wtype, group, config.moves_groups and group < inputs)
         formats.check_exportable(config.format, spec)

@@ -110,7 +110,6 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
     planned = preflight.plan(model, config, linears, samples)
     say(_table(planned.rows(config, model)))
     preflight.check_room(planned, model, out)
-    preflight.check_copied(model, linears)
     preflight.rehearse(model, config, linears)
 
     origin = {"path": config.checkpoint, "sha256": source_hash(folder)}
