@@ -228,6 +228,10 @@ class StreamedModel:
             raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
         return self.tensors[name].to(device=self.device, dtype=self.dtype)
 
+    def as_stored(self, tensor: Tensor) -> Tensor:
+        """The values that a reader of the checkpoint will get for an unquantized tensor."""
+        return tensor.to(self.storage).to(tensor.dtype)
+
     def layer_name(self, index: int) -> str:
         return f"{self.family.base}.{self.family.layers}.{index}"
 
@@ -256,13 +260,14 @@ class StreamedModel:
         self.__dict__.pop("_embedding", None)
 
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Final norm and language-model head: hidden states [..., hidden] -> logits."""
+        """Final norm and head, as they will be stored: hidden states [..., hidden] -> logits."""
         norm = copy.deepcopy(getattr(self.base, self.family.norm))
-        _assign(norm, lambda name: self.tensor(f"{self.family.base}.{self.family.norm}.{name}"))
+        prefix = f"{self.family.base}.{self.family.norm}"
+        _assign(norm, lambda name: self.as_stored(self.tensor(f"{prefix}.{name}")))
         name = f"{self.family.head}.weight"
         if name not in self.tensors:
             name = f"{self.family.base}.{self.family.embed}.weight"
-        weight = self.tensor(name)
+        weight = self.as_stored(self.tensor(name))
         return lambda hidden: norm(hidden) @ weight.T
 
     def layer_arguments(self, length: int, index: int) -> dict:

@@ -47,7 +47,8 @@ class Walker:
     model: the streamed source. samples: token ids, int64 [T] each. options.asymmetric: also carry the
     activations of the unquantized model, as targets (needs true_sequential: a correction that looks
     at the inputs must see those that the layer will really get). skip: linears that stay as they are,
-    by path inside the layer. probe: token ids that go through the quantized model and count nowhere.
+    by path inside the layer. probe: token ids that go through the quantized model, with all other
+    tensors as they will be stored, and count nowhere.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Walker:
         self.model, self.options = model, options
         self.true_sequential = true_sequential
         self.skip = frozenset(skip)
-        self.probe = None if probe is None else model.embed(probe)
+        self.probe = None if probe is None else model.as_stored(model.embed(probe))
         self.asymmetric = options.asymmetric and not options.nearest
         self.clock = Clock()
         self.hidden = [model.embed(ids) for ids in samples]
@@ -263,7 +264,13 @@ class Walker:
                 states[i] = stages.forward(x, self.model.layer_arguments(x.shape[1], index))
 
     def _forward_probe(self, layer: nn.Module, index: int) -> None:
+        """Last thing done with a layer: it rounds what is not quantized, as storing will."""
         if self.probe is not None:
+            linears = self.model.family.linears
+            quantized = {f"{path}.weight" for path in linears if path not in self.skip}
+            for name, parameter in layer.named_parameters():
+                if name not in quantized:
+                    parameter.data = self.model.as_stored(parameter.data)
             arguments = self.model.layer_arguments(self.probe.shape[1], index)
             self.probe = Stages(layer, self.model.family).forward(self.probe, arguments)
 
