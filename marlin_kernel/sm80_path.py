@@ -22,7 +22,6 @@ from marlin_kernel import launch
 from marlin_kernel.compiler import KernelSource, compile_kernel
 from marlin_kernel.layout import unpermute_columns
 from marlin_kernel.sm80_configs import (
-    CONFIGS,
     SCALARS,
     Geometry,
     Sm80Config,
@@ -33,7 +32,6 @@ from marlin_kernel.sm80_configs import (
 # ---- launching ---------------------------------------------------------------------------------
 
 RESERVED_SHARED_BYTES = 1024  # of each block, by the system
-MAX_TILE_M = max(config.tile_m for config in CONFIGS)
 _PROBLEM = struct.Struct("<7Qq7i4x")  # sm80::Problem
 
 
@@ -218,7 +216,7 @@ def gemm(
             )
     group_size = group_size if scales.shape[0] > 1 else 0
     if config is None:
-        config = _select(index, min(m, MAX_TILE_M), group_size, batch_invariant)
+        config = _select(index, min(m, 256), group_size, batch_invariant)
     blocks = _blocks(index, config, group_size)
     need = geometry(config, m, n, k_padded, blocks, batch_invariant)
     stream = torch._C._cuda_getCurrentRawStream(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -52,30 +53,33 @@ def build(
     directory = Path(tempfile.gettempdir()) / f"marlin-emulator-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     library = directory / f"{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            sources = CSRC
-            if mutation is not None:
-                sources = Path(scratch) / "csrc"
-                shutil.copytree(CSRC, sources)
-                header, text, replacement = mutation
-                content = (sources / header).read_text()
-                if content.count(text) != 1:
-                    raise RuntimeError(f"{text!r} occurs {content.count(text)} times in {header}")
-                (sources / header).write_text(content.replace(text, replacement))
-            output = Path(scratch) / "out.so"
-            includes = [f"-I{EMULATOR / 'include'}", f"-I{sources}"]
-            command = [
-                compiler(),
-                *FLAGS,
-                *options,
-                *includes,
-                str(EMULATOR / main),
-                "-o",
-                str(output),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"g++ failed:\n{done.stderr[:4000]}")
-            os.replace(output, library)
+    with open(
+        directory / f"{key}.lock", "w"
+    ) as lock:  # several test processes want the same library
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(main, options, mutation, library)
     return ctypes.CDLL(str(library))
+
+
+def _compile(
+    main: str, options: list[str], mutation: tuple[str, str, str] | None, library: Path
+) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        sources = CSRC
+        if mutation is not None:
+            sources = Path(scratch) / "csrc"
+            shutil.copytree(CSRC, sources)
+            header, text, replacement = mutation
+            content = (sources / header).read_text()
+            if content.count(text) != 1:
+                raise RuntimeError(f"{text!r} occurs {content.count(text)} times in {header}")
+            (sources / header).write_text(content.replace(text, replacement))
+        output = Path(scratch) / "out.so"
+        includes = [f"-I{EMULATOR / 'include'}", f"-I{sources}"]
+        inputs = [str(EMULATOR / main), "-o", str(output)]
+        command = [compiler(), *FLAGS, *options, *includes, *inputs]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"g++ failed:\n{done.stderr[:4000]}")
+        os.replace(output, library)

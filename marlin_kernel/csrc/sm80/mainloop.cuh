@@ -103,7 +103,7 @@ __device__ __forceinline__ void multiply_stage(const SharedStorage<Config>& shar
   Accumulators<Config>& sums = SCALE_SUMS ? group_sums : total;
   if constexpr (SCALE_SUMS) group_sums.clear();
   uint4 scales = {};
-#pragma unroll
+#pragma unroll(Config::UNROLL)
   for (int i = 0; i < Config::STEPS; ++i) {
     const int step = place.warp_k * Config::STEPS + i;
     if constexpr (Config::GROUPED) {

@@ -56,6 +56,7 @@ __device__ __forceinline__ void reduce_in_block(SharedStorage<Config>& shared,
 template <class Config>
 class BlockReduction {
   using Scalar = typename Config::Scalar;
+  static constexpr int LOADS = Config::WARP_M < 64 ? 16 : 4;  // of 16 bytes, under way at once
 
  public:
   __device__ BlockReduction(const Problem<Scalar>& p, const Partition& partition,
@@ -84,36 +85,38 @@ class BlockReduction {
     }
   }
 
-  __device__ __forceinline__ void add_from(const float4* from, Accumulators<Config>& acc) {
+  // Adds COUNT consecutive parts, in order. Their loads are under way at once, as many as registers allow:
+  // one after the other, the latencies would add up to more than a small multiplication takes.
+  template <int COUNT>
+  __device__ __forceinline__ void add_parts(const Unit& u, int part, Accumulators<Config>& acc) {
+    constexpr int AT_ONCE = Config::FRAGMENTS < LOADS / COUNT ? Config::FRAGMENTS : LOADS / COUNT;
 #pragma unroll
-    for (int i = 0; i < Config::FRAGMENTS; ++i) add(fragment(acc, i), ptx::load_l2(from + i * WARP));
-  }
-
-  // Adds all parts in order. The loads of several parts are under way at once: one after the other, their
-  // latencies would add up to more than a small multiplication takes.
-  __device__ __forceinline__ void add_all(const Unit& u, Accumulators<Config>& acc) {
-    constexpr int AT_ONCE = Config::FRAGMENTS < 16 ? 16 / Config::FRAGMENTS : 1;
-    int part = 0;
-    for (; part + AT_ONCE <= u.parts; part += AT_ONCE) {
-      float4 v[AT_ONCE][Config::FRAGMENTS];
+    for (int first = 0; first < Config::FRAGMENTS; first += AT_ONCE) {
+      float4 v[COUNT][AT_ONCE];
 #pragma unroll
-      for (int p = 0; p < AT_ONCE; ++p) {
-        const float4* from = slot(u, part + p);
+      for (int p = 0; p < COUNT; ++p) {
+        const float4* from = slot(u, part + p) + first * WARP;
 #pragma unroll
-        for (int i = 0; i < Config::FRAGMENTS; ++i) v[p][i] = ptx::load_l2(from + i * WARP);
+        for (int i = 0; i < AT_ONCE; ++i) v[p][i] = ptx::load_l2(from + i * WARP);
       }
 #pragma unroll
-      for (int p = 0; p < AT_ONCE; ++p)
+      for (int p = 0; p < COUNT; ++p)
 #pragma unroll
-        for (int i = 0; i < Config::FRAGMENTS; ++i) add(fragment(acc, i), v[p][i]);
+        for (int i = 0; i < AT_ONCE; ++i) add(fragment(acc, first + i), v[p][i]);
     }
-    for (; part < u.parts; ++part) add_from(slot(u, part), acc);
+  }
+
+  __device__ __forceinline__ void add_all(const Unit& u, Accumulators<Config>& acc) {
+    constexpr int COUNT = Config::FRAGMENTS < LOADS ? LOADS / Config::FRAGMENTS : 1;
+    int part = 0;
+    for (; part + COUNT <= u.parts; part += COUNT) add_parts<COUNT>(u, part, acc);
+    for (; part < u.parts; ++part) add_parts<1>(u, part, acc);
   }
 
   // All parts come to this very thread one after the other: the slot carries the sum so far.
   __device__ __forceinline__ bool complete_in_turn(const Unit& u, Accumulators<Config>& acc) {
     float4* carry = slot(u, 0);
-    if (u.part > 0) add_from(carry, acc);
+    if (u.part > 0) add_parts<1>(u, 0, acc);
     if (u.part == u.parts - 1) return true;
     store(carry, acc);
     return false;

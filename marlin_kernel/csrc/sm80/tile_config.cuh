@@ -17,7 +17,7 @@ constexpr int CHUNK = 8;          // 16-bit elements in one 16-byte copy
 constexpr int STAGING_PAD = 8;    // elements that shift the rows of the output staging by 4 banks
 
 template <class Scalar_,     // __half or __nv_bfloat16: activations, bias, output (scales are __half)
-          int WARP_M_,       // tokens of one warp: 8, 16 or 32
+          int WARP_M_,       // tokens of one warp: 8, 16, 32 or 64
           int WARPS_M_,      // warps along tokens
           int WARPS_N_,      // warps along features
           int WARPS_K_,      // warps that share one output tile and split each stage along k
@@ -47,6 +47,12 @@ struct TileConfig {
   static constexpr int SCALE_ROWS = !GROUPED ? 0 : TILE_K > GROUP_SIZE ? TILE_K / GROUP_SIZE : 1;
   static constexpr int GROUP_STEPS = GROUPED ? GROUP_SIZE / MMA_K : STEPS;  // k16 steps per scale
 
+  // Steps that the compiler may interleave: where accumulators fill the registers, none, and not the sums
+  // of one group with those of the next.
+  static constexpr int UNROLL = WARP_M >= 64                      ? 1
+                                : WARP_M >= 32 && GROUP_STEPS < STEPS ? GROUP_STEPS
+                                                                      : STEPS;
+
   static constexpr int WEIGHT_CHUNKS = TILE_K / MMA_K * WARPS_N * WARP;  // 16 bytes each, per stage
   static constexpr int ROW_CHUNKS = TILE_K / CHUNK;                      // of one token's row
   static constexpr int TOKEN_CHUNKS = TILE_M * ROW_CHUNKS;
@@ -54,7 +60,9 @@ struct TileConfig {
   static constexpr int FRAGMENTS = ROW_TILES * TOKEN_TILES;  // accumulator fragments of one thread
 
   static_assert(WARP_M == 8 || WARP_M % 16 == 0, "one ldmatrix.x2 or whole ldmatrix.x4 per k16 step");
-  static_assert(WARP_M <= 32, "the accumulators of 64 tokens fill half of the registers and spill");
+  static_assert(WARP_M <= 64, "the accumulators of 64 tokens fill 128 registers");
+  static_assert(!GROUPED || SCALE_WEIGHTS || WARP_M <= 32,
+                "a group's own sums beside the total ones would not fit the registers");
   static_assert(TILE_K % 64 == 0, "the swizzle permutes the eight 16-byte chunks of 64 elements");
   static_assert(TILE_K % (MMA_K * WARPS_K) == 0, "every warp takes whole k16 steps of a stage");
   static_assert(STAGES >= 2, "one stage is read while another one lands");
