@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from marlin_kernel.checkpoint import CheckpointWriter
-from marlin_kernel.errors import ConfigError
+from marlin_kernel.errors import CheckpointError, ConfigError
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.schemes import Scheme
 
@@ -95,13 +95,22 @@ class FinishedLayers:
         os.replace(partial, file)
 
     def load(self, index: int) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
-        """(tensors of each linear by name, report rows) of layer `index`."""
+        """(tensors of each linear by name, report rows) of layer `index`.
+
+        Raises CheckpointError if its file is damaged.
+        """
         layers: dict[str, dict[str, Tensor]] = {}
-        with safe_open(self._file(index), "pt") as file:
-            rows = json.loads(file.metadata()["rows"])
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                name, _, part = key.rpartition(":")
-                layers.setdefault(name, {})[part] = file.get_tensor(key)
+        try:
+            with safe_open(self._file(index), "pt") as file:
+                rows = json.loads(file.metadata()["rows"])
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    name, _, part = key.rpartition(":")
+                    layers.setdefault(name, {})[part] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self._file(index)}: the record of a finished layer is damaged ({error}); "
+                "discard the unfinished run with --no-resume"
+            ) from error
         return layers, rows
 
     def weights(self, index: int, prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,275 @@
+"""Interrupted runs: nothing half-written that loads, and bit-identical continuation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from gptq.cli import main
+from gptq.sequential import Walker
+from gptq.storage import FinishedLayers
+from marlin_kernel import ConfigError
+from marlin_kernel.hf import load_model
+from tests.gptq_models import SOURCES, write_source, write_text
+
+ROOT = Path(__file__).parent.parent
+FILE = "model.safetensors"
+LAYERS = 3
+
+# Runs the command line and dies by SIGKILL at a given point, as for want of memory or power.
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from gptq import storage
+from gptq.cli import main
+from marlin_kernel.checkpoint import CheckpointWriter
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+point, *flags = sys.argv[1:]
+if point == "finish":  # all layers and files written, nothing in place yet
+    CheckpointWriter.finish = die
+elif point == "write":  # half of the packed layers added
+    add, count = CheckpointWriter.add_layer, [0]
+    def add_layer(self, *given):
+        count[0] += 1
+        die() if count[0] > 10 else add(self, *given)
+    CheckpointWriter.add_layer = add_layer
+else:  # after so many finished layers, in the middle of saving the next
+    save, replaced = storage.FinishedLayers.save, os.replace
+    def save_layer(self, index, *given):
+        if index == int(point):
+            os.replace = die
+        save(self, index, *given)
+    storage.FinishedLayers.save = save_layer
+main(flags)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """Source, text and size of the run, without --save."""
+    folder = tmp_path_factory.mktemp("source")
+    write_source(folder, replace(SOURCES["qwen2"], layers=LAYERS))
+    text = write_text(tmp_path_factory.mktemp("text") / "calibration.txt")
+    few = ["--wbits", "4", "--groupsize", "32", "--nsamples", "8", "--seqlen", "32"]
+    return [str(folder), *few, "--dataset", str(text)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory) -> bytes:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*flags, "--save", str(out)]) == 0
+    return (out / FILE).read_bytes()
+
+
+def unfinished(out: Path) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def stop_after(monkeypatch, layers: int, flags: list[str], out: Path, *more: str) -> None:
+    """Run in this process and interrupt it when `layers` layers are finished."""
+    solve = Walker.quantize_layer
+
+    def quantize_layer(self, index, on_stage):
+        if index == layers:
+            raise KeyboardInterrupt
+        return solve(self, index, on_stage)
+
+    monkeypatch.setattr(Walker, "quantize_layer", quantize_layer)
+    assert main([*flags, "--save", str(out), *more]) == 130
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("point", ["1", "write", "finish"])
+def test_a_killed_run_leaves_nothing_that_loads_and_continues_to_the_same_bytes(
+    point, flags, uninterrupted, tmp_path
+):
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, point, *flags, "--save", str(out)],
+        env=environment, cwd=tmp_path, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    finished = sorted(p.name for p in unfinished(out).glob("layer-*.safetensors"))
+    assert len(finished) == (int(point) if point.isdigit() else LAYERS)
+    assert main([*flags, "--save", str(out), "--resume"]) == 0
+    assert (out / FILE).read_bytes() == uninterrupted
+    load_model(out, verify=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # what the dead run left is gone
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("--no-static-groups",),
+        ("--no-sym",),
+        ("--no-asymmetric", "--no-true-sequential"),
+        ("--nearest",),
+        ("--skip_gq",),
+        ("--dtype", "bfloat16"),
+    ],
+    ids=" ".join,
+)
+def test_resuming_gives_the_same_bytes_for_every_method(method, flags, tmp_path, monkeypatch):
+    assert main([*flags, "--save", str(tmp_path / "whole"), *method]) == 0
+    stop_after(monkeypatch, 2, flags, tmp_path / "out", *method)
+    assert not (tmp_path / "out").exists()
+    assert main([*flags, "--save", str(tmp_path / "out"), *method, "--resume"]) == 0
+    whole, resumed = tmp_path / "whole", tmp_path / "out"
+    assert (resumed / FILE).read_bytes() == (whole / FILE).read_bytes()
+    probes = []
+    for folder in (whole, resumed):
+        with safe_open(folder / "marlin_probe.st", "pt") as file:
+            probes.append(file.get_tensor("logits"))
+    assert torch.equal(*probes)
+
+
+def test_resuming_does_not_solve_finished_layers_again(flags, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stop_after(monkeypatch, 2, flags, out)
+    solve, solved = Walker.quantize_layer, []
+
+    def quantize_layer(self, index, on_stage):
+        solved.append(index)
+        return solve(self, index, on_stage)
+
+    monkeypatch.setattr(Walker, "quantize_layer", quantize_layer)
+    assert main([*flags, "--save", str(out), "--resume"]) == 0
+    assert solved == [2]
+
+
+def test_an_unfinished_run_needs_a_decision(flags, uninterrupted, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    stop_after(monkeypatch, 1, flags, out)
+    capsys.readouterr()
+    assert main([*flags, "--save", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "1 finished layers" in error and "--resume" in error and "--no-resume" in error
+    assert len(list(unfinished(out).glob("layer-*"))) == 1  # the question costs nothing
+    assert main([*flags, "--save", str(out), "--no-resume"]) == 0
+    assert (out / FILE).read_bytes() == uninterrupted
+    assert not unfinished(out).exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--groupsize", "64"),
+        ("--percdamp", "0.2"),
+        ("--seed", "1"),
+        ("--nsamples", "9"),
+        ("--skip_gq",),
+        ("--dtype", "float16"),
+    ],
+    ids=" ".join,
+)
+def test_other_settings_do_not_continue_a_run(changed, flags, tmp_path, monkeypatch, capsys):
+    """Layers of two different runs in one checkpoint would load, and be wrong."""
+    out = tmp_path / "out"
+    stop_after(monkeypatch, 1, flags, out)
+    capsys.readouterr()
+    assert main([*flags, "--save", str(out), "--resume", *changed]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "other settings" in error and "--no-resume" in error
+    assert not out.exists() and len(list(unfinished(out).glob("layer-*"))) == 1
+
+
+def test_other_text_or_weights_do_not_continue_a_run(flags, tmp_path, monkeypatch, capsys):
+    """The same names, but the files behind them have changed."""
+    source, text, out = tmp_path / "source", tmp_path / "text.txt", tmp_path / "out"
+    write_source(source, replace(SOURCES["qwen2"], layers=LAYERS))
+    write_text(text)
+    own = [str(source), *flags[1:-1], str(text), "--save", str(out)]
+    stop_after(monkeypatch, 1, own[:-2], out)
+    write_text(text, seed=5)
+    assert main([*own, "--resume"]) == 2
+    write_text(text)
+    write_source(source, replace(SOURCES["qwen2"], layers=LAYERS), seed=1)
+    assert main([*own, "--resume"]) == 2
+    assert capsys.readouterr().err.count("another source or another calibration text") == 2
+    write_source(source, replace(SOURCES["qwen2"], layers=LAYERS))
+    assert main([*own, "--resume"]) == 0
+
+
+def test_the_format_may_change(flags, tmp_path, monkeypatch):
+    """Codes do not depend on how they will be written."""
+    out = tmp_path / "out"
+    stop_after(monkeypatch, 2, flags, out)
+    assert main([*flags, "--save", str(out), "--resume", "--format", "gptq"]) == 0
+    load_model(out, verify=True)
+
+
+def test_resume_without_an_unfinished_run_starts_one(flags, uninterrupted, tmp_path):
+    assert main([*flags, "--save", str(tmp_path / "out"), "--resume"]) == 0
+    assert (tmp_path / "out" / FILE).read_bytes() == uninterrupted
+
+
+def test_a_run_for_an_existing_checkpoint_keeps_it_until_the_end(flags, tmp_path, monkeypatch):
+    """--overwrite must not remove the old checkpoint before the new one is whole."""
+    out = tmp_path / "out"
+    assert main([*flags, "--save", str(out), "--nearest"]) == 0
+    old = (out / FILE).read_bytes()
+    stop_after(monkeypatch, 1, flags, out, "--overwrite")
+    assert (out / FILE).read_bytes() == old
+    load_model(out, verify=True)
+    assert main([*flags, "--save", str(out), "--overwrite", "--resume"]) == 0
+    assert (out / FILE).read_bytes() != old
+
+
+# ---- the folder of finished layers ---------------------------------------------------------------
+
+
+def test_a_damaged_record_of_a_finished_layer_is_named(flags, tmp_path, monkeypatch, capsys):
+    """A truncated file must not end in another library's traceback, far less be used."""
+    out = tmp_path / "out"
+    stop_after(monkeypatch, 2, flags, out)
+    file = unfinished(out) / "layer-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main([*flags, "--save", str(out), "--resume"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "layer-0001" in error and "--no-resume" in error
+
+
+def test_only_leading_layers_count(tmp_path):
+    finished = FinishedLayers(tmp_path / "run", "key", None)
+    for index in (0, 1, 3):
+        (tmp_path / "run" / f"layer-{index:04d}.safetensors").touch()
+    (tmp_path / "run" / "layer-0002.partial").touch()
+    assert finished.count() == 2
+    with pytest.raises(ConfigError, match="2 finished layers"):
+        FinishedLayers(tmp_path / "run", "key", None)
+
+
+def test_a_run_without_finished_layers_asks_nothing(tmp_path):
+    FinishedLayers(tmp_path / "run", "one", None)
+    assert FinishedLayers(tmp_path / "run", "other", None).count() == 0
+    FinishedLayers(tmp_path / "run", "other", True)  # the stamp is that of the second
+
+
+def test_discarding_removes_the_old_layers(tmp_path):
+    FinishedLayers(tmp_path / "run", "one", None)
+    (tmp_path / "run" / "layer-0000.safetensors").touch()
+    assert FinishedLayers(tmp_path / "run", "other", False).count() == 0
+    with pytest.raises(ConfigError, match="other settings"):
+        FinishedLayers(tmp_path / "run", "one", True)
