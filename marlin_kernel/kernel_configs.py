@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,6 +23,7 @@ TILE_BYTES = TILE_N * TILE_K // 2
 SCALE_ROW_BYTES = TILE_N * 2
 MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
 SM_SHARED_BYTES = 228 * 1024  # of one multiprocessor, 1 KB of it reserved per block
+MAX_WORKSPACE_FLOATS = 16 << 20
 GROUP_SIZES = (-1, 32, 64, 128)
 SCALARS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 TUNING_DIRECTORY = Path(__file__).parent / "tuning"
@@ -102,7 +104,8 @@ class GemmConfig:
     blocks_per_sm: blocks that registers must leave room for; stage_tiles: 64-k tiles of a stage (1
     or 2); scale_sums: scales multiply the sums of a group instead of the weights; split: parts of
     the k range, when blocks share a tile of outputs; cluster: those blocks form a cluster and add
-    in its shared memory (otherwise in global memory, and split is an argument of the launch).
+    in its shared memory (otherwise in global memory, and split is an argument of the launch); tail:
+    only tiles of the last, incomplete round over the multiprocessors are split.
     """
 
     tokens: int
@@ -113,6 +116,7 @@ class GemmConfig:
     scale_sums: bool
     split: int = 1
     cluster: bool = False
+    tail: bool = False
 
     threads = 384  # two warpgroups multiply, one feeds
 
@@ -158,20 +162,31 @@ class GemmConfig:
         """Output tiles of a problem."""
         return -(-column_tiles // self.columns) * -(-m // self.tokens)
 
+    def whole_tiles(self, m: int, column_tiles: int, multiprocessors: int = 132) -> int:
+        """Tiles that are not split; they come first."""
+        tiles = self.tiles(m, column_tiles)
+        if self.split == 1:
+            return tiles
+        slots = multiprocessors * self.blocks_per_sm
+        return tiles // slots * slots if self.tail else 0
+
     def grid(self, m: int, column_tiles: int, multiprocessors: int = 132) -> tuple[int, int, int]:
-        items = self.tiles(m, column_tiles) * self.split
+        whole = self.whole_tiles(m, column_tiles, multiprocessors)
+        items = whole + (self.tiles(m, column_tiles) - whole) * self.split
         if self.cluster:
             return (items, 1, 1)
         return (min(items, multiprocessors * self.blocks_per_sm), 1, 1)
 
-    def workspace(self, m: int, column_tiles: int) -> tuple[int, int]:
+    def workspace(self, m: int, column_tiles: int, multiprocessors: int = 132) -> tuple[int, int]:
         """Floats of partial sums and number of counters that a launch needs."""
         if self.split == 1 or self.cluster:
             return 0, 0
-        tiles = self.tiles(m, column_tiles)
+        tiles = self.tiles(m, column_tiles) - self.whole_tiles(m, column_tiles, multiprocessors)
         return tiles * self.split * self.columns * TILE_N * self.tokens, 2 * tiles
 
     def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
+        if group_size == -1 and (self.tokens, self.m_tiles, self.blocks_per_sm) == (16, 2, 2):
+            return False  # the compiler runs out of registers and serialises its products
         partial = self.columns * TILE_N * (self.tokens + 4) * 4
         return (
             m > 0
@@ -194,6 +209,10 @@ _DECODE_SHAPES = (  # token_tiles, warps_n, warps_k, stages, blocks_per_sm
     (1, 2, 4, 4, 2),
     (1, 2, 2, 4, 4),
     (1, 4, 2, 4, 2),
+    (2, 1, 8, 4, 2),
+    (2, 2, 2, 4, 4),
+    (2, 2, 4, 4, 2),
+    (2, 4, 2, 4, 2),
 )
 _GEMM_SHAPES = (  # tokens, m_tiles, stages, blocks_per_sm, stage_tiles, scale_sums
     (8, 1, 6, 2, 2, True),
@@ -227,6 +246,8 @@ def supported_configs() -> tuple[KernelConfig, ...]:
         configs.append(GemmConfig(*shape))
         configs += [GemmConfig(*shape, split) for split in _SPLITS]
         configs += [GemmConfig(*shape, split, cluster=True) for split in _SPLITS]
+        if shape[0] >= 64:
+            configs += [GemmConfig(*shape, split, tail=True) for split in _SPLITS]
     for tokens, stages, blocks in _INVARIANT_SHAPES:
         configs += [GemmConfig(tokens, 1, stages, blocks, 2, False, s) for s in (1, 2, 4)]
     return tuple(dict.fromkeys(configs))
@@ -278,8 +299,14 @@ def estimate(
             parallel = 1.0
     k_share = -(-k_tiles // config.split)
     tiles = -(-column_tiles // columns) * -(-m // tokens)
-    blocks = tiles * config.split
     slots = multiprocessors * resident
+    blocks = tiles * config.split
+    whole_rounds = 0
+    if isinstance(config, GemmConfig) and config.tail:
+        if not 0 < tiles % slots * config.split <= slots or tiles < slots:
+            return math.inf  # nothing to gain
+        whole_rounds = tiles // slots
+        blocks = tiles % slots * config.split
     in_cluster = isinstance(config, DecodeConfig) or config.cluster
     if config.split > 1 and in_cluster:
         domains = multiprocessors // _DOMAIN
@@ -287,7 +314,8 @@ def estimate(
     rounds = -(-blocks // slots)
     persistent = isinstance(config, GemmConfig) and not config.cluster
     on_busiest = rounds * resident if rounds > 1 else -(-blocks // multiprocessors)
-    compute = on_busiest * k_share * step * parallel / _CLOCK
+    steps = on_busiest * k_share + whole_rounds * resident * k_tiles
+    compute = steps * step * parallel / _CLOCK
     activations = blocks * min(m, tokens) * k_share * TILE_K * 2
     memory = weight_bytes / _DRAM_RATE + activations / 6e12
     memory *= max(1.0, 0.75 * multiprocessors * min(resident, 1.5) / blocks)
@@ -304,6 +332,13 @@ def estimate(
         + 0.3 * min(compute, memory)
         + (columns * TILE_N * tokens * 2e-11 if persistent else 0.0)
     )
+
+
+def affordable(config: KernelConfig, m: int, column_tiles: int, multiprocessors: int = 132) -> bool:
+    """Whether the workspace of a launch stays within MAX_WORKSPACE_FLOATS."""
+    if isinstance(config, DecodeConfig):
+        return True
+    return config.workspace(m, column_tiles, multiprocessors)[0] <= MAX_WORKSPACE_FLOATS
 
 
 @functools.cache
@@ -349,7 +384,11 @@ def select_config(
     for limit, config in tuned:
         if m <= limit and config.fits(m, k_tiles, group_size):
             return config
-    fitting = [c for c in supported_configs() if c.fits(m, k_tiles, group_size)]
+    fitting = [
+        c
+        for c in supported_configs()
+        if c.fits(m, k_tiles, group_size) and affordable(c, m, column_tiles, multiprocessors)
+    ]
     if not fitting:
         raise ConfigError(
             f"no kernel for m={m}, {k_tiles} x {column_tiles} weight tiles, group {group_size}"

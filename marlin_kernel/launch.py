@@ -180,7 +180,7 @@ class Plan:
             _check((code,), "cuLaunchKernelEx")
 
 
-_PROBLEM = struct.Struct("<QQQQQqiiiiiiQQ")  # sm90::Problem
+_PROBLEM = struct.Struct("<QQQQQqiiiiiii4xQQ")  # sm90::Problem
 _TENSOR_MAP_OFFSET = 128  # of the second argument in a plan's buffer
 _TENSOR_MAP_BYTES = 128
 
@@ -339,10 +339,12 @@ def launch_config(
         k_tiles,
         dependent_launch,
     )
-    partials = counters = 0
+    partials = counters = whole_tiles = 0
     if isinstance(config, GemmConfig):
+        whole_tiles = config.whole_tiles(m, column_tiles, multiprocessors(index))
         if config.split > 1 and not config.cluster:
-            partials, counters = _workspace(index, stream, *config.workspace(m, column_tiles))
+            need = config.workspace(m, column_tiles, multiprocessors(index))
+            partials, counters = _workspace(index, stream, *need)
         a = _aligned_rows(a)
         start, end = _TENSOR_MAP_OFFSET, _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES
         plan.arguments[start:end] = _tensor_map(
@@ -363,6 +365,7 @@ def launch_config(
         column_tiles,
         k_tiles,
         config.split,
+        whole_tiles,
         partials,
         counters,
     )

@@ -40,9 +40,14 @@ def candidates(m: int, k: int, n: int, group_size: int, limit: int) -> list[Kern
     fitting = [
         config
         for config in kernel_configs.supported_configs()
-        if config.fits(m, k_tiles, group_size) and _plausible(config, m)
+        if config.fits(m, k_tiles, group_size)
+        and kernel_configs.affordable(config, m, column_tiles)
+        and _plausible(config, m)
+        and kernel_configs.estimate(config, m, k_tiles, column_tiles) < 1.0
     ]
     fitting.sort(key=lambda c: kernel_configs.estimate(c, m, k_tiles, column_tiles))
+    if m >= 1024:  # few differ there, and each takes long
+        limit = min(limit or 8, 8)
     return fitting[:limit] if limit else fitting
 
 

@@ -41,14 +41,26 @@ struct RingPosition {
   }
 };
 
-// A work item. Tiles are numbered so that blocks running at the same time share both weights and
-// activations: within a band of kBand token tiles, token tiles first.
+// A work item: a whole tile, or one part of the k range of a tile. Tiles are numbered so that blocks
+// running at the same time share both weights and activations: within a band of kBand token tiles,
+// token tiles first. The last tiles may be split, so that all blocks end at about the same time.
 struct WorkItem {
   static constexpr int kBand = 8;
-  int tile, part, column_block, token_block;
-  __device__ __forceinline__ WorkItem(int item, int split, int column_blocks, int token_blocks) {
-    tile = split == 1 ? item : item / split;
-    part = split == 1 ? 0 : item - tile * split;
+  int part, parts;  // of the tile's k range
+  int shared_tile;  // number of the tile among those that are split
+  int column_block, token_block;
+  __device__ __forceinline__ WorkItem(int item, int whole_tiles, int split, int column_blocks,
+                                      int token_blocks) {
+    int tile = item;
+    part = 0;
+    parts = 1;
+    shared_tile = 0;
+    if (item >= whole_tiles) {
+      shared_tile = (item - whole_tiles) / split;
+      part = item - whole_tiles - shared_tile * split;
+      parts = split;
+      tile = whole_tiles + shared_tile;
+    }
     const int band = tile / (kBand * column_blocks);
     const int in_band = tile - band * kBand * column_blocks;
     const int height = min(kBand, token_blocks - band * kBand);
@@ -64,7 +76,7 @@ struct Walk {
   template <class Problem>
   __device__ __forceinline__ explicit Walk(const Problem& p)
       : item(static_cast<int>(blockIdx.x)),
-        items(column_blocks(p) * token_blocks(p) * p.split) {}
+        items(p.whole_tiles + (column_blocks(p) * token_blocks(p) - p.whole_tiles) * p.split) {}
   template <class Problem>
   static __device__ __forceinline__ int column_blocks(const Problem& p) {
     return ceil_div(p.column_tiles, 2 * Config::PAIRS);
@@ -77,14 +89,14 @@ struct Walk {
   __device__ __forceinline__ void next() { item += static_cast<int>(gridDim.x); }
   template <class Problem>
   __device__ __forceinline__ WorkItem get(const Problem& p) const {
-    return WorkItem(item, p.split, column_blocks(p), token_blocks(p));
+    return WorkItem(item, p.whole_tiles, p.split, column_blocks(p), token_blocks(p));
   }
 };
 
 // K tiles of a work item: whole stages, but for the last one of an odd number.
 template <class Config, class Problem>
 __device__ __forceinline__ Range k_range_of(const WorkItem& item, const Problem& p) {
-  Range range(ceil_div(p.k_tiles, Config::STAGE_TILES), item.part, p.split);
+  Range range(ceil_div(p.k_tiles, Config::STAGE_TILES), item.part, item.parts);
   range.begin *= Config::STAGE_TILES;
   range.end = min(range.end * Config::STAGE_TILES, p.k_tiles);
   return range;
@@ -231,7 +243,7 @@ class Consumer {
       waited = true;
       if constexpr (Config::CLUSTER > 1)
         add_cluster(item);
-      else if (p_.split == 1 || add_parts(item))
+      else if (item.parts == 1 || add_parts(item))
         write_tile(item);
     }
   }
@@ -401,7 +413,7 @@ class Consumer {
     constexpr int kQuads = Config::M_TILES * SUMS / 4;  // of a lane
     const int lane = threadIdx.x % kWarpgroupThreads;
     float4* parts = reinterpret_cast<float4*>(p_.partials) +
-                    static_cast<long long>(item.tile * kWarpgroups + group_) * p_.split * kQuads *
+                    static_cast<long long>(item.shared_tile * kWarpgroups + group_) * p_.split * kQuads *
                         kWarpgroupThreads +
                     lane;
     float4* mine = parts + item.part * kQuads * kWarpgroupThreads;
@@ -409,7 +421,7 @@ class Consumer {
     for (int q = 0; q < kQuads; ++q) ptx::store_l2(mine + q * kWarpgroupThreads, quad(q));
     ptx::device_fence();
     ptx::named_sync(1 + group_, kWarpgroupThreads);
-    int* counter = p_.counters + item.tile * kWarpgroups + group_;
+    int* counter = p_.counters + item.shared_tile * kWarpgroups + group_;
     if (lane == 0) {
       const int before = ptx::atomic_add(counter, 1);
       ptx::device_fence();
@@ -472,7 +484,7 @@ class Consumer {
     Scalar* out = p_.out + static_cast<long long>(first_token) * p_.n + n;
     ptx::cluster_wait();
     if (writes) {
-#pragma unroll 2
+#pragma unroll 1
       for (int at = threadIdx.x / kFeatures * 4; at < tokens; at += kAtOnce * 4) {
         float4 parts[Config::CLUSTER];
 #pragma unroll

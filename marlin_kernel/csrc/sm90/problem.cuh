@@ -40,6 +40,7 @@ struct Problem {
   int column_tiles;           // N' / 64
   int k_tiles;                // K' / 64
   int split;                  // parts of the k range, when several blocks share a tile of outputs
+  int whole_tiles;            // so many tiles come first and are not split
   float* partials;            // their sums, if split > 1
   int* counters;              // of finished parts; zero before and after
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/types.cuh"
+#include "ptx/pdl.cuh"
 
 namespace sm90 {
 
@@ -12,6 +13,7 @@ constexpr int kFloorUnroll = 4;
 // Reads `chunks` 16-byte chunks; `sink` is written only if their XOR has an impossible value.
 __global__ void __launch_bounds__(kFloorThreads)
     read_floor_kernel(const uint4* data, long long chunks, uint32_t* sink) {
+  ptx::launch_dependents();
   uint32_t mix = 0;
   const long long step = static_cast<long long>(gridDim.x) * kFloorThreads;
   long long i = static_cast<long long>(blockIdx.x) * kFloorThreads + threadIdx.x;
@@ -26,6 +28,7 @@ __global__ void __launch_bounds__(kFloorThreads)
     const uint4 v = __ldcs(data + i);
     mix ^= v.x ^ v.y ^ v.z ^ v.w;
   }
+  ptx::wait_for_predecessors();
   if (mix == 0x9e3779b9u && chunks < 0) *sink = mix;
 }
 

@@ -1,0 +1,207 @@
+"""The sm_90a kernels compile: registers, spills, instructions, without a GPU. The cubin cache."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from marlin_kernel import compiler, kernel_configs
+from marlin_kernel.compiler import CompileError, Cubin, KernelSource
+from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig, KernelConfig
+
+REGISTERS = 65536  # of a multiprocessor
+TINY = KernelSource("sm90/read_floor.cuh", "sm90::read_floor_kernel")
+# Every shape of kernel once, in the commonest specialisation; others where the code differs.
+SHAPES = list(
+    {
+        config.source("float16", 128).expression: config
+        for config in kernel_configs.supported_configs()
+        if config.fits(1, 4096, 128)
+        and (config.split == 1 or (config.split == 4 and getattr(config, "cluster", True)))
+    }.values()
+)
+VARIANTS = [("bfloat16", 128), ("float16", 32), ("bfloat16", 32), ("float16", -1), ("float16", 64)]
+
+
+def _nvrtc_missing() -> str:
+    try:
+        compiler._compiler_fingerprint()
+    except (CompileError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(_nvrtc_missing()), reason=f"no NVRTC: {_nvrtc_missing()}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory):
+    """A cache of this module's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path_factory.mktemp("cubins")))
+    patch.delenv("MARLIN_KERNEL_PREBUILT", raising=False)
+    yield
+    patch.undo()
+
+
+def _disassembler() -> str | None:
+    found = shutil.which("cuobjdump")
+    if found is None:
+        import nvidia
+
+        for root in nvidia.__path__:
+            found = next(map(str, Path(root).rglob("bin/cuobjdump")), found)
+    return found
+
+
+def _sass(cubin: Cubin, path: Path) -> str:
+    tool = _disassembler()
+    if tool is None:
+        pytest.skip("cuobjdump is not installed (pip install nvidia-cuda-cuobjdump)")
+    path.write_bytes(cubin.image)
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        [tool, "-sass", str(path)], capture_output=True, text=True, env=environment
+    )
+    if result.returncode != 0:
+        pytest.skip(f"cuobjdump failed (nvidia-cuda-nvdisasm missing?): {result.stderr[:200]}")
+    return result.stdout
+
+
+def check(config: KernelConfig, dtype: str, group_size: int) -> Cubin:
+    """Compile; assert that nothing spills and that the blocks that should share an SM can."""
+    cubin = compiler.compile_kernel(config.source(dtype, group_size), "sm_90a")
+    assert cubin.stack_bytes == 0, f"{config} spills {cubin.stack_bytes} bytes"
+    assert cubin.registers * config.threads * config.blocks_per_sm <= REGISTERS
+    assert "C7510" not in cubin.log and "C7512" not in cubin.log, cubin.log  # serialised wgmma
+    return cubin
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_kernel_fits_and_uses_tensor_cores(config: KernelConfig, tmp_path: Path) -> None:
+    sass = _sass(check(config, "float16", 128), tmp_path / "kernel.cubin")
+    if isinstance(config, GemmConfig):
+        assert "HGMMA" in sass and "HMMA.16816" not in sass
+        assert "UTMALDG" in sass  # activations by tensor copies
+    else:
+        assert "HMMA.16816.F32" in sass
+    assert "UBLKCP" in sass  # weights by bulk copies
+    assert "LDL" not in sass and "STL" not in sass
+
+
+@pytest.mark.parametrize("dtype, group_size", VARIANTS)
+def test_variants_compile(dtype: str, group_size: int) -> None:
+    for config in SHAPES[:: max(1, len(SHAPES) // 6)]:
+        if config.fits(1, 4096, group_size):
+            check(config, dtype, group_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", kernel_configs.SCALARS)
+@pytest.mark.parametrize("group_size", kernel_configs.GROUP_SIZES)
+def test_every_configuration_compiles(dtype: str, group_size: int) -> None:
+    for config in kernel_configs.supported_configs():
+        if config.fits(1, 4096, group_size):
+            check(config, dtype, group_size)
+
+
+# ---- cache ----
+
+
+def test_second_compilation_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiler.compile_kernel(TINY, "sm_90a")
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compiler.compile_kernel(TINY, "sm_90a") == first
+
+
+def test_damaged_entry_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path))
+    first = compiler.compile_kernel(TINY, "sm_90a")
+    (path,) = tmp_path.glob("*.cubin")
+    path.write_bytes(first.image[:-1])
+    assert compiler.compile_kernel(TINY, "sm_90a").image == first.image
+
+
+def test_prebuilt_directory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, own = tmp_path / "shipped", tmp_path / "own"
+    monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(shipped))
+    first = compiler.compile_kernel(TINY, "sm_90a")
+    monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(own))
+    monkeypatch.setenv("MARLIN_KERNEL_PREBUILT", str(shipped))
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compiler.compile_kernel(TINY, "sm_90a") == first
+    assert not own.exists()
+
+
+def test_threads_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        cubins = list(pool.map(lambda _: compiler.compile_kernel(TINY, "sm_90a"), range(8)))
+    assert len({cubin.image for cubin in cubins}) == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_errors_show_the_log() -> None:
+    broken = KernelSource("sm90/decode.cuh", "sm90::decode_kernel<int>")
+    with pytest.raises(CompileError, match=r"decode_kernel<int> for sm_90a:\n.*error"):
+        compiler.compile_kernel(broken, "sm_90a")
+
+
+def test_key_depends_on_what_matters() -> None:
+    other = KernelSource(TINY.header, TINY.expression + " ")
+    keys = {compiler.cache_key(TINY, "sm_90a"), compiler.cache_key(TINY, "sm_80")}
+    assert len(keys | {compiler.cache_key(other, "sm_90a")}) == 3
+
+
+def test_ahead_of_time_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pattern = r"DecodeConfig<__half, 128, 1, 1, 4, 1,"
+    arguments = ["--arch", "sm_90a", "--match", pattern, "--output", str(tmp_path), "--jobs", "1"]
+    assert compiler.main(arguments) == 0
+    assert list(tmp_path.glob("*.cubin"))
+    assert "0 B stack" in capsys.readouterr().out
+
+
+# ---- choice ----
+
+
+@pytest.mark.parametrize("group_size", kernel_configs.GROUP_SIZES)
+def test_every_size_has_a_kernel(group_size: int) -> None:
+    supported = set(kernel_configs.supported_configs())
+    for k_tiles in (1, 2, 3, 9, 64, 448, 1000):
+        if group_size == 128 and k_tiles % 2:
+            continue
+        for column_tiles in (1, 2, 3, 64, 344, 896):
+            for m in (1, 7, 8, 9, 16, 17, 100, 128, 129, 1000, 8192):
+                for invariant in (False, True):
+                    config = kernel_configs.select_config(
+                        m, k_tiles, column_tiles, group_size, batch_invariant=invariant
+                    )
+                    assert config in supported and config.fits(m, k_tiles, group_size)
+
+
+def test_batch_invariant_choice_orders_additions_by_k_and_n_only() -> None:
+    for k_tiles, column_tiles in ((64, 64), (448, 128), (9, 3)):
+        configs = {
+            kernel_configs.select_config(m, k_tiles, column_tiles, 128, batch_invariant=True)
+            for m in range(1, 2000, 7)
+        }
+        assert len({(c.split, c.stage_tiles, c.scale_sums) for c in configs}) == 1
+
+
+def test_tuned_rows_name_supported_configurations() -> None:
+    supported = set(kernel_configs.supported_configs())
+    for path in kernel_configs.TUNING_DIRECTORY.glob("*.json"):
+        for choices in kernel_configs._tuned_rows(path.stem).values():
+            limits = [limit for limit, _ in choices]
+            assert limits == sorted(limits)
+            assert {config for _, config in choices} <= supported
+
+
+def test_unfit_configurations_say_so() -> None:
+    assert not DecodeConfig(1, 1, 4, 1, 4, 4).fits(9, 8, 128)
+    assert not GemmConfig(16, 1, 6, 2, 2, True, split=8).fits(1, 2, 128)
