@@ -84,6 +84,7 @@ struct Block {
   dim3 index;
   int number = 0;  // x fastest
   int threads = 0;
+  int alive = 0;  // threads that have not returned
   NamedBarrier barriers[16];
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
@@ -378,6 +379,8 @@ extern "C" inline void emu_entry() {
   S.fiber->done = true;
   cluster().alive--;  // those who have returned are not waited for
   cluster_update(cluster());
+  // The shared memory of a block that has ended belongs to others.
+  if (--S.fiber->block->alive == 0) memset(S.fiber->block->shared, 0xff, S.shared_bytes);
   for (;;) suspend();
 }
 
@@ -402,7 +405,7 @@ inline void make_blocks(std::vector<Fiber>& fibers) {
     Block& block = S.blocks[b];
     block.index = {b % S.grid.x, b / S.grid.x, 0};
     block.number = b;
-    block.threads = threads;
+    block.threads = block.alive = threads;
     block.warps.resize(threads / kWarp);
     block.warpgroups.resize((threads + 127) / 128);
     block.shared = static_cast<char*>(aligned_alloc(1024, bytes ? bytes : 1024));

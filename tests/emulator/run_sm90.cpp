@@ -6,9 +6,9 @@
 namespace {
 struct Arguments {
   const void *activations, *weights, *scales, *bias;
-  void* out;
+  void *out, *partials, *counters;
   long long row_stride;
-  int m, n, k, column_tiles, k_tiles;
+  int m, n, k, column_tiles, k_tiles, split, whole_tiles;
 };
 
 template <class Scalar>
@@ -25,6 +25,10 @@ sm90::Problem<Scalar> problem_of(const Arguments& a) {
   p.k = a.k;
   p.column_tiles = a.column_tiles;
   p.k_tiles = a.k_tiles;
+  p.split = a.split;
+  p.whole_tiles = a.whole_tiles;
+  p.partials = static_cast<float*>(a.partials);
+  p.counters = static_cast<int*>(a.counters);
   return p;
 }
 
@@ -47,7 +51,7 @@ int gemm(unsigned seed, dim3 grid, int shared_bytes, const Arguments& a) {
                               true};
   TensorMap map = {};
   memcpy(&map, &matrix, sizeof(matrix));
-  return emu::launch(grid, {Config::THREADS}, shared_bytes, Config::SPLIT, seed,
+  return emu::launch(grid, {Config::THREADS}, shared_bytes, Config::CLUSTER, seed,
                      [=] { sm90::gemm_kernel<Config>(p, map); });
 }
 }  // namespace
@@ -56,24 +60,20 @@ extern "C" __attribute__((visibility("default"))) const char* violation() {
   return emu::S.violation.c_str();
 }
 
-#define ENTRY(name, cases)                                                                        \
-  extern "C" __attribute__((visibility("default"))) int run_##name(                               \
-      int config, unsigned seed, int grid_x, int grid_y, int shared_bytes,                        \
-      const void* activations, const void* weights, const void* scales, const void* bias,         \
-      void* out, long long row_stride, int m, int n, int k, int column_tiles, int k_tiles) {      \
-    const Arguments a = {activations, weights, scales, bias,         out,    row_stride,          \
-                         m,           n,       k,      column_tiles, k_tiles};                    \
-    const dim3 grid = {unsigned(grid_x), unsigned(grid_y), 1};                                    \
-    switch (config) { cases }                                                                     \
-    return -1;                                                                                    \
+#define ENTRY(name, cases)                                                                         \
+  extern "C" __attribute__((visibility("default"))) int run_##name(                                \
+      int config, unsigned seed, int grid_x, int grid_y, int shared_bytes, const Arguments* a) {   \
+    const dim3 grid = {unsigned(grid_x), unsigned(grid_y), 1};                                     \
+    switch (config) { cases }                                                                      \
+    return -1;                                                                                     \
   }
 #define X(number, ...) \
   case number:         \
-    return decode<sm90::DecodeConfig<__VA_ARGS__>>(seed, grid, shared_bytes, a);
+    return decode<sm90::DecodeConfig<__VA_ARGS__>>(seed, grid, shared_bytes, *a);
 ENTRY(decode, DECODE_CASES)
 #undef X
 #define X(number, ...) \
   case number:         \
-    return gemm<sm90::GemmConfig<__VA_ARGS__>>(seed, grid, shared_bytes, a);
+    return gemm<sm90::GemmConfig<__VA_ARGS__>>(seed, grid, shared_bytes, *a);
 ENTRY(gemm, GEMM_CASES)
 #undef X

@@ -9,7 +9,7 @@ import torch
 from emulator.build import STATUS, build
 from torch import Tensor
 
-from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig
+from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig, GemmConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,16 @@ class Kernel:
         """What stands between the angle brackets of DecodeConfig or GemmConfig."""
         expression = self.config.source(str(self.dtype)[6:], self.group_size).expression
         return expression.split("Config<")[1].split(">")[0]
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("activations", "weights", "scales", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("partials", "counters")),
+        ("row_stride", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "column_tiles", "k_tiles")),
+        *((name, ctypes.c_int) for name in ("split", "whole_tiles")),
+    ]
 
 
 class Sm90Library:
@@ -49,6 +59,8 @@ class Sm90Library:
         scales: Tensor,
         bias: Tensor | None,
         out: Tensor,
+        k_padded: int,
+        n_padded: int,
         blocks: int,
         seed: int,
     ) -> str:
@@ -59,26 +71,35 @@ class Sm90Library:
         """
         config = kernel.config
         (m, k), n = a.shape, out.shape[1]
-        column_tiles, k_tiles = codes.shape[:2]
+        column_tiles, k_tiles = n_padded // TILE_N, k_padded // TILE_K
+        split, whole_tiles, floats, counts = 1, 0, 0, 0
         if isinstance(config, GemmConfig):
             entry = self._library.run_gemm
             grid = config.grid(m, column_tiles, blocks)
+            split, whole_tiles = config.split, config.whole_tiles(m, column_tiles, blocks)
+            floats, counts = config.workspace(m, column_tiles, blocks)
         else:
             entry = self._library.run_decode
             grid = config.grid(m, column_tiles)
+        partials = torch.full((floats + 4,), float("nan"))
+        counters = torch.zeros(counts + 1, dtype=torch.int32)
 
-        def pointer(t: Tensor | None) -> ctypes.c_void_p:
-            return ctypes.c_void_p(None if t is None else t.data_ptr())
+        def pointer(t: Tensor | None) -> int | None:
+            return None if t is None else t.data_ptr()
 
+        arguments = _Arguments(
+            *map(pointer, (a, codes, scales, bias, out, partials, counters)),
+            *(a.stride(0), m, n, k, column_tiles, k_tiles, split, whole_tiles),
+        )
         status = entry(
             self._numbers[kernel],
             ctypes.c_uint(seed),
             *grid[:2],
             config.shared_bytes(m, k_tiles, kernel.group_size),
-            *map(pointer, (a, codes, scales, bias, out)),
-            ctypes.c_longlong(a.stride(0)),
-            *(m, n, k, column_tiles, k_tiles),
+            ctypes.byref(arguments),
         )
         if status:
             return f"{STATUS[status]} {self._library.violation().decode()}".strip()
+        if counters.any():
+            return "counters not zero on exit"
         return STATUS[0]

@@ -21,6 +21,13 @@ static_assert(sizeof(Matrix) <= sizeof(TensorMap), "fits");
 
 namespace ptx {
 
+// The elected lane is the same one every time, as on hardware.
+inline bool elect_one() {
+  emu::warp_barrier();
+  return emu::lane() == 0;
+}
+inline int warp_uniform(int value) { return emu::shuffle(value, 0); }
+
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   emu::require(bytes % 16 == 0 && bytes > 0, "bulk copy: size");
   emu::require(reinterpret_cast<uintptr_t>(shared) % 16 == 0, "bulk copy: shared alignment");
