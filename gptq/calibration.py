@@ -16,8 +16,8 @@ def sample_documents(
 ) -> list[Tensor]:
     """Documents of their natural length, as in Marlin's GPTQ: each 2..seqlen tokens, taken whole.
 
-    Texts are drawn in a seeded order; those that tokenise to more than `seqlen` or fewer than 2 tokens
-    are passed over. Returns at most `nsamples` int64 [T] tensors.
+    Texts are drawn in a seeded order; those that tokenise to more than `seqlen` or fewer than 2
+    tokens are passed over. Returns at most `nsamples` int64 [T] tensors.
     Raises DataError if no text qualifies.
     """
     order = list(texts)
@@ -33,7 +33,8 @@ def sample_documents(
             samples.append(ids)
     if not samples:
         raise DataError(
-            f"none of {len(order)} calibration documents has 2..{seqlen} tokens; raise --seqlen, or choose "
+            f"none of {len(order)} calibration documents has 2..{seqlen} tokens; raise "
+            "--seqlen, or choose "
             "another --dataset (wikitext2 and plain .txt files are cut into windows instead)"
         )
     return samples

@@ -26,7 +26,7 @@ _EPILOG = """
 examples:
   python gptq/llama2.py meta-llama/Llama-2-7b-hf --wbits 4 --save llama2-7b-marlin
   python gptq/llama2.py ./model --wbits 4 --dataset ./texts --save out --report
-  python gptq/llama2.py ./model.gguf --wbits 4 --groupsize 64 --dataset pydoc --eval pydoc --save out
+  python gptq/llama2.py model.gguf --wbits 4 --groupsize 64 --dataset pydoc --save out --eval none
 """
 
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser; every default is None, so that recipes stand below flags."""
     top = argparse.ArgumentParser(
         prog="llama2.py",
-        description="Compress a Llama-family checkpoint with GPTQ into a packed 4- or 8-bit checkpoint.",
+        description="Compress a Llama-family checkpoint with GPTQ into 4 or 8 bits per weight.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     flag(data, "--data_dir", "folder with local copies of named data sets (docs/evaluation.md)")
     flag(data, "--seed", "of the choice of calibration samples", type=int)
     flag(data, "--nsamples", "calibration samples", type=int)
-    flag(data, "--seqlen", "longest sample, tokens (default: model context, at most 4096)", type=int)
+    flag(
+        data, "--seqlen", "longest sample, tokens (default: model context, at most 4096)", type=int
+    )
 
     how = top.add_argument_group("method")
     switch(how, "--nearest", "round to nearest: no calibration, the baseline")
@@ -101,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
         const="",
         default=None,
         metavar="DIR",
-        help="compare with the unquantized model and write an HTML report (default DIR: OUT/report)",
+        help="compare with the original model and write an HTML report (default DIR: OUT/report)",
     )
     run_group.add_argument("--verbose", action="store_true", help="log every step")
     return top

@@ -22,7 +22,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """One run. Names are those of the command line (`python gptq/llama2.py --help` explains each)."""
+    """One run. Names are those of the command line; its --help explains each."""
 
     checkpoint: str = ""
     # calibration
@@ -91,14 +91,15 @@ class QuantizeConfig:
             return
         if self.asymmetric and not self.true_sequential and not self.nearest:
             raise ConfigError(
-                "asymmetric calibration corrects each stage for the quantized stages before it, which "
-                "needs true_sequential; add --true-sequential, or --no-asymmetric"
+                "asymmetric calibration corrects each stage for the quantized stages before it, "
+                "which needs true_sequential; add --true-sequential, or --no-asymmetric"
             )
         moves_groups = self.act_order and not self.static_groups and not self.nearest
         if moves_groups and self.format == "compressed-tensors":
             raise ConfigError(
                 "act_order without static_groups stores a group index per input, which "
-                "compressed-tensors no longer reads; add --static-groups, or use --format marlin|gptq"
+                "compressed-tensors no longer reads; add --static-groups, or use --format "
+                "marlin|gptq"
             )
 
     @property
@@ -140,8 +141,8 @@ class QuantizeConfig:
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the codes: two runs that agree here may continue each other."""
         left_out = {
-            "checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens", "report",
-            "format",
+            "checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
+            "report", "format",
         }  # fmt: skip
         return {key: value for key, value in self.as_dict().items() if key not in left_out}
 

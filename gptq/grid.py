@@ -1,6 +1,7 @@
 """Scale and zero point of every group: min-max, and the Hessian-weighted clipping search.
 
-Weights are held transposed, ``[inputs, outputs]``, so that the inputs of one group are contiguous rows.
+Weights are held transposed, ``[inputs, outputs]``, so that the inputs of one group are contiguous
+rows.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from marlin_kernel.weight_types import WeightType
 class GridOptions:
     """How the grid of a group is chosen.
 
-    clip: search shrink factors; clip_min: smallest factor; clip_steps: factors tried in [clip_min, 1];
-    signed: also try the mirrored grid of a symmetric type, whose scale is negative, so that the end
-    with the larger weight gets the extra level (-2**(bits-1) has no positive counterpart).
+    clip: search shrink factors; clip_min: smallest factor; clip_steps: factors tried in [clip_min,
+    1]; signed: also try the mirrored grid of a symmetric type, whose scale is negative, so that the
+    end with the larger weight gets the extra level (-2**(bits-1) has no positive counterpart).
     """
 
     clip: bool = True
@@ -63,8 +64,8 @@ def search_grid(
     """Scales and zeros of all groups.
 
     w: float32 [G, g, N] (inputs x outputs). factor: float32 [G, g, g] upper triangular R with the
-    group's Hessian-weighted error of a row e given by ``|e R|**2`` (R = U**-1 of the group's block, so
-    the error left after the later inputs have compensated); None weighs all inputs alike.
+    group's Hessian-weighted error of a row e given by ``|e R|**2`` (R = U**-1 of the group's block,
+    so the error left after the later inputs have compensated); None weighs all inputs alike.
     For every group and output the shrink factor with the least error is kept: clipping never makes
     the weighted error larger than no clipping.
     Returns (scales, zeros), float32 [G, N]; scales already have the value fp16 storage gives them.

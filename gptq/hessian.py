@@ -21,8 +21,8 @@ class Hessian:
 
     X: what the quantized model feeds this layer; X̃: what the full-precision model feeds it. All in
     float32; only the upper triangle of H is accumulated, `matrix` mirrors it. `shift` is
-    ``2 (X̃ - X) Xᵀ`` [K, K]; `residual` is ``2 (R̃ - R) Xᵀ`` [N, K] for a layer that is added to the
-    residual stream R.
+    ``2 (X̃ - X) Xᵀ`` [K, K]; `residual` is ``2 (R̃ - R) Xᵀ`` [N, K] for a layer that is added to
+    the residual stream R.
     """
 
     def __init__(self, k: int, device: torch.device, *, asymmetric: bool = False) -> None:
@@ -78,12 +78,13 @@ def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
     h: float32 [K, K], symmetric, with a positive diagonal. One Cholesky of the matrix with reversed
     order gives R with H = R Rᵀ, R upper triangular; inverting the triangle gives the U of GPTQ's
     H**-1 = Uᵀ U with half the work of Cholesky + inverse + Cholesky.
-    If the factorization fails the damping is raised tenfold (from at least 1e-4) and that is logged.
-    Raises NumericalError if H is not finite, or no damping up to 1 suffices.
+    If the factorization fails the damping is raised tenfold (from at least 1e-4) and that is
+    logged. Raises NumericalError if H is not finite, or no damping up to 1 suffices.
     """
     if not bool(torch.isfinite(h).all()):
         raise NumericalError(
-            f"{name}: the Hessian holds NaN or Inf: the activations of the calibration text overflowed; "
+            f"{name}: the Hessian holds NaN or Inf: the activations of the calibration text "
+            "overflowed; "
             "use --dtype bfloat16 or float32"
         )
     mean = float(h.diagonal().mean())

@@ -1,4 +1,4 @@
-"""Launcher: `python gptq/llama2.py CKPT --wbits 4 --save OUT`. Composes quantizer and evaluation."""
+"""Launcher: `python gptq/llama2.py CKPT --wbits 4 --save OUT`. Quantizes, then evaluates."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str, Any] | None):
     """Perplexity of the packed model (of the original with wbits=16); with --report, of both."""
+    from transformers import AutoConfig
+
     from eval.compare import compare, print_table
     from gptq.models import resolve_source
     from gptq.run import choose_device, choose_dtype, choose_seqlen
-    from transformers import AutoConfig
 
     if not config.eval:
         return

@@ -1,4 +1,4 @@
-"""Llama-family decoders: a table of their parts, and a model whose layers stay on disk until needed."""
+"""Llama-family decoders: a table of their parts, and a model whose layers stay on disk."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def resolve_source(checkpoint: str) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(
-                f"checkpoint={checkpoint!r} holds no config.json; give the folder of a Hugging Face model"
+                f"checkpoint={checkpoint!r} holds no config.json; give the folder of a Hugging "
+                "Face model"
             )
         return path
     if path.exists() or checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~")):
@@ -128,7 +129,7 @@ def _convert_gguf(path: Path) -> Path:
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # transformers refuses save_pretrained of what it read from GGUF: a fresh model takes the weights
+    # transformers refuses to save what it read from GGUF: a fresh model takes the weights
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     if loaded.generation_config is not None:
@@ -185,7 +186,8 @@ class StreamedModel:
         self._arguments: dict[int, list[dict]] = {}
 
     def _check_tensors(self) -> None:
-        """Raise CheckpointError naming a tensor that is missing or has another shape than it must."""
+        """Raise CheckpointError naming a tensor that is missing or has another shape than it "
+        "must."""
         head = f"{self.family.head}.weight"
         for name, expected in self.skeleton.state_dict().items():
             if name not in self.tensors:
@@ -218,7 +220,8 @@ class StreamedModel:
         rounded = tensor.to(self.storage) if tensor.is_floating_point() else tensor
         if not bool(torch.isfinite(rounded).all()):
             raise NumericalError(
-                f"{name} holds NaN or Inf, or values beyond {self.storage}: the checkpoint is damaged"
+                f"{name} holds NaN or Inf, or values beyond {self.storage}: the checkpoint is "
+                "damaged"
             )
         return rounded
 
@@ -243,7 +246,8 @@ class StreamedModel:
         for name, parameter in layer.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(
-                    f"{prefix}.{name}: the weights hold NaN or Inf in {self.dtype}; the checkpoint is "
+                    f"{prefix}.{name}: the weights hold NaN or Inf in {self.dtype}; the "
+                    "checkpoint is "
                     "damaged, or --dtype bfloat16 / float32 is needed"
                 )
         return layer
@@ -323,8 +327,8 @@ def _assign(module: nn.Module, tensor_of: Callable[[str], Tensor]) -> None:
 class Stages:
     """A decoder layer cut at the inputs of its linears, so that each is computed once.
 
-    The four cuts are where the quantizer looks: attention input, output projection input, MLP input,
-    down projection input. The layer's own attention and MLP modules do the work in between.
+    The four cuts are where the quantizer looks: attention input, output projection input, MLP
+    input, down projection input. The layer's own attention and MLP modules do the work in between.
     """
 
     def __init__(self, layer: nn.Module, family: Family) -> None:

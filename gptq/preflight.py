@@ -1,4 +1,4 @@
-"""Promises before the work: what will be quantized, what it needs, and one layer through the whole path."""
+"""Promises before the work: what it takes, and one layer through the whole path."""
 
 from __future__ import annotations
 
@@ -209,7 +209,8 @@ def rehearse(
     for inputs, outputs in set(linears.values()):
         if config.format != "marlin" and config.groupsize > inputs:
             raise ConfigError(
-                f"groupsize={config.groupsize} is larger than the {inputs} inputs of a linear, which "
+                f"groupsize={config.groupsize} is larger than the {inputs} inputs of a linear, "
+                "which "
                 f"readers of {config.format} refuse; use --format marlin, or a smaller group"
             )
         group = normalize_group_size(config.groupsize, inputs)

@@ -49,7 +49,8 @@ def choose_device(config: QuantizeConfig) -> torch.device:
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"device={config.device!r}: torch sees no GPU; use --device cpu, or install a CUDA build"
+            f"device={config.device!r}: torch sees no GPU; use --device cpu, or install a CUDA "
+            "build"
         )
     return device
 
@@ -272,7 +273,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()}-{platform.machine()}",
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),

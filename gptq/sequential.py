@@ -1,9 +1,9 @@
 """Walk the decoder layer by layer: collect statistics, solve, and carry the activations on.
 
-Every sample passes every linear once: a layer is run stage by stage (q/k/v, attention, o, gate/up, down),
-and each stage is quantized before the samples go on, so that later stages see the quantized earlier
-ones ("true sequential"). Without `true_sequential` all statistics of a layer come from its unquantized
-weights, in a pass of their own.
+Every sample passes every linear once: a layer is run stage by stage (q/k/v, attention, o, gate/up,
+down), and each stage is quantized before the samples go on, so that later stages see the quantized
+earlier ones ("true sequential"). Without `true_sequential` all statistics of a layer come from its
+unquantized weights, in a pass of their own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class LinearResult:
-    """One quantized linear: its name inside the checkpoint, the solution, and the seconds it took."""
+    """One quantized linear: its name in the checkpoint, the solution, the seconds it took."""
 
     name: str
     solution: Solution
@@ -44,11 +44,11 @@ class LinearResult:
 class Walker:
     """Activations of all calibration samples, carried from layer to layer.
 
-    model: the streamed source. samples: token ids, int64 [T] each. options.asymmetric: also carry the
-    activations of the unquantized model, as targets (needs true_sequential: a correction that looks
-    at the inputs must see those that the layer will really get). skip: linears that stay as they are,
-    by path inside the layer. probe: token ids that go through the quantized model, with all other
-    tensors as they will be stored, and count nowhere.
+    model: the streamed source. samples: token ids, int64 [T] each. options.asymmetric: also carry
+    the activations of the unquantized model, as targets (needs true_sequential: a correction that
+    looks at the inputs must see those that the layer will really get). skip: linears that stay as
+    they are, by path inside the layer. probe: token ids that go through the quantized model, with
+    all other tensors as they will be stored, and count nowhere.
     """
 
     def __init__(

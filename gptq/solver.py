@@ -51,10 +51,11 @@ class SolverOptions:
 class Statistics:
     """What happened to one layer.
 
-    loss: ‖(Q - T) X‖² per token and output, where T is the target: W, or what asymmetric calibration
-    makes of it; relative_error: ‖(Q - T) X‖ / ‖W X‖; relative_weight_error: ‖Q - W‖ / ‖W‖; clip_mean: mean of the grid range over the unclipped range; clip_fraction: share of
-    groups whose range was shrunk; damping, damping_retries: see `hessian.factorize`; dead_inputs:
-    inputs that were never active.
+    loss: ‖(Q - T) X‖² per token and output, where T is the target: W, or what asymmetric
+    calibration makes of it; relative_error: ‖(Q - T) X‖ / ‖W X‖; relative_weight_error: ‖Q - W‖ /
+    ‖W‖; clip_mean: mean of the grid range over the unclipped range; clip_fraction: share of groups
+    whose range was shrunk; damping, damping_retries: see `hessian.factorize`; dead_inputs: inputs
+    that were never active.
     """
 
     loss: float
@@ -146,7 +147,15 @@ def solve(
         columns = slice(start, start + size)
         part = codes[:, columns], scales[:, columns], zeros[:, columns]
         statistics = _statistics(
-            original[:, columns], w[:, columns], h, *part, groups, factor, int(dead.sum()), tokens, options
+            original[:, columns],
+            w[:, columns],
+            h,
+            *part,
+            groups,
+            factor,
+            int(dead.sum()),
+            tokens,
+            options,
         )
         solutions.append(
             Solution(part[0].to(torch.uint8), part[1].clone(), part[2].clone(), groups, statistics)
@@ -171,8 +180,8 @@ def _target_move(
     """How far the target moves from W when the inputs are the quantized model's, [K, N].
 
     With X̃ the full-precision inputs and R̃ - R the error already in the residual stream,
-    ``min_Q ‖(R + Q X) - (R̃ + W X̃)‖²`` differs only by a constant from ``min_Q ‖(Q - W*) X‖²`` with
-    ``W* = W + (W (X̃ - X) + R̃ - R) Xᵀ (X Xᵀ + damping)⁻¹``: ordinary GPTQ on a moved target.
+    ``min_Q ‖(R + Q X) - (R̃ + W X̃)‖²`` differs only by a constant from ``min_Q ‖(Q - W*) X‖²``
+    with ``W* = W + (W (X̃ - X) + R̃ - R) Xᵀ (X Xᵀ + damping)⁻¹``: ordinary GPTQ on a moved target.
     Asymmetric calibration as an objective: Li et al., "GPTAQ" (arXiv 2504.02692).
     """
     right = shift.T @ w
@@ -286,7 +295,7 @@ def _polish(
     groups: Tensor,
     options: SolverOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Lower ``(Q - W) H (Q - W)ᵀ`` further: alternate scale refits and coordinate-descent sweeps."""
+    """Lower ``(Q - W) H (Q - W)ᵀ`` further: alternate scale refits and coordinate sweeps."""
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
     for _ in range(max(options.refit, 1)):
@@ -300,12 +309,12 @@ def _polish(
 def _refit_scales(
     w: Tensor, h: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor
 ) -> Tensor:
-    """Least-squares scales for fixed codes: for every output, minimise the error over all its groups.
+    """Least-squares scales for fixed codes, over all groups of an output together.
 
     Solves ``A d = r`` for the move d of the scales, with A[g, g'] = c_gᵀ H c_g' and r[g] = c_gᵀ H e
-    (c: codes minus zero points, e: W minus what the scales make of the codes now; the move instead of
-    the scales themselves, because float32 would lose the small error of 8 bits in the energy of W).
-    A refit is kept per output only where it lowers the error after rounding to fp16.
+    (c: codes minus zero points, e: W minus what the scales make of the codes now; the move instead
+    of the scales themselves, because float32 would lose the small error of 8 bits in the energy of
+    W). A refit is kept per output only where it lowers the error after rounding to fp16.
     """
     count, n = scales.shape
     c = codes - zeros[groups]

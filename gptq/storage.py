@@ -1,4 +1,4 @@
-"""Finished layers on disk while a run is under way, so that it can be continued; then the checkpoint."""
+"""Finished layers on disk while a run is under way; then the checkpoint."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class FinishedLayers:
                 )
             if resume and found != key:
                 raise ConfigError(
-                    f"--resume: the unfinished run in {folder} has other settings, another source or "
+                    f"--resume: the unfinished run in {folder} has other settings, another "
+                    "source or "
                     "another calibration text; repeat its options, or discard it with --no-resume"
                 )
             if not resume:
@@ -187,9 +188,7 @@ def write_checkpoint(
             description.pop(key, None)
         description["dtype"] = str(model.storage).removeprefix("torch.")
         ignore = ["lm_head", *sorted(linears - quantized)]
-        return writer.finish(
-            description, ignore=ignore, source=source, settings=config.as_dict()
-        )
+        return writer.finish(description, ignore=ignore, source=source, settings=config.as_dict())
 
 
 def _write(path: Path, content: bytes) -> None:

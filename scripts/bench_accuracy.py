@@ -1,11 +1,13 @@
 """Accuracy of quantization recipes on one model: KL divergence, top-1 agreement, perplexity.
 
-The protocol, so that numbers compare: calibration text is one document per line, shuffled with seed 0,
-tokenised without special tokens, joined by the tokens of a blank line and cut into rows; the first
-rows calibrate. "C4" evaluates the documents behind the first 64 rows, joined alike, in 8 windows of
-2048; "wiki" the first 16 windows of 2048 of the second file. No BOS. Everything in float32.
+The protocol, so that numbers compare: calibration text is one document per line, shuffled with seed
+0, tokenised without special tokens, joined by the tokens of a blank line and cut into rows; the
+first rows calibrate. "C4" evaluates the documents behind the first 64 rows, joined alike, in 8
+windows of 2048; "wiki" the first 16 windows of 2048 of the second file. No BOS. Everything in
+float32.
 
-    python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt --out docs/results
+    python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt --out
+    docs/results
 
 Writes accuracy.json and accuracy.md; variants come from configs/bench/accuracy.yaml.
 """

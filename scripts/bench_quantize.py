@@ -1,8 +1,8 @@
 """Time and memory of quantizing one model, against the work that cannot be avoided.
 
-The floor is two forward passes over the calibration tokens (one feeds the statistics, one carries the
-quantized activations on) plus the Hessian products 2 X Xᵀ, both timed here in the same process before
-the quantizer runs. Peak memory is counted over an interpreter that has torch loaded.
+The floor is two forward passes over the calibration tokens (one feeds the statistics, one carries
+the quantized activations on) plus the Hessian products 2 X Xᵀ, both timed here in the same process
+before the quantizer runs. Peak memory is counted over an interpreter that has torch loaded.
 
     python scripts/bench_quantize.py MODEL --dataset c4_sample.txt --nsamples 32 --seqlen 1024
 
@@ -35,7 +35,7 @@ from gptq.run import choose_device, choose_dtype, environment, run  # noqa: E402
 
 @torch.no_grad()
 def forward_seconds(model: StreamedModel, count: int, length: int) -> float:
-    """One pass of `count` sequences of `length` tokens through all decoder layers, weights in memory."""
+    """One pass of `count` sequences of `length` tokens through all decoder layers."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (count, length), generator=generator)
     hidden = [model.embed(row) for row in ids]

