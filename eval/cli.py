@@ -199,7 +199,10 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
                 path=evaluated,
             )
         ]
+    notes = []
     if args.tasks:
+        if getattr(args, "limit", None):
+            notes.append(f"Tasks were cut to the first {args.limit:g} questions each: a test run.")
         rows[-1] = replace(rows[-1], tasks=_run_tasks(config, args))
     names = {row.name for row in rows}
     rows = [row for row in earlier if row.name not in names] + rows
@@ -211,6 +214,7 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
         settings=_settings(config, args),
         environment=environment(args.device),
         command=command_line(),
+        notes=notes,
     )
     print(render_tables(report))
     if config.report:

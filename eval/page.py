@@ -137,10 +137,15 @@ def _header(report: Report) -> str:
         chips.append("one scale per column" if size == -1 else f"group size {size}")
     if "sym" in config:
         chips.append("symmetric" if config["sym"] else "asymmetric")
-    for key, text in (("act_order", "activation order"), ("true_sequential", "true sequential")):
-        if config.get(key):
-            chips.append(text)
-    if config.get("nsamples") and not config.get("nearest"):
+    if config.get("nearest"):
+        chips.append("round to nearest")
+    elif config.get("nsamples"):
+        for key, text in (
+            ("act_order", "activation order"),
+            ("true_sequential", "true sequential"),
+        ):
+            if config.get(key):
+                chips.append(text)
         chips.append(f"{config['nsamples']} calibration samples from {config.get('dataset', '?')}")
     items = "".join(f"<li>{escape(str(chip))}</li>" for chip in chips)
     notes = "".join(f'<p class="sub">{escape(note)}</p>' for note in report.notes)
@@ -348,9 +353,15 @@ def _layers(quantization: Mapping[str, Any] | None) -> str:
         )
     if dead:
         remarks.append(f"{dead} inputs were never active in the calibration text")
+    if (quantization or {}).get("totals", {}).get("calibration_tokens") == 0:
+        meaning = "‖Q − W‖ / ‖W‖ of the weights: no calibration text was used."
+    else:
+        meaning = (
+            "‖(Q − W)X‖ / ‖WX‖ on the calibration text: how far the quantized layer's output is "
+            "from the original's."
+        )
     return (
-        '<section><h2>Error of each layer</h2><p class="sub">‖(Q − W)X‖ / ‖WX‖ on the calibration '
-        "text: how far the quantized layer's output is from the original's. Hover a point for its "
+        f'<section><h2>Error of each layer</h2><p class="sub">{meaning} Hover a point for its '
         "name.</p>"
         f'{legend(list(series))}<div class="scroll">{plot}</div>'
         f"<details style='margin-top:16px'><summary>The {len(worst)} worst layers</summary>"
