@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from torch import Tensor
 from gptq.calibration import sample_documents, sample_windows
 from gptq.cli import main
 from marlin_kernel import DataError, open_checkpoint, read_manifest
-from marlin_kernel.checkpoint import packed_scheme, read_layer
-from marlin_kernel.hf import load_model
+from marlin_kernel.checkpoint import packed_scheme, read_layer, read_probe
+from marlin_kernel.hf import load_model, probe_logits
 from tests.cases import same_layer
 from tests.gptq_models import SOURCES, VOCABULARY, Source, prose, write_source, write_text
 
@@ -33,10 +34,12 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Text files: calibration.txt, calibration.jsonl (other documents), and tiny.txt."""
+    """Text files: calibration.txt, calibration.jsonl (other documents), heldout.txt, and
+    tiny.txt."""
     folder = tmp_path_factory.mktemp("data")
     write_text(folder / "calibration.txt")
     write_text(folder / "calibration.jsonl", seed=1)
+    write_text(folder / "heldout.txt", seed=2)
     write_text(folder / "tiny.txt", documents=2)
     return folder
 
@@ -114,6 +117,9 @@ RUNS = {
     "8 bits, zero points": ("llama", ("--wbits", "8", "--no-sym")),
     "moving groups": ("llama", ("--act-order", "--no-static-groups")),
     "moving partial groups": ("llama", ("--no-static-groups", "--groupsize", "64")),
+    "moving groups, some layers of one group": (
+        "llama", ("--no-static-groups", "--groupsize", "128")
+    ),
     "no order": ("llama", ("--no-act-order",)),
     "plain": ("llama", (
         "--no-act-order", "--no-asymmetric", "--no-true-sequential", "--no_clip", "--refit", "0",
@@ -161,7 +167,9 @@ def test_a_float32_source_passes_its_own_verification(sources, data, tmp_path):
         tensors[name] = tensor * (1 + 5e-4 * torch.randn_like(tensor))
     save_file(tensors, source / FILE, {"format": "pt"})
     assert quantize(source, data, tmp_path / "out", "--skip_gq") == 0
-    load_model(tmp_path / "out", verify=True)
+    loaded = load_model(tmp_path / "out", verify=True)
+    token_ids, stored = read_probe(tmp_path / "out")
+    assert relative(probe_logits(loaded, token_ids), stored) < 1e-5
 
 
 def test_unquantized_tensors_are_copied(sources, data, tmp_path):
@@ -174,6 +182,12 @@ def test_unquantized_tensors_are_copied(sources, data, tmp_path):
             assert torch.equal(before[name], after[name]), name
         else:
             assert name not in after, name
+
+
+def test_skip_gq_is_for_grouped_queries_only(data, tmp_path):
+    write_source(tmp_path / "source", Source(changes=(("num_key_value_heads", 6),)))
+    assert quantize(tmp_path / "source", data, tmp_path / "out", "--skip_gq", "--nearest") == 0
+    assert len(read_manifest(tmp_path / "out")["layers"]) == 14
 
 
 def test_gptq_serves_better_than_rounding(llama, packed, data, tmp_path):
@@ -204,6 +218,9 @@ def test_all_formats_decode_to_the_same_values(flags, llama, data, tmp_path):
         written[fmt] = layers(tmp_path / fmt)
     for name, layer in written["marlin"].items():
         assert all(same_layer(layer, other[name]) for other in written.values())
+    config = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
+    version = "gptq_v2" if "--no-sym" in flags else "gptq"  # v1 has no zero point 0
+    assert config["checkpoint_format"] == version
     first, *rest = (logits(load_model(tmp_path / fmt, verify=True)) for fmt in written)
     assert all(torch.equal(first, other) for other in rest)
 
@@ -552,6 +569,23 @@ def test_interrupting_keeps_the_finished_layers(llama, data, tmp_path, monkeypat
     assert quantize(llama, data, tmp_path / "out") == 130
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_launcher_quantizes_evaluates_and_reports(llama, data, tmp_path):
+    """The main command, as a newcomer types it, in another directory than the repository."""
+    text = ["--eval", str(data / "heldout.txt"), "--eval_tokens", "200", "--report"]
+    command = arguments(llama, data, "--save", "out", *text)
+    done = subprocess.run(
+        [sys.executable, ROOT / "gptq" / "llama2.py", *command],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    load_model(tmp_path / "out", verify=True)
+    assert "original" in done.stdout and "GPTQ INT4" in done.stdout
+    (page,) = (tmp_path / "out").rglob("*.html")
+    assert str(page.relative_to(tmp_path)) in done.stdout
+    assert "model.layers.1.mlp.down_proj" in page.read_text()
 
 
 def test_the_launcher_runs_from_any_directory(tmp_path):
