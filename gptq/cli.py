@@ -11,12 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from marlin_kernel.errors import MarlinError
+from marlin_kernel.errors import DataError, MarlinError
 from marlin_kernel.formats import FORMATS
 from marlin_kernel.weight_types import GROUP_SIZES
 
 from .config import DTYPES, WBITS, QuantizeConfig, load_recipe, resolve
 from .run import run
+from .texts import documents
 
 # evaluate(config, packed folder or None, quantization report or None): prints what it finds
 Evaluate = Callable[[QuantizeConfig, "Path | None", "dict[str, Any] | None"], None]
@@ -130,6 +131,8 @@ def main(argv: Sequence[str] | None = None, evaluate: Evaluate | None = None) ->
 
 
 def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
+    if evaluate is not None:
+        _check_evaluation_text(config)
     if config.wbits == 16:
         if evaluate is not None:
             evaluate(config, None, None)
@@ -147,6 +150,15 @@ def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
         _summarize(report, None)
         if evaluate is not None:
             evaluate(config, out, report)
+
+
+def _check_evaluation_text(config: QuantizeConfig) -> None:
+    """Find the held-out text before hours of work, not after. Raises DataError with the way out."""
+    for source in config.eval:
+        try:
+            documents(source, "heldout", data_dir=config.data_dir)
+        except DataError as error:
+            raise DataError(f"{error}; or choose other texts with --eval, or --eval none") from None
 
 
 def _summarize(report: dict[str, Any], out: Path | None) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,7 +35,11 @@ from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.models import StreamedModel, resolve_source  # noqa: E402
 from gptq.run import choose_device, environment  # noqa: E402
 from gptq.sequential import Walker  # noqa: E402
+from gptq.solver import Solution  # noqa: E402
+from marlin_kernel import formats  # noqa: E402
+from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_model, load_tokenizer  # noqa: E402
+from marlin_kernel.layer import Layer  # noqa: E402
 
 HELDOUT_ROWS = 64  # calibration rows whose documents are never evaluated
 WINDOW = 2048
@@ -67,19 +72,25 @@ def figures(scores: WindowScores, name: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def quantize(model, folder: Path, config: QuantizeConfig, rows: torch.Tensor) -> dict[str, float]:
-    """Put the quantized weights of a run into `model`; returns seconds by kind of work."""
+def quantize(
+    model, folder: Path, config: QuantizeConfig, rows: torch.Tensor
+) -> tuple[dict[str, float], dict[str, Solution]]:
+    """Put the quantized weights of a run into `model`.
+
+    Returns seconds by kind of work, and the solutions by name of the linear.
+    """
     device = model.device
     began = time.perf_counter()
     streamed = StreamedModel(folder, torch.float32, device)
     walker = Walker(
         streamed, list(rows), config.solver_options(), true_sequential=config.true_sequential
     )
-    errors = []
+    errors, layers = [], {}
     for index in range(streamed.num_layers):
         for result in walker.quantize_layer(index, lambda path: None):
             model.get_submodule(result.name).weight.copy_(result.solution.weight().T)
             errors.append(result.solution.statistics.relative_error)
+            layers[result.name] = result.solution
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     clock = walker.clock
@@ -89,7 +100,26 @@ def quantize(model, folder: Path, config: QuantizeConfig, rows: torch.Tensor) ->
         "seconds_hessian": round(clock.hessian, 2),
         "seconds_solve": round(clock.solve, 2),
         "relative_error": round(sum(errors) / len(errors), 5),
-    }
+    }, layers
+
+
+def pack(model, solutions: dict[str, Solution], config: QuantizeConfig) -> dict[str, nn.Module]:
+    """Swap quantized linears for packed layers (through the on-disk tensors and back).
+
+    Returns the linears that were there.
+    """
+    before = {}
+    for name, solution in solutions.items():
+        wtype = config.weight_type
+        layer = QuantizedLinear.of(
+            solution.codes, solution.scales, wtype, config.groupsize,
+            zeros=solution.zeros, g_idx=solution.g_idx,
+        )  # fmt: skip
+        stored = formats.read(formats.write(layer, "marlin"), "marlin", layer.spec)
+        before[name] = model.get_submodule(name)
+        packed = Layer.from_quantized(stored).to(model.device).prepare(torch.float32)
+        model.set_submodule(name, packed)
+    return before
 
 
 def table(results: Sequence[dict]) -> str:
@@ -167,10 +197,15 @@ def main() -> None:
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 parameter.copy_(original[parameter_name])
-        spent = quantize(model, folder, config, rows[:count])
+        spent, solutions = quantize(model, folder, config, rows[:count])
         results.append({"name": name, **score(True), **spent, "settings": config.fingerprint()})
+        if name == "default":  # the same codes, served by the packed layers
+            linears = pack(model, solutions, config)
+            results.append({"name": "default, served packed", **score(True)})
+            for path, linear in linears.items():
+                model.set_submodule(path, linear)
         write(args, recipe, device, results)  # after every variant: a long run may be cut short
-        print(table(results[-1:]).split("\n")[-1], f"{spent['seconds']:.0f} s", flush=True)
+        print(table(results[-1:]).splitlines()[-1], f"{spent['seconds']:.0f} s", flush=True)
     print(f"\n{args.out / 'accuracy.md'}")
 
 
