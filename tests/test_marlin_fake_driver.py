@@ -1,0 +1,200 @@
+"""The launch path without a GPU: a fake libcuda records grid, shared memory and kernel arguments.
+
+The library must be found before the driver bindings look for the real one, so each test runs a
+small program in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+FAKE = REPOSITORY / "tests" / "emulator" / "fake_libcuda.c"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("gcc") is None
+    or sys.platform != "linux"
+    or importlib.util.find_spec("cuda") is None,
+    reason="needs gcc, Linux and cuda.bindings",
+)
+
+# Stand-ins for what a CUDA build of torch would answer, and for tensors: only addresses matter.
+PRELUDE = """
+import contextlib, ctypes, struct
+from types import SimpleNamespace
+import torch
+
+class Record(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_uint), ("cluster", ctypes.c_uint * 3),
+        ("arguments", ctypes.c_ubyte * 128), ("shared_limit", ctypes.c_int),
+        ("result", ctypes.c_int),
+    ]
+
+library = ctypes.CDLL("libcuda.so.1")
+library.fake_record.restype = ctypes.POINTER(Record)
+record = library.fake_record().contents
+STREAM = 0x5000
+torch.cuda.device = lambda index: contextlib.nullcontext()
+torch.cuda.current_stream = lambda *_: None
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_name = lambda *_: "Fake"
+torch.cuda.is_current_stream_capturing = lambda: False
+torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
+    multi_processor_count=SMS, shared_memory_per_block_optin=SHARED,
+    shared_memory_per_multiprocessor=SHARED + 1024,
+)
+torch._C._cuda_getCurrentRawStream = lambda index: STREAM
+from marlin_kernel import compiler, launch, sm80_configs, sm80_path
+compiled = []
+
+def compile_kernel(source, arch, **kwargs):
+    compiled.append((source, arch))
+    return compiler.Cubin(b"ELF", "kernel", 32, 0)
+
+launch.compile_kernel = sm80_path.compile_kernel = compile_kernel
+
+def tensor(address, *shape, stride=0, dtype=torch.float16):
+    return SimpleNamespace(
+        data_ptr=lambda: address, shape=shape, stride=lambda i: stride, dtype=dtype,
+        device=torch.device("cuda", 0), element_size=lambda: 2,
+    )
+
+workspace = sm80_path._Workspace(tensor(0x6000), tensor(0x7000))
+asked = []
+def give_workspace(index, stream, need):
+    asked.append(need)
+    return workspace
+sm80_path._workspace = give_workspace
+"""
+
+
+@pytest.fixture(scope="module")
+def fake_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fake_driver")
+    library = directory / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(FAKE)], check=True)
+    return directory
+
+
+def run(directory: Path, program: str, capability: tuple[int, int], sms: int, shared: int) -> None:
+    """Run `program` after the prelude, on an imagined GPU. Its assertions are the test."""
+    text = (
+        f"SMS, SHARED = {sms}, {shared}\n{PRELUDE}\n"
+        f"torch.cuda.get_device_capability = lambda *_: {capability}\n{program}"
+    )
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(directory),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+A100 = ((8, 0), 108, 163 * 1024)
+ADA = ((8, 9), 128, 99 * 1024)
+HOPPER = ((9, 0), 132, 227 * 1024)
+
+
+@pytest.mark.parametrize("gpu", [A100, ADA, HOPPER], ids=["sm_80", "sm_89", "sm_90a"])
+def test_sm80_launch(fake_directory: Path, gpu: tuple[tuple[int, int], int, int]) -> None:
+    program = """
+n, k, n_padded, k_padded = 300, 1000, 320, 1024
+for m in (1, 8, 16, 17, 128, 1000):
+    for batch_invariant in (False, True):
+        a = tensor(0x100, m, k, stride=1008)
+        operands = (a, tensor(0x200), tensor(0x300, 8, n_padded), tensor(0x400), tensor(0x500))
+        sizes = (k, n, k_padded, n_padded, 128)
+        config = sm80_configs.select_config(m, 128, SHARED, batch_invariant)
+        source = config.source(torch.float16, 128)
+        for call in range(2):
+            count, record.shared_limit = record.count, 0
+            known = source in [s for s, _ in compiled]
+            sm80_path.gemm(*operands, *sizes, batch_invariant=batch_invariant)
+            assert record.count == count + 1
+            if not known:
+                assert compiled[-1] == (source, ARCH)
+                assert record.shared_limit == config.shared_bytes(128) <= SHARED
+        plan = asked[-1]
+        assert tuple(record.grid) == (plan.grid, 1, 1)
+        assert 0 < plan.grid <= SMS * config.blocks_per_sm
+        assert tuple(record.block) == (config.threads, 1, 1)
+        assert record.shared_bytes == config.shared_bytes(128)
+        assert record.stream == STREAM
+        assert record.attributes == 0, "the kernel does not wait for its predecessor by itself"
+        fields = struct.unpack_from("<7Qq7i", bytes(record.arguments))
+        assert fields[:8] == (0x100, 0x200, 0x300, 0x400, 0x500, 0x6000, 0x7000, 1008)
+        assert fields[8:] == (m, n, k, n_padded, k_padded, plan.splits, plan.in_turn)
+        assert (plan.splits > 0) == batch_invariant
+assert len(compiled) == len(set(compiled)), "a kernel is loaded once"
+"""
+    arch = f"sm_{gpu[0][0]}{gpu[0][1]}" + ("a" if gpu[0] == (9, 0) else "")
+    run(fake_directory, f"ARCH = {arch!r}\n{program}", *gpu)
+
+
+def test_sm80_split_knows_only_k_and_n(fake_directory: Path) -> None:
+    program = """
+splits = set()
+for m in (1, 8, 9, 40, 64, 65, 500, 5000):
+    a = tensor(0x100, m, 4096, stride=4096)
+    arguments = (a, tensor(0x200), tensor(0x300, 32, 4096), None, tensor(0x500))
+    sm80_path.gemm(*arguments, 4096, 4096, 4096, 4096, 128, batch_invariant=True)
+    splits.add(asked[-1].splits)
+assert splits == {8}, splits
+"""
+    run(fake_directory, program, *A100)
+
+
+def test_nothing_is_launched_for_no_tokens(fake_directory: Path) -> None:
+    program = """
+arguments = (tensor(0x200), tensor(0x300, 32, 4096), None, tensor(0x500))
+sm80_path.gemm(tensor(0x100, 0, 4096), *arguments, 4096, 4096, 4096, 4096, 128)
+launch.gemm(tensor(0x100, 0, 4096), *arguments, 4096, 4096, 4096, 4096, 128)
+assert record.count == 0 and not compiled
+"""
+    run(fake_directory, program, *HOPPER)
+
+
+def test_refused_launch_raises_with_the_drivers_words(fake_directory: Path) -> None:
+    program = """
+record.result = 1
+arguments = (tensor(0x200), tensor(0x300, 32, 4096), None, tensor(0x500))
+try:
+    sm80_path.gemm(tensor(0x100, 4, 4096, stride=4096), *arguments, 4096, 4096, 4096, 4096, 128)
+except launch.LaunchError as error:
+    assert "cuLaunchKernelEx" in str(error) and "fake driver" in str(error), error
+else:
+    raise AssertionError("no exception")
+"""
+    run(fake_directory, program, *HOPPER)
+
+
+def test_sm90_decode_launch(fake_directory: Path) -> None:
+    program = """
+from marlin_kernel.kernel_configs import DecodeConfig
+config = DecodeConfig(token_tiles=1, warps_n=2, warps_k=4, split=2, stages=4, blocks_per_sm=2)
+m, n, k, n_padded, k_padded = 3, 300, 1000, 320, 1024
+arguments = (tensor(0x100, m, k, stride=1008), tensor(0x200), tensor(0x300), None, tensor(0x500))
+launch.launch_config(config, *arguments, k, n, k_padded, n_padded, 128)
+assert compiled == [(config.source("float16", 128), "sm_90a")]
+assert tuple(record.grid) == config.grid(m, n_padded // 64)
+assert tuple(record.block) == (config.threads, 1, 1)
+assert record.shared_bytes == config.shared_bytes(m, k_padded // 64, 128)
+assert tuple(record.cluster) == (2, 1, 1)
+assert record.attributes == 1 << 4 | 1 << 6, "cluster and programmatic serialization"
+fields = struct.unpack_from("<5Qq5i", bytes(record.arguments))
+assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008, m, n, k, n_padded // 64, k_padded // 64)
+"""
+    run(fake_directory, program, *HOPPER)
