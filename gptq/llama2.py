@@ -46,7 +46,8 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
         from eval.report import Report, write_report
         from gptq.run import environment
 
-        target = Path(config.report or (packed or Path("report")) / "report")
+        beside = packed if packed is not None and config.save else Path()  # not in a temporary OUT
+        target = Path(config.report or beside / "report")
         paths = write_report(
             target,
             Report(

@@ -534,7 +534,7 @@ def test_without_save_nothing_is_left(llama, data, tmp_path, monkeypatch, capsys
         assert (folder / FILE).is_file()
         seen.append((config.wbits, len(report["layers"])))
 
-    assert main(arguments(llama, data), evaluate=evaluate) == 0
+    assert main(arguments(llama, data, "--eval", "pydoc"), evaluate=evaluate) == 0
     assert seen == [(4, 14)] and list(tmp_path.iterdir()) == []
     assert "14 linears" in capsys.readouterr().out
 
@@ -549,8 +549,31 @@ def test_the_plan_is_printed_before_the_summary(llama, data, tmp_path, capsys):
 
 def test_16_bits_only_evaluate(llama):
     seen = []
-    assert main([str(llama)], evaluate=lambda *given: seen.append(given[1:])) == 0
+    flags = [str(llama), "--eval", "pydoc"]
+    assert main(flags, evaluate=lambda *given: seen.append(given[1:])) == 0
     assert seen == [(None, None)]
+
+
+def test_a_report_without_save_stays(llama, data, tmp_path, monkeypatch):
+    """The packed folder is temporary then; the report asked for must not go with it."""
+    from gptq.llama2 import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    text = ["--eval", str(data / "heldout.txt"), "--eval_tokens", "100", "--report"]
+    assert main(arguments(llama, data, *text), evaluate=evaluate) == 0
+    assert list((tmp_path / "report").glob("*.html"))
+
+
+@pytest.mark.parametrize("wbits", ["4", "16"])
+def test_missing_evaluation_text_is_found_before_the_work(wbits, llama, data, monkeypatch, capsys):
+    def never(*_, **__):
+        raise AssertionError("work began")
+
+    monkeypatch.setattr("gptq.run.Walker.quantize_layer", never)
+    flags = arguments(llama, data, "--wbits", wbits, "--eval", "pydoc,/no/such/text.txt")
+    assert main(flags, evaluate=never) == 2
+    error = capsys.readouterr().err
+    assert "/no/such/text.txt" in error and "--eval none" in error
 
 
 def test_evaluation_sees_the_packed_folder(llama, data, tmp_path):
