@@ -129,8 +129,8 @@ MUTATIONS = {
     "decode: the phase of the ring is forgotten": ("sm90/decode.cuh", "parity ^= 1;", ""),
     "decode: activations are used before all have been written": (
         "sm90/decode.cuh",
-        "load_activations();\n    ptx::block_sync();",
-        "load_activations();",
+        "ptx::block_sync();\n    multiply();",
+        "multiply();",
     ),
     "decode: sums of other warps are read early": (
         "sm90/decode.cuh",
