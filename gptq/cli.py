@@ -76,7 +76,11 @@ def parser() -> argparse.ArgumentParser:
     )
 
     how = top.add_argument_group("method")
-    switch(how, "--nearest", "round to nearest: no calibration, the baseline")
+    switch(
+        how,
+        "--nearest",
+        "round to nearest without calibration; with --no-signed_scales the usual baseline",
+    )
     flag(how, "--percdamp", "damping, relative to the mean Hessian diagonal", type=float)
     switch(how, "--true-sequential", "each stage of a layer sees the quantized stages before it")
     switch(how, "--act-order", "quantize inputs by falling activation energy")

@@ -13,7 +13,7 @@ from marlin_kernel.errors import NumericalError
 log = logging.getLogger(__name__)
 
 _STRIPE = 384  # width of a stripe of H: only stripes on or above the diagonal are computed
-_MAX_RETRIES = 12
+_MAX_RETRIES = 16
 
 
 class Hessian:
@@ -78,14 +78,13 @@ def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
     h: float32 [K, K], symmetric, with a positive diagonal. One Cholesky of the matrix with reversed
     order gives R with H = R Rᵀ, R upper triangular; inverting the triangle gives the U of GPTQ's
     H**-1 = Uᵀ U with half the work of Cholesky + inverse + Cholesky.
-    If the factorization fails the damping is raised tenfold (from at least 1e-4) and that is
-    logged. Raises NumericalError if H is not finite, or no damping up to 1 suffices.
+    If the factorization fails the damping is doubled (from at least 1e-4) and that is logged.
+    Raises NumericalError if H is not finite, or _MAX_RETRIES doublings do not suffice.
     """
     if not bool(torch.isfinite(h).all()):
         raise NumericalError(
             f"{name}: the Hessian holds NaN or Inf: the activations of the calibration text "
-            "overflowed; "
-            "use --dtype bfloat16 or float32"
+            "overflowed; use --dtype bfloat16 or float32"
         )
     mean = float(h.diagonal().mean())
     damping = percdamp
@@ -99,7 +98,7 @@ def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
             u = torch.linalg.solve_triangular(r, eye, upper=True)
             if bool(torch.isfinite(u).all()):
                 return Factor(r.contiguous(), u.contiguous(), damping, retry)
-        raised = max(damping * 10 if retry else damping * 2, 1e-4)
+        raised = max(damping * 2, 1e-4)
         log.warning(
             "%s: Hessian not positive definite with damping %.2g; raised to %.2g",
             name,
@@ -107,8 +106,6 @@ def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
             raised,
         )
         damping = raised
-        if damping > 1e3:
-            break
     raise NumericalError(
         f"{name}: the Hessian cannot be factorized even with damping {damping:.2g}; "
         "calibrate with more tokens (--nsamples) or check the checkpoint's weights"

@@ -134,7 +134,7 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
         "seconds_forward": walker.clock.forward,
         "seconds_hessian": walker.clock.hessian,
         "seconds_solve": walker.clock.solve,
-        "seconds_io": 0.0,
+        "seconds_io": walker.clock.io,
         "peak_host_bytes": peak_host(),
         "peak_device_bytes": _peak_device(device),
         "source_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
@@ -151,12 +151,10 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
         "totals": totals,
         "layers": rows,
     }
-    writing = time.perf_counter()
     write_checkpoint(
         out, config, model, finished, probe=(probe, logits), source=origin, report=report
     )
     finished.remove()
-    totals["seconds_io"] = time.perf_counter() - writing
     return report
 
 
@@ -180,7 +178,8 @@ def _walk(model: StreamedModel, walker: Walker, finished: FinishedLayers) -> lis
 
             results = walker.quantize_layer(index, on_stage)
             added = [_row(result, model.device) for result in results]
-            finished.save(index, results, added)
+            with walker.timed("io"):
+                finished.save(index, results, added)
             rows += added
     return rows
 

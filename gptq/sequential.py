@@ -29,6 +29,7 @@ class Clock:
     forward: float = 0.0
     hessian: float = 0.0
     solve: float = 0.0
+    io: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Walker:
     @torch.no_grad()
     def advance(self, index: int, weights: dict[str, Tensor]) -> None:
         """Pass layer `index` with given (already quantized) weights: what resuming does."""
-        layer = self.model.layer(index)
+        layer = self._read(index)
         if self.asymmetric:
             self._forward_all(layer, self.target, index)
         for path, weight in weights.items():
@@ -95,7 +96,7 @@ class Walker:
     def quantize_layer(self, index: int, on_stage: Callable[[str], None]) -> list[LinearResult]:
         """Quantize all linears of layer `index` and move the activations behind it."""
         model = self.model
-        layer = model.layer(index)
+        layer = self._read(index)
         prefix = model.layer_name(index)
         if self.options.nearest:
             results = []
@@ -120,7 +121,7 @@ class Walker:
         family = self.model.family
         stages = Stages(layer, family)
         target = self.target
-        twin = Stages(self.model.layer(index), family) if self.asymmetric else None
+        twin = Stages(self._read(index), family) if self.asymmetric else None
         results: list[LinearResult] = []
 
         def collect(
@@ -132,10 +133,10 @@ class Walker:
             first = layer.get_submodule(stage[0])
             h = Hessian(first.in_features, self.model.device, asymmetric=self.asymmetric)
             for i in range(len(self.hidden)):
-                with self._timed("forward"):
+                with self.timed("forward"):
                     x = inputs(i)
                     y = targets(i) if targets is not None else None
-                with self._timed("hessian"):
+                with self.timed("hessian"):
                     h.add(x, y, None if residual is None else residual(i))
             self._check(h, f"{prefix}.{stage[0]}")
             results.extend(self._solve_stage(layer, prefix, stage, h))
@@ -189,7 +190,7 @@ class Walker:
 
         collect(family.stages[3], activate, activate_target if twin else None, behind)
 
-        with self._timed("forward"):
+        with self.timed("forward"):
             for i in range(len(hidden)):
                 hidden[i] = hidden[i] + stages.descend(activated[i])
                 activated[i] = None
@@ -207,10 +208,10 @@ class Walker:
             Hessian(layer.get_submodule(stage[0]).in_features, device) for stage in family.stages
         ]
         for hidden in self.hidden:
-            with self._timed("forward"):
+            with self.timed("forward"):
                 arguments = self.model.layer_arguments(hidden.shape[1], index)
                 inputs = _stage_inputs(stages, hidden, arguments)
-            with self._timed("hessian"):
+            with self.timed("hessian"):
                 for h, x in zip(hessians, inputs, strict=True):
                     h.add(x)
         for stage, h in zip(family.stages, hessians, strict=True):
@@ -224,7 +225,7 @@ class Walker:
         stage = tuple(path for path in stage if path not in self.skip)
         linears = [layer.get_submodule(path) for path in stage]
         sizes = [linear.out_features for linear in linears]
-        with self._timed("solve"):
+        with self.timed("solve"):
             began = time.perf_counter()
             weight = torch.cat([linear.weight for linear in linears])
             if h is None:
@@ -257,9 +258,13 @@ class Walker:
                 )
         return results
 
+    def _read(self, index: int) -> nn.Module:
+        with self.timed("io"):
+            return self.model.layer(index)
+
     def _forward_all(self, layer: nn.Module, states: list[Tensor], index: int) -> None:
         stages = Stages(layer, self.model.family)
-        with self._timed("forward"):
+        with self.timed("forward"):
             for i, x in enumerate(states):
                 states[i] = stages.forward(x, self.model.layer_arguments(x.shape[1], index))
 
@@ -281,7 +286,8 @@ class Walker:
                 "use --dtype bfloat16 or float32"
             )
 
-    def _timed(self, kind: str) -> _Timer:
+    def timed(self, kind: str) -> _Timer:
+        """Context that adds its seconds to one field of `clock`."""
         return _Timer(self.clock, kind, self.sync)
 
 

@@ -132,8 +132,10 @@ def solve(
         scales, zeros = _static_grid(w, None, g, options)
         codes = quantize_to_codes(w, scales[groups], zeros[groups], options.wtype.levels)
     elif contiguous:
-        weights = _group_factors(safe, factor, order, g) if options.grid.clip else None
-        scales, zeros = _static_grid(w, weights, g, options) if order is not None else (None, None)
+        scales = zeros = None  # natural order: each group's grid is searched when it is reached
+        if order is not None:
+            weights = _group_factors(factor, order, g, name) if options.grid.clip else None
+            scales, zeros = _static_grid(w, weights, g, options)
         codes, scales, zeros = _update(w, factor, order, g, scales, zeros, groups, options)
     else:
         codes, scales, zeros = _update(w[order], factor, None, g, None, None, groups, options)
@@ -192,25 +194,28 @@ def _target_move(
     return torch.cholesky_solve(right, torch.linalg.cholesky(damped))
 
 
-def _group_factors(h: Tensor, factor: Factor, order: Tensor | None, g: int) -> Tensor:
+def _group_factors(factor: Factor, order: Tensor, g: int, name: str) -> Tensor:
     """Upper triangular weights [G, g, g] of the clipping search when groups are set beforehand.
 
     Each group's error is taken after all other inputs have compensated as well as they can: the
     Schur complement ``((H⁻¹)_gg)⁻¹``. H⁻¹ is ordered like `factor`; groups are of natural order.
     """
-    k = h.shape[0]
-    u = factor.u
-    if order is not None:
-        u = u[:, torch.argsort(order)]  # columns of U in natural order: H⁻¹ = Uᵀ U
+    u = factor.u[:, torch.argsort(order)]  # columns of U in natural order: H⁻¹ = Uᵀ U
+    k = u.shape[0]
     pad = -k % g
     u = torch.nn.functional.pad(u, (0, pad))
     columns = u.reshape(k, -1, g).permute(1, 2, 0)  # [G, g, k]
     inverse = columns @ columns.transpose(1, 2)
     if pad:
         inverse[-1].diagonal()[g - pad :] = 1
-    lower = torch.linalg.cholesky(inverse.flip(1, 2))  # (H⁻¹)_gg = V Vᵀ, V upper
+    lower, info = torch.linalg.cholesky_ex(inverse.flip(1, 2))  # (H⁻¹)_gg = V Vᵀ, V upper
+    if int(info.abs().max()):
+        raise NumericalError(
+            f"{name}: the Hessian is too badly conditioned to weigh clipping errors with damping "
+            f"{factor.damping:.2g}; raise --percdamp (0.01 to 0.1 is usual)"
+        )
     v = lower.flip(1, 2)
-    eye = torch.eye(g, device=h.device).expand_as(v)
+    eye = torch.eye(g, device=u.device).expand_as(v)
     # ((H⁻¹)_gg)⁻¹ = V⁻ᵀ V⁻¹, and |e R|² = e R Rᵀ eᵀ needs R = V⁻ᵀ
     return torch.linalg.solve_triangular(v, eye, upper=True).transpose(1, 2).contiguous()
 

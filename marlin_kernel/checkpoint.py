@@ -173,7 +173,7 @@ class CheckpointWriter:
             "token_ids": token_ids.detach().cpu().to(torch.int64).contiguous(),
             "logits": logits.detach().cpu().float().contiguous(),
         }
-        save_file(tensors, self._folder / PROBE, {"format": "pt"})
+        _save_tensors(tensors, self._folder / PROBE)
         self._probe = {"file": PROBE, "sha256": {n: tensor_hash(t) for n, t in tensors.items()}}
 
     def finish(
@@ -244,7 +244,7 @@ class CheckpointWriter:
             if storage in seen:  # safetensors refuses tensors that share memory
                 self._pending[name] = tensor.clone()
             seen.add(storage)
-        save_file(self._pending, self._folder / f"shard-{len(self._shards)}", {"format": "pt"})
+        _save_tensors(self._pending, self._folder / f"shard-{len(self._shards)}")
         self._shards.append(list(self._pending))
         self._bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -278,7 +278,7 @@ def check_target(out: str | os.PathLike[str], overwrite: bool) -> None:
             f"{out} exists and is no checkpoint of this tool; choose another folder, or remove it"
         )
     if not overwrite:
-        raise ConfigError(f"{out} already holds a checkpoint; pass overwrite to replace it")
+        raise ConfigError(f"{out} already holds a checkpoint; pass --overwrite to replace it")
 
 
 def convert(
@@ -322,6 +322,14 @@ def convert(
             settings=manifest.get("settings"),
             meta=old.get("meta"),
         )
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions of an ordinary new file."""
+    save_file(tensors, path, {"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
 
 
 def _flush(path: Path) -> None:

@@ -470,9 +470,9 @@ def test_asymmetric_solution_is_closer_to_the_full_model():
 def test_group_factors_are_the_schur_complement(k, act_order):
     """F Fᵀ of a group = H_gg - H_gr H_rr⁻¹ H_rg: the error left when the rest compensates."""
     _, h = problem(k, 1)
-    order = torch.argsort(h.diagonal(), descending=True) if act_order else None
-    factor = factorize(h if order is None else h[order][:, order], 0.05)
-    found = _group_factors(h, factor, order, 32).double()
+    order = torch.argsort(h.diagonal(), descending=True) if act_order else torch.arange(k)
+    factor = factorize(h[order][:, order], 0.05)
+    found = _group_factors(factor, order, 32, "layer").double()
     damped = h.double() + 0.05 * h.double().diagonal().mean() * torch.eye(k)
     for j in range(-(-k // 32)):
         inside = torch.arange(k) // 32 == j

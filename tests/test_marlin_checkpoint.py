@@ -193,7 +193,7 @@ def test_convert_refuses_before_it_writes(tmp_path):
 def test_existing_folders_are_protected(tmp_path):
     out = tmp_path / "out"
     write_folder(out)
-    with pytest.raises(ConfigError, match="already holds a checkpoint; pass overwrite"):
+    with pytest.raises(ConfigError, match="already holds a checkpoint; pass --overwrite"):
         write_folder(out)
     write_folder(out, seed=1, overwrite=True)
     assert read_manifest(out)["settings"] == {"seed": 1}
