@@ -1,9 +1,11 @@
-// CUDA kernels on the CPU (x86-64, g++): one fiber per CUDA thread, all blocks of the grid alive at once.
+// CUDA kernels on the CPU (x86-64, g++): one fiber per CUDA thread, all blocks of the grid alive at
+// once.
 //
 // What makes it a test and not only a simulator:
 //   - fibers run in an order drawn from a seed; a warp may run far ahead of the others ("bursts");
-//   - asynchronous operations take effect as late as the program's own waits allow, at once, or at a random
-//     moment between, again by seed: late landing exposes a missing wait, early landing a missing barrier;
+//   - asynchronous operations take effect as late as the program itself allows, at once, or at a
+//     random moment between, again by seed: late landing exposes a missing wait, early landing a
+//     missing barrier;
 //   - shared memory starts as NaN; barriers that never complete are reported as a deadlock.
 // It knows nothing of speed, bank conflicts, registers, or the memory model's proxies.
 // Build with -fno-strict-aliasing.
@@ -65,8 +67,8 @@ struct NamedBarrier {
 
 struct Block;
 
-// One asynchronous warpgroup instruction. It runs at some moment between the last thread's issue and the
-// first wait for it: accumulators change only then, and only then is shared memory read.
+// One asynchronous warpgroup instruction. It runs at some moment between the last thread's issue
+// and the first wait for it: accumulators change only then, and only then is shared memory read.
 struct GroupOperation {
   int issued = 0;  // threads
   float* accumulators[128];
@@ -170,8 +172,8 @@ inline int lane() { return S.fiber->thread.x % kWarp; }
 inline Warp& warp() { return S.fiber->block->warps[S.fiber->thread.x / kWarp]; }
 inline bool chance(unsigned of) { return S.random() % of == 0; }
 
-// One warp-wide instruction: `put` stores this lane's operands into slot s, the last lane to come runs
-// `compute` for all. Returns the slot with the results.
+// One warp-wide instruction: `put` stores this lane's operands into slot s, the last lane to come
+// runs `compute` for all. Returns the slot with the results.
 template <class Put, class Compute>
 inline int collective(Put put, Compute compute) {
   Warp& w = warp();
@@ -223,9 +225,10 @@ inline void check_shared(const void* pointer, size_t bytes) {
 }
 
 inline void start_copy(const Copy& c) {
-  require(reinterpret_cast<uintptr_t>(c.target) % (c.bytes + c.zeros) == 0, "cp.async: target alignment");
-  require(reinterpret_cast<uintptr_t>(c.source) % (c.bytes + c.zeros) == 0, "cp.async: source alignment");
-  check_shared(c.target, c.bytes + c.zeros);
+  const int size = c.bytes + c.zeros;
+  require(reinterpret_cast<uintptr_t>(c.target) % size == 0, "cp.async: target alignment");
+  require(reinterpret_cast<uintptr_t>(c.source) % size == 0, "cp.async: source alignment");
+  check_shared(c.target, size);
   const bool now = S.landing == Landing::kEarly || (S.landing == Landing::kRandom && chance(2));
   if (now)
     land(c);
@@ -245,7 +248,7 @@ inline void wait_copies(int pending) {
 }
 
 // ---- mbarriers ----
-// The 64 bits of a barrier: phase parity, arrivals per phase, arrivals still missing, bytes still missing.
+// The 64 bits of a barrier: phase parity, arrivals per phase, arrivals and bytes still missing.
 struct MBarrier {
   uint32_t phase : 1, expected : 15, pending : 16;
   int32_t bytes;
@@ -426,7 +429,8 @@ inline void make_blocks(std::vector<Fiber>& fibers) {
   }
 }
 
-// Runs every fiber of warp `w` that can run once; returns how many ran, and counts those that only poll.
+// Runs every fiber of warp `w` that can run once; returns how many ran, and counts those that only
+// poll.
 inline int run_warp(std::vector<Fiber>& fibers, size_t w, size_t& finished, int& polls) {
   const unsigned turn = S.random();
   int ran = 0;

@@ -1,5 +1,5 @@
-// Runs the sm_80 kernel under the emulator. Compiled with -DCONFIG_CASES="X(0, ...) X(1, ...)", one X per
-// configuration: its number and its template arguments.
+// Runs the sm_80 kernel under the emulator. Compiled with -DCONFIG_CASES="X(0, ...) X(1, ...)", one
+// X per configuration: its number and its template arguments.
 #include "sm80/kernel.cuh"
 
 namespace {
@@ -46,7 +46,8 @@ extern "C" __attribute__((visibility("default"))) int shared_bytes(int config) {
 extern "C" __attribute__((visibility("default"))) int run_gemm(
     int config, unsigned seed, int grid, const void* activations, const void* weights,
     const void* scales, const void* bias, void* output, void* partials, int* arrivals,
-    long long row_stride, int m, int n, int k, int n_padded, int k_padded, int splits, int in_turn) {
+    long long row_stride, int m, int n, int k, int n_padded, int k_padded, int splits,
+    int in_turn) {
   switch (config) {
 #define X(number, ...)                                                                           \
   case number:                                                                                   \

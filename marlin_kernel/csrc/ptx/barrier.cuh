@@ -29,7 +29,9 @@ __device__ __forceinline__ int shuffle(int value, int lane) {
 }
 
 // membar.gl: this thread's earlier writes are visible to the device before its later ones.
-__device__ __forceinline__ void device_fence() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
+__device__ __forceinline__ void device_fence() {
+  asm volatile("fence.acq_rel.gpu;\n" ::: "memory");
+}
 
 // atom.add: returns the old value; ordered for the whole device by the fences around it.
 __device__ __forceinline__ int atomic_add(int* address, int value) {
@@ -41,7 +43,8 @@ __device__ __forceinline__ int atomic_add(int* address, int value) {
   return old;
 }
 
-// ld.relaxed.gpu: 16 bytes from L2, never from this multiprocessor's L1, which other blocks' writes do not reach.
+// ld.relaxed.gpu: 16 bytes from L2, never from this multiprocessor's L1, which other blocks' writes
+// do not reach.
 __device__ __forceinline__ float4 load_l2(const float4* address) {
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"

@@ -5,8 +5,8 @@
 
 namespace ptx {
 
-// cp.async: copies `bytes` (0..16) from global memory and fills the rest of the 16 bytes with zeros.
-// Both addresses are 16-byte aligned; nothing is read when bytes == 0. Bypasses L1.
+// cp.async: copies `bytes` (0..16) from global memory and fills the rest of the 16 bytes with
+// zeros. Both addresses are 16-byte aligned; nothing is read when bytes == 0. Bypasses L1.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),

@@ -5,8 +5,8 @@
 
 namespace ptx {
 
-// ldmatrix.x2: lanes 0..15 each give the address of one 16-byte row (8 rows per matrix). Register i of
-// lane l receives elements 2 * (l % 4) and + 1 of row l / 4 of matrix i.
+// ldmatrix.x2: lanes 0..15 each give the address of one 16-byte row (8 rows per matrix). Register i
+// of lane l receives elements 2 * (l % 4) and + 1 of row l / 4 of matrix i.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-ldmatrix
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"

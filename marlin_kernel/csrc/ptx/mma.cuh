@@ -1,7 +1,8 @@
 // Warp-wide matrix multiply-accumulate (sm_80 and newer).
 //
-// Fragments of m16n8k16, for lane l with g = l / 4 and t = l % 4 (two 16-bit elements per register):
-//   A (16 x 16): a[0] = row g, k 2t..2t+1; a[1] = row g+8, same k; a[2], a[3] = the same rows, k + 8
+// Fragments of m16n8k16, for lane l with g = l / 4 and t = l % 4 (two 16-bit elements per
+// register):
+//   A (16 x 16): a[0] = row g, k 2t..2t+1; a[1] = row g+8, same k; a[2], a[3] = these rows, k + 8
 //   B (16 x 8):  b[0] = column g, k 2t..2t+1; b[1] = same column, k + 8
 //   C (16 x 8):  c[0], c[1] = row g, columns 2t, 2t+1; c[2], c[3] = row g+8
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-mma

@@ -1,4 +1,5 @@
-// Accumulators of one warp -> rows of the output: scale (one per feature), bias, rounding, coalesced stores.
+// Accumulators of one warp -> rows of the output: scale (one per feature), bias, rounding,
+// coalesced stores.
 #pragma once
 
 #include "ptx/barrier.cuh"
@@ -48,8 +49,10 @@ class Epilogue {
       const int feature = first_feature + half * 8 + place_.lane / 4;
       const bool inside = feature < p_.n;
       float scale = 1.f;
-      if constexpr (!Config::GROUPED) scale = inside ? Element<__half>::to_float(p_.scales[feature]) : 0.f;
-      const float bias = inside && p_.bias != nullptr ? Element<Scalar>::to_float(p_.bias[feature]) : 0.f;
+      if constexpr (!Config::GROUPED)
+        scale = inside ? Element<__half>::to_float(p_.scales[feature]) : 0.f;
+      const bool biased = inside && p_.bias != nullptr;
+      const float bias = biased ? Element<Scalar>::to_float(p_.bias[feature]) : 0.f;
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t) {
         float(&v)[4] = acc.values[half / 2][t];

@@ -1,5 +1,6 @@
-// C[M, N] = A[M, K] W[K, N] (+ bias): fp16/bf16 activations, symmetric 4-bit weights, mma.sync and cp.async.
-// Runs on sm_80 and everything newer. The grid may have any size; see partition.cuh for who does what.
+// C[M, N] = A[M, K] W[K, N] (+ bias): fp16/bf16 activations, symmetric 4-bit weights, mma.sync and
+// cp.async. Runs on sm_80 and everything newer. The grid may have any size; see partition.cuh for
+// who does what.
 #pragma once
 
 #include "ptx/barrier.cuh"
@@ -15,8 +16,8 @@
 
 namespace sm80 {
 
-// The next k tile to copy: walks through the same units as the multiplication, STAGES - 1 tiles ahead of it
-// and across the borders of units, so the ring never drains inside a kernel.
+// The next k tile to copy: walks through the same units as the multiplication, STAGES - 1 tiles
+// ahead of it and across the borders of units, so the ring never drains inside a kernel.
 class LoadCursor {
  public:
   __device__ LoadCursor(const Partition& partition, int block)
@@ -48,14 +49,16 @@ template <class Config>
 __global__ void __launch_bounds__(Config::THREADS, 1)
     gemm_w4a16(const __grid_constant__ Problem<typename Config::Scalar> problem) {
   SharedStorage<Config>& shared = ptx::shared_memory<SharedStorage<Config>>();
-  const Partition partition(ceil_div(problem.m, Config::TILE_M), ceil_div(problem.n, Config::TILE_N),
+  const Partition partition(ceil_div(problem.m, Config::TILE_M),
+                            ceil_div(problem.n, Config::TILE_N),
                             ceil_div(problem.k_padded, Config::TILE_K), problem.splits,
                             problem.in_turn, gridDim.x);
   const WarpPlace<Config> place;
   Loader<Config> loader(problem, shared);
   LoadCursor ahead(partition, blockIdx.x);
 
-  // An empty group is committed when nothing is left to copy: the count of groups stays the count of tiles.
+  // An empty group is committed when nothing is left to copy: the count of groups stays the count
+  // of tiles.
   auto load_next = [&](int stage) {
     if (ahead.more()) {
       loader.load(stage, ahead.unit().token_tile, ahead.unit().column_tile, ahead.k_tile());
@@ -74,7 +77,8 @@ __global__ void __launch_bounds__(Config::THREADS, 1)
     acc.clear();
     for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile) {
       ptx::cp_async_wait<Config::STAGES - 2>();  // this thread's share of `stage` has landed
-      ptx::block_sync();  // everyone's has; and everyone is done with the stage before it, refilled now
+      // Now everyone's has; and the stage before it, refilled next, is no longer read.
+      ptx::block_sync();
       load_next(stage == 0 ? Config::STAGES - 1 : stage - 1);
       multiply_stage<Config>(shared, stage, place, acc);
       stage = stage == Config::STAGES - 1 ? 0 : stage + 1;

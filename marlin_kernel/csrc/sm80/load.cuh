@@ -1,5 +1,5 @@
-// Global memory -> one stage of the ring. Every thread copies its share of the weights, of the activations
-// and of the scales of one k tile; what lies outside the matrices arrives as zeros.
+// Global memory -> one stage of the ring. Every thread copies its share of the weights, of the
+// activations and of the scales of one k tile; what lies outside the matrices arrives as zeros.
 #pragma once
 
 #include "ptx/cp_async.cuh"
@@ -8,8 +8,9 @@
 
 namespace sm80 {
 
-// Position of a 16-byte chunk in a stage of activations. Rows are ROW_CHUNKS chunks long; XOR with the row
-// spreads the same chunk of eight consecutive rows, which one ldmatrix reads, over all 32 banks.
+// Position of a 16-byte chunk in a stage of activations. Rows are ROW_CHUNKS chunks long; XOR with
+// the row spreads the same chunk of eight consecutive rows, which one ldmatrix reads, over all 32
+// banks.
 template <class Config>
 __device__ __forceinline__ int swizzled(int token, int chunk) {
   return token * Config::ROW_CHUNKS + (chunk ^ (token & 7));
@@ -27,7 +28,8 @@ class Loader {
     aligned_bytes_ = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
   }
 
-  // Start the copies of k tile `k_tile` into `stage`; they complete with this thread's next commit group.
+  // Start the copies of k tile `k_tile` into `stage`; they complete with this thread's next commit
+  // group.
   __device__ __forceinline__ void load(int stage, int token_tile, int column_tile, int k_tile) {
     load_weights(stage, column_tile, k_tile);
     load_activations(stage, token_tile, k_tile);
@@ -69,8 +71,8 @@ class Loader {
     }
   }
 
-  // Rows that do not start on 16 bytes: copies of 4 bytes, or of single elements through registers. The
-  // latter are complete at once, which the ring's barriers order like any earlier completion.
+  // Rows that do not start on 16 bytes: copies of 4 bytes, or of single elements through registers.
+  // The latter are complete at once, which the ring's barriers order like any earlier completion.
   __device__ __forceinline__ void load_unaligned(uint4* target, const Scalar* source, int count) {
     if (aligned_bytes_ == 4) {
 #pragma unroll

@@ -90,15 +90,17 @@ __device__ __forceinline__ void add_scaled(Accumulators<Config>& total, Accumula
   sums.clear();
 }
 
-// Adds one stage to `total`. Where the scales of groups go is the configuration's choice: on the weights
-// (8 products per code word, whatever the number of tokens) or on the sums (2 per token and group).
+// Adds one stage to `total`. Where the scales of groups go is the configuration's choice: on the
+// weights (8 products per code word, whatever the number of tokens) or on the sums (2 per token and
+// group).
 template <class Config>
 __device__ __forceinline__ void multiply_stage(const SharedStorage<Config>& shared, int stage,
                                                const WarpPlace<Config>& place,
                                                Accumulators<Config>& total) {
   using Scalar = typename Config::Scalar;
   constexpr bool SCALE_SUMS = Config::GROUPED && !Config::SCALE_WEIGHTS;
-  constexpr int GROUP_STEPS = Config::GROUP_STEPS < Config::STEPS ? Config::GROUP_STEPS : Config::STEPS;
+  constexpr int GROUP_STEPS =
+      Config::GROUP_STEPS < Config::STEPS ? Config::GROUP_STEPS : Config::STEPS;
   Accumulators<Config> group_sums;
   Accumulators<Config>& sums = SCALE_SUMS ? group_sums : total;
   if constexpr (SCALE_SUMS) group_sums.clear();

@@ -1,17 +1,18 @@
 // Who computes what: the sequence of (output tile, k range) units of one block.
 //
-// Stream-K (splits == 0). Tiles that fill whole waves of the grid belong to one block each; the rest, between
-// one and two tiles per block (all of them if there are fewer than two), is cut into equal runs of k tiles,
-// wherever that falls. Three blocks over two tiles of three k tiles:
+// Stream-K (splits == 0). Tiles that fill whole waves of the grid belong to one block each; the
+// rest, between one and two tiles per block (all of them if there are fewer than two), is cut into
+// equal runs of k tiles, wherever that falls. Three blocks over two tiles of three k tiles:
 //
-//       tile 0   tile 1          Block 1 finishes tile 0 and begins tile 1, so both tiles have two
-//   k0    0        1             contributions. A block contributes to at most two unfinished tiles: the
-//   k1    0        2             one its run begins in and the one it ends in. Each has a slot in the
-//   k2    1        2             workspace: slot 2b for the first, slot 2b + 1 for the second.
+//       tile 0   tile 1     Block 1 finishes tile 0 and begins tile 1, so both tiles have two
+//   k0    0        1        contributions. A block contributes to at most two unfinished tiles:
+//   k1    0        2        the one its run begins in and the one it ends in. Each has a slot in
+//   k2    1        2        the workspace: slot 2b for the first, slot 2b + 1 for the second.
 //
-// Fixed split (splits > 0). Every tile is cut at the same places whatever M is, so a row of the result has
-// the same bits in every batch. Either the parts of a tile go to different blocks, or (in_turn, for many
-// tiles) one block takes all parts of its tile one after the other and adds them up in the same order.
+// Fixed split (splits > 0). Every tile is cut at the same places whatever M is, so a row of the
+// result has the same bits in every batch. Either the parts of a tile go to different blocks, or
+// (in_turn, for many tiles) one block takes all parts of its tile one after the other and adds them
+// up in the same order.
 #pragma once
 
 #include "sm80/tile_config.cuh"
@@ -88,8 +89,9 @@ class Partition {
   }
 
  private:
-  // Block b's run of the shared iterations is [begin_of(b), begin_of(b + 1)). 32 bits suffice: there are
-  // fewer than two tiles per block, so the products stay below 2 * blocks^2 * k_tiles (the host checks it).
+  // Block b's run of the shared iterations is [begin_of(b), begin_of(b + 1)). 32 bits suffice:
+  // there are fewer than two tiles per block, so the products stay below 2 * blocks^2 * k_tiles
+  // (the host checks it).
   __device__ unsigned begin_of(unsigned block) const {
     return block * shared_iterations_ / blocks_;
   }
@@ -118,7 +120,8 @@ class Partition {
     return true;
   }
 
-  // Tiles are numbered in bands of RASTER_TOKEN_TILES token tiles, column after column inside a band.
+  // Tiles are numbered in bands of RASTER_TOKEN_TILES token tiles, column after column inside a
+  // band.
   __device__ void locate(int tile, Unit& u) const {
     const int band_tiles = RASTER_TOKEN_TILES * column_tiles_;
     const int band = tile / band_tiles;

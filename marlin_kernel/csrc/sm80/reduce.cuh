@@ -1,6 +1,7 @@
-// Sums of partial tiles, always in the same order: between the warps of a block that split k, and between
-// the blocks that share an output tile. No thread ever waits for another block: every contributor leaves its
-// partial sums in the workspace and counts its arrival; the last one to arrive adds them all up.
+// Sums of partial tiles, always in the same order: between the warps of a block that split k, and
+// between the blocks that share an output tile. No thread ever waits for another block: every
+// contributor leaves its partial sums in the workspace and counts its arrival; the last one to
+// arrive adds them all up.
 #pragma once
 
 #include "ptx/barrier.cuh"
@@ -24,8 +25,9 @@ __device__ __forceinline__ float (&fragment(Accumulators<Config>& acc, int index
   return acc.values[index / Config::TOKEN_TILES][index % Config::TOKEN_TILES];
 }
 
-// Warps with warp_k > 0 hand their sums to warp_k = 0, which adds them in the order of warp_k. One barrier:
-// the region is written again only after the next unit's copies, which begin with a barrier of their own.
+// Warps with warp_k > 0 hand their sums to warp_k = 0, which adds them in the order of warp_k. One
+// barrier: the region is written again only after the next unit's copies, which begin with a
+// barrier of their own.
 template <class Config>
 __device__ __forceinline__ void reduce_in_block(SharedStorage<Config>& shared,
                                                 const WarpPlace<Config>& place,
@@ -51,8 +53,8 @@ __device__ __forceinline__ void reduce_in_block(SharedStorage<Config>& shared,
   }
 }
 
-// Combines this warp's sums with those of the other contributions to the tile. True if the accumulators now
-// hold the whole sum, which this warp must write out.
+// Combines this warp's sums with those of the other contributions to the tile. True if the
+// accumulators now hold the whole sum, which this warp must write out.
 template <class Config>
 class BlockReduction {
   using Scalar = typename Config::Scalar;
@@ -85,8 +87,9 @@ class BlockReduction {
     }
   }
 
-  // Adds COUNT consecutive parts, in order. Their loads are under way at once, as many as registers allow:
-  // one after the other, the latencies would add up to more than a small multiplication takes.
+  // Adds COUNT consecutive parts, in order. Their loads are under way at once, as many as registers
+  // allow: one after the other, the latencies would add up to more than a small multiplication
+  // takes.
   template <int COUNT>
   __device__ __forceinline__ void add_parts(const Unit& u, int part, Accumulators<Config>& acc) {
     constexpr int AT_ONCE = Config::FRAGMENTS < LOADS / COUNT ? Config::FRAGMENTS : LOADS / COUNT;

@@ -6,8 +6,8 @@
 namespace sm80 {
 
 // The ring carries, per stage, all that one k tile needs: weights, activations and that tile's own
-// scales, so no stage ever reads another stage's data. The two regions of the epilogue are apart from the
-// ring: copies for the next tile run on while they are used.
+// scales, so no stage ever reads another stage's data. The two regions of the epilogue are apart
+// from the ring: copies for the next tile run on while they are used.
 template <class Config>
 struct alignas(128) SharedStorage {
   uint4 weights[Config::STAGES][Config::WEIGHT_CHUNKS];

@@ -8,7 +8,8 @@ struct alignas(64) TensorMap {
 };
 
 namespace emu {
-// What the emulator puts into a TensorMap: a matrix of 16-bit elements, and the box that one copy brings.
+// What the emulator puts into a TensorMap: a matrix of 16-bit elements, and the box that one copy
+// brings.
 struct Matrix {
   const char* base;
   long long row_bytes;
@@ -49,7 +50,8 @@ inline void tensor_copy_2d(void* shared, const TensorMap* map, int column, int r
     for (int r = 0; r < m.box_rows; r++)
       for (int c = 0; c < m.box_columns; c++) {
         uint16_t element = 0;
-        const bool inside = row + r >= 0 && row + r < m.rows && column + c >= 0 && column + c < m.columns;
+        const bool inside =
+            row + r >= 0 && row + r < m.rows && column + c >= 0 && column + c < m.columns;
         if (inside) memcpy(&element, m.base + (row + r) * m.row_bytes + (column + c) * 2ll, 2);
         int at = (r * m.box_columns + c) * 2;
         if (m.swizzled) at ^= (at >> 7 & 7) << 4;

@@ -13,7 +13,8 @@ inline float emulated_element(uint32_t pair, int half, __nv_bfloat16) {
 }
 
 template <class Scalar>
-inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Scalar type) {
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         Scalar type) {
   const int slot = emu::collective(
       [&](emu::Warp& w, int s) {
         uint32_t* in = w.in[s][emu::lane()];

@@ -5,8 +5,8 @@
 
 namespace ptx {
 
-// Lanes 0..15 address the rows of two 8 x 8 matrices; transposed: lane l holds elements 2 * (l % 4) and + 1
-// of column l / 4.
+// Lanes 0..15 address the rows of two 8 x 8 matrices; transposed: lane l holds elements 2 * (l % 4)
+// and + 1 of column l / 4.
 inline void stmatrix_x2_transposed(void* row, uint32_t m0, uint32_t m1) {
   emu::collective(
       [&](emu::Warp& w, int s) {
@@ -24,7 +24,8 @@ inline void stmatrix_x2_transposed(void* row, uint32_t m0, uint32_t m1) {
           for (int l = 0; l < emu::kWarp; l++)
             for (int h = 0; h < 2; h++) {
               const uint16_t element = w.in[s][l][m] >> (16 * h);
-              char* target = static_cast<char*>(const_cast<void*>(w.address[s][m * 8 + l % 4 * 2 + h]));
+              void* row_of = const_cast<void*>(w.address[s][m * 8 + l % 4 * 2 + h]);
+              char* target = static_cast<char*>(row_of);
               memcpy(target + l / 4 * 2, &element, 2);
             }
       });

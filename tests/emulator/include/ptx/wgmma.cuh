@@ -1,5 +1,5 @@
-// Emulated csrc/ptx/wgmma.cuh. The A fragment is read when the instruction is issued (the assembler keeps its
-// registers until they have been), B and the accumulators when it executes.
+// Emulated csrc/ptx/wgmma.cuh. The A fragment is read when the instruction is issued (the assembler
+// keeps its registers until they have been), B and the accumulators when it executes.
 #pragma once
 
 #include "common/types.cuh"
