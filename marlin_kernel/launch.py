@@ -465,11 +465,12 @@ def convert_layout(
     codes_flat, scales_flat = codes_out.view(-1), scales_out.view(-1)
     codes_split = paired * k_tiles * (TILE_BYTES // 4)
     scales_split = paired * scales.shape[0] * TILE_N
-    for columns, code_part, scale_part in (
-        (slice(0, paired), codes_flat[:codes_split], scales_flat[:scales_split]),
-        (slice(paired, None), codes_flat[codes_split:], scales_flat[scales_split:]),
+    for width, columns, code_part, scale_part in (
+        (2, slice(0, paired), codes_flat[:codes_split], scales_flat[:scales_split]),
+        (1, slice(paired, None), codes_flat[codes_split:], scales_flat[scales_split:]),
     ):
-        width = 2 if columns.start == 0 else 1
+        if code_part.numel() == 0:
+            continue
         part = codes[:, :, columns].unflatten(2, (-1, width)).permute(2, 0, 3, 5, 4, 1)
         code_part.view(part.shape).copy_(part)
         rows = scales[:, columns].unflatten(1, (-1, width)).transpose(0, 1)

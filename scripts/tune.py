@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -43,7 +44,7 @@ def candidates(m: int, k: int, n: int, group_size: int, limit: int) -> list[Kern
         if config.fits(m, k_tiles, group_size)
         and kernel_configs.affordable(config, m, column_tiles)
         and _plausible(config, m)
-        and kernel_configs.estimate(config, m, k_tiles, column_tiles) < 1.0
+        and kernel_configs.estimate(config, m, k_tiles, column_tiles) < math.inf
     ]
     fitting.sort(key=lambda c: kernel_configs.estimate(c, m, k_tiles, column_tiles))
     if m >= 1024:  # few differ there, and each takes long

@@ -59,7 +59,8 @@ struct RowScales<__half> {
   uint32_t row[2];
   // scales: {scale of row g, scale of row g + 8}
   __device__ __forceinline__ explicit RowScales(uint32_t scales)
-      : row{ptx::permute_bytes(scales, scales, 0x1010), ptx::permute_bytes(scales, scales, 0x3232)} {}
+      : row{ptx::permute_bytes(scales, scales, 0x1010),
+            ptx::permute_bytes(scales, scales, 0x3232)} {}
   // a *= scale: code - 8 is exact, so the product rounds once.
   __device__ __forceinline__ void apply(uint32_t (&a)[4]) const {
 #pragma unroll

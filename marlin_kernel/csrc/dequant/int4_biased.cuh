@@ -4,16 +4,16 @@
 //
 //     sum (code - 8) a  =  sum (code + offset) a  +  sum (-8 - offset) a
 //
-// Two k steps of 16 (two words) are taken together. They give `kParts` pairs of operands:
+// Two k steps of 16 (two words) are taken together. They give two parts, each an A and a B operand:
 //
 // fp16: the codes themselves, as subnormals. A code in bits 0-3 of a half is code * 2^-24, in bits
-// 4-7 it is
-//   code * 2^-20; tensor cores multiply subnormals exactly. Part 0 takes the nibbles at bits 0-3 of both words,
-//   part 1 those at bits 4-7: parts differ in the unit, so their sums stay apart until the scale is applied. Each
-//   part multiplies one half (8 of 16) of both steps' k: B fragment registers b0, b0' or b1, b1'.
+//   4-7 code * 2^-20; tensor cores multiply subnormals exactly. Part 0 takes the nibbles at bits
+//   0-3 of both words, part 1 those at bits 4-7: parts differ in the unit, so their sums stay apart
+//   until the scale is applied. Each part multiplies one half (8 of 16) of both steps' k: B fragment
+//   registers b0, b0' or b1, b1'.
 // bf16: 128 + code (0x4300 has its unit at bit 0), as in int4.cuh; a part is one step. The range of
-// fp32 has no
-//   room for subnormals of bf16. 2^-24 of a sum of 136 a is far below the rounding of a bf16 result.
+//   fp32 has no room for subnormals of bf16. What fp32 rounds off sums of 136 a, 2^-24 of them, is
+//   far below the rounding of a bf16 result.
 #pragma once
 
 #include "common/types.cuh"

@@ -12,8 +12,8 @@ struct alignas(64) TensorMap {
 
 namespace ptx {
 
-// elect.sync: true in exactly one lane of the converged warp. Unlike a test of the lane index it lets the
-// compiler keep addresses in uniform registers, where the copy instructions want them.
+// elect.sync: true in exactly one lane of the converged warp. Unlike a test of the lane index it
+// lets the compiler keep addresses in uniform registers, where the copy instructions want them.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-elect-sync
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
@@ -42,8 +42,8 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
 
 // cp.async.bulk.tensor.2d: the box of `map` whose first element is (column, row); elements outside
 // the tensor arrive as zeros and count as bytes.
-__device__ __forceinline__ void tensor_copy_2d(void* shared, const TensorMap* map, int column, int row,
-                                               uint64_t* barrier) {
+__device__ __forceinline__ void tensor_copy_2d(void* shared, const TensorMap* map, int column,
+                                               int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(shared_address(shared)),

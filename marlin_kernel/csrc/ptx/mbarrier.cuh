@@ -1,4 +1,5 @@
-// Barriers in shared memory that count arrivals of threads and bytes of asynchronous copies (sm_90).
+// Barriers in shared memory that count arrivals of threads and bytes of asynchronous copies
+// (sm_90).
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier
 #pragma once
 

@@ -1,4 +1,5 @@
-// Programmatic dependent launch: a kernel may start while its predecessor in the stream still runs (sm_90).
+// Programmatic dependent launch: a kernel may start while its predecessor in the stream still runs
+// (sm_90).
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
 #pragma once
 

@@ -1,9 +1,10 @@
 // Warpgroup matrix multiply-accumulate (sm_90a): four warps, A from registers, B from shared
 // memory.
 //
-// m64nNk16: warp w of the warpgroup holds rows 16 w .. 16 w + 15 of A and D, in the fragments of mma.m16n8k16
-// (ptx/mma.cuh): a[4] for its 16 x 16 block of A; d[4 j + i] is register i of the fragment of columns
-// 8 j .. 8 j + 7. B is K-major: N rows of 64 k (128 bytes) with the 128-byte swizzle.
+// m64nNk16: warp w of the warpgroup holds rows 16 w .. 16 w + 15 of A and D, in the fragments of
+// mma.m16n8k16 (ptx/mma.cuh): a[4] for its 16 x 16 block of A; d[4 j + i] is register i of the
+// fragment of columns 8 j .. 8 j + 7. B is K-major: N rows of 64 k (128 bytes) with the 128-byte
+// swizzle.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
 #pragma once
 
@@ -35,8 +36,8 @@ __device__ __forceinline__ void pin_registers(float (&r)[Count]) {
   for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
-// Descriptor of a K-major operand with the 128-byte swizzle: rows of 128 bytes, 8 of them (1024 bytes, so
-// aligned) per atom. The start advances by 32 bytes per k step of 16.
+// Descriptor of a K-major operand with the 128-byte swizzle: rows of 128 bytes, 8 of them (1024
+// bytes, so aligned) per atom. The start advances by 32 bytes per k step of 16.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;

@@ -54,8 +54,8 @@ class Decoder {
     start_pipeline();
     ptx::launch_dependents();
     if constexpr (Config::SPLIT > 1) ptx::cluster_arrive();
-    load_epilogue_operands();
     load_activations();
+    load_epilogue_operands();
     ptx::block_sync();
     multiply();
     add_warps();
@@ -253,8 +253,8 @@ class Decoder {
   }
 
   // ---- reduction and output ----
-  // Leave this warp's sums in its ring ([64 features][tokens]), add those of the warps that share a column in
-  // order of k, and hand each feature to the rank of the cluster that writes it.
+  // Leave this warp's sums in its ring ([64 features][tokens]), add those of the warps that share a
+  // column in order of k, and hand each feature to the rank of the cluster that writes it.
   __device__ __forceinline__ void add_warps() {
     ptx::warp_sync();
     float* mine = reinterpret_cast<float*>(shared_.ring[warp_]);

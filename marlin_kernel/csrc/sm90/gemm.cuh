@@ -41,9 +41,10 @@ struct RingPosition {
   }
 };
 
-// A work item: a whole tile, or one part of the k range of a tile. Tiles are numbered so that blocks
-// running at the same time share both weights and activations: within a band of kBand token tiles,
-// token tiles first. The last tiles may be split, so that all blocks end at about the same time.
+// A work item: a whole tile, or one part of the k range of a tile. Tiles are numbered so that
+// blocks running at the same time share both weights and activations: within a band of kBand token
+// tiles, token tiles first. The last tiles may be split, so that all blocks end at about the same
+// time.
 struct WorkItem {
   static constexpr int kBand = 8;
   int part, parts;  // of the tile's k range
@@ -103,8 +104,8 @@ __device__ __forceinline__ Range k_range_of(const WorkItem& item, const Problem&
 }
 
 // ---- copies into the ring ----
-// One warp; all its lanes run through the loop so that addresses stay in uniform registers, and one of them
-// issues the copies.
+// One warp; all its lanes run through the loop so that addresses stay in uniform registers, and one
+// of them issues the copies.
 template <class Config>
 class Feeder {
   using Scalar = typename Config::Scalar;
@@ -402,19 +403,22 @@ class Consumer {
     for (int m = 0; m < Config::M_TILES; ++m) ptx::pin_registers(total_[m]);
   }
 
+  // Lane 0 speaks for its warp: the warp-wide products that consumed what the lanes read have been
+  // issued. (A warp barrier here would say so to racecheck, but makes the compiler serialise
+  // wgmma.)
   __device__ __forceinline__ void release(int stage) {
     if (lane_ == 0) ptx::mbarrier_arrive(&shared_.empty[stage]);
   }
 
   // ---- tiles in several parts ----
-  // Leave this part's sums in global memory. Whoever finishes the last part of a tile adds them in order of k
-  // into total_, and gets true. The warpgroups of a block do this independently.
+  // Leave this part's sums in global memory. Whoever finishes the last part of a tile adds them in
+  // order of k into total_, and gets true. The warpgroups of a block do this independently.
   __device__ __forceinline__ bool add_parts(const WorkItem& item) {
     constexpr int kQuads = Config::M_TILES * SUMS / 4;  // of a lane
     const int lane = threadIdx.x % kWarpgroupThreads;
     float4* parts = reinterpret_cast<float4*>(p_.partials) +
-                    static_cast<long long>(item.shared_tile * kWarpgroups + group_) * p_.split * kQuads *
-                        kWarpgroupThreads +
+                    static_cast<long long>(item.shared_tile * kWarpgroups + group_) * p_.split *
+                        kQuads * kWarpgroupThreads +
                     lane;
     float4* mine = parts + item.part * kQuads * kWarpgroupThreads;
 #pragma unroll
@@ -563,7 +567,8 @@ class Consumer {
     const int first_token = work.token_block * Config::TOKENS;
     const int first_n = work.column_block * Config::FEATURES + group_ * Config::M_TILES * kTileN;
     const int tokens = min(Config::TOKENS, p_.m - first_token);
-    const bool aligned = (reinterpret_cast<unsigned long long>(p_.out) | p_.n * sizeof(Scalar)) % 16 == 0;
+    const bool aligned =
+        (reinterpret_cast<unsigned long long>(p_.out) | p_.n * sizeof(Scalar)) % 16 == 0;
     for (int item = threadIdx.x % kWarpgroupThreads; item < tokens * kChunks;
          item += kWarpgroupThreads) {
       const int token = item / kChunks;

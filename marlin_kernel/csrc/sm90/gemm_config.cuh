@@ -12,7 +12,8 @@ template <class Scalar_,       // __half or __nv_bfloat16: activations and outpu
           int GROUP_,          // k that share a scale: 32, 64, 128; 0 = the whole column
           int TOKENS_,         // tokens of a tile
           int M_TILES_,        // 64-feature tiles of each warpgroup
-          int CLUSTER_,        // blocks of a cluster that share a tile's k range; 1: see Problem::split
+          // blocks of a cluster that share a tile's k range; 1: see Problem::split
+          int CLUSTER_,
           int STAGES_,         // of the ring
           int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
           int STAGE_TILES_,    // 64-k tiles of a stage: 1 or 2

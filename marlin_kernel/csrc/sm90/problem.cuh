@@ -1,19 +1,18 @@
 // What both sm_90 kernels compute and how the weights lie in device memory.
 //
-//   out[M, N] = activations[M, K] * W[K, N] (+ bias),  W[k, n] = (code[k, n] - 8) * scale[k / group, n]
+//   out[M, N] = activations[M, K] * W[K, N] (+ bias)
+//   W[k, n] = (code[k, n] - 8) * scale[k / group, n]
 //
 // Roles are swapped, C^T = W^T A^T: output features are the rows of the matrix instruction, tokens
 // its columns, so a single token wastes 7 columns and not 63 rows, and the weights of a lane are
 // exactly what that lane feeds to the instruction.
 //
-// Weights: tiles of 64 features x 64 k, 2048 bytes each, in pairs of neighbouring columns, k
-// outside:
-//   b[N'/128 pairs][K'/64][2 columns][4 m][32 lanes][4 kk] (the last pair has one column if N'/64 is odd).
-//   Word (m, lane, kk) holds the A fragment of rows 16 m .. 16 m + 15, k 16 kk .. 16 kk + 15 (see
-//   dequant/int4.cuh): one 16-byte load gives a lane its share of 16 features x 64 k.
-// Scales: s[N'/128 pairs][groups][2 columns][8 g][4 m][2 h] fp16 for feature 16 m + 8 h + g: the
-// eight scales
-//   that a lane with g = lane / 4 needs are 16 contiguous bytes.
+// Weights: tiles of 64 features x 64 k, 2048 bytes each, in pairs of neighbouring columns:
+//   b[N'/128 pairs][K'/64][2 columns][4 m][32 lanes][4 kk]   (the last pair has one column if N'/64
+//   is odd). Word (m, lane, kk) holds the A fragment of rows 16 m .. 16 m + 15 and of k 16 kk ..
+//   16 kk + 15 (see dequant/int4.cuh): a 16-byte load gives a lane its share of 16 features x 64 k.
+// Scales: fp16, of feature 16 m + 8 h + g in s[N'/128 pairs][groups][2 columns][8 g][4 m][2 h]:
+//   the eight scales that a lane with g = lane / 4 needs are 16 contiguous bytes.
 #pragma once
 
 #include "common/types.cuh"
