@@ -365,8 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return False
         print(
-            f"{arch} {source.expression}: {cubin.registers} registers, {cubin.stack_bytes} B stack, "
-            f"{len(cubin.image)} B, {time.perf_counter() - start:.1f} s"
+            f"{arch} {source.expression}: {cubin.registers} registers, {cubin.stack_bytes} B "
+            f"stack, {len(cubin.image)} B, {time.perf_counter() - start:.1f} s"
         )
         return True
 

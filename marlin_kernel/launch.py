@@ -125,6 +125,9 @@ class Plan:
     A plan serves one thread at a time.
     """
 
+    whole_tiles = 0  # of the warpgroup kernel: tiles that are not split
+    workspace = (0, 0)  # floats and counters that it needs
+
     def __init__(
         self,
         function: _Function,
@@ -222,6 +225,10 @@ def plan_for(
             _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
         )
+        if isinstance(config, GemmConfig):
+            size = (m, column_tiles, multiprocessors(index))
+            plan.whole_tiles = config.whole_tiles(*size)
+            plan.workspace = config.workspace(*size)
     return plan
 
 
@@ -260,14 +267,14 @@ def _tensor_map(address: int, dtype: str, m: int, k: int, row_bytes: int, tokens
     return ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES)
 
 
-def _aligned_rows(a: Tensor) -> Tensor:
-    """`a`, or a copy of it whose rows start on 16 bytes (the copy engine needs that)."""
-    if a.data_ptr() % 16 == 0 and a.stride(0) % 8 == 0:
-        return a
+def _aligned_rows(a: Tensor, stride: int) -> tuple[Tensor, int]:
+    """`a` and its row stride, or a copy whose rows start on 16 bytes (tensor copies need that)."""
+    if a.data_ptr() % 16 == 0 and stride % 8 == 0:
+        return a, stride
     m, k = a.shape
     copy = a.new_empty(m, -(-k // 8) * 8)
     copy[:, :k] = a
-    return copy[:, :k]
+    return copy[:, :k], copy.shape[1]
 
 
 @dataclass(frozen=True)
@@ -326,6 +333,7 @@ def launch_config(
     index = a.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
     m = a.shape[0]
+    stride = a.stride(0) if m > 1 else -(-k // 8) * 8  # of a single row it means nothing
     column_tiles = n_padded // TILE_N
     k_tiles = k_padded // TILE_K
     plan = plan_for(
@@ -339,16 +347,14 @@ def launch_config(
         k_tiles,
         dependent_launch,
     )
-    partials = counters = whole_tiles = 0
+    partials = counters = 0
     if isinstance(config, GemmConfig):
-        whole_tiles = config.whole_tiles(m, column_tiles, multiprocessors(index))
-        if config.split > 1 and not config.cluster:
-            need = config.workspace(m, column_tiles, multiprocessors(index))
-            partials, counters = _workspace(index, stream, *need)
-        a = _aligned_rows(a)
+        if plan.workspace[1] > 0:
+            partials, counters = _workspace(index, stream, *plan.workspace)
+        a, stride = _aligned_rows(a, stride)
         start, end = _TENSOR_MAP_OFFSET, _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES
         plan.arguments[start:end] = _tensor_map(
-            a.data_ptr(), _DTYPES[a.dtype], m, k, a.stride(0) * a.element_size(), config.tokens
+            a.data_ptr(), _DTYPES[a.dtype], m, k, 2 * stride, config.tokens
         )
     _PROBLEM.pack_into(
         plan.arguments,
@@ -358,14 +364,14 @@ def launch_config(
         s.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        a.stride(0),
+        stride,
         m,
         n,
         k,
         column_tiles,
         k_tiles,
         config.split,
-        whole_tiles,
+        plan.whole_tiles,
         partials,
         counters,
     )
