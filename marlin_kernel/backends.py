@@ -58,7 +58,7 @@ class Prepared:
 
 def kernel_group_size(group_size: int, k: int) -> int:
     """Group size in the words of the kernels: -1 for one group."""
-    return -1 if group_size == k else group_size
+    return -1 if group_size >= k else group_size
 
 
 @functools.cache
