@@ -437,6 +437,14 @@ def gemm(
         gpu=_gpu_key(index),
         multiprocessors=multiprocessors(index),
     )
+    if batch_invariant and not kernel_configs.affordable(
+        config, m, n_padded // TILE_N, multiprocessors(index)
+    ):  # the split must stay, so fewer rows at a time; their bits do not depend on that
+        half = -(-m // 256) * 128
+        for rows in (slice(0, half), slice(half, m)):
+            part = (a[rows], b_dev, s_dev, bias, out[rows])
+            gemm(*part, k, n, k_padded, n_padded, group_size, batch_invariant=True)
+        return
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             launch_config(config, a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
