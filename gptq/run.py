@@ -27,7 +27,7 @@ from .calibration import sample_documents, sample_windows
 from .config import QuantizeConfig
 from .models import StreamedModel, resolve_source
 from .sequential import LinearResult, Walker
-from .storage import FinishedLayers, fingerprint, write_checkpoint
+from .storage import FinishedLayers, fingerprint, layer_weights, write_checkpoint
 from .texts import documents
 
 log = logging.getLogger(__name__)
@@ -126,9 +126,8 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
     )
     rows = _walk(model, walker, finished)
 
-    hidden = walker.probe
     with torch.no_grad():
-        logits = model.head()(hidden)[0].float().cpu()
+        logits = model.head()(walker.probe)[0].float().cpu()
     totals = {
         "seconds": time.perf_counter() - began,
         "seconds_forward": walker.clock.forward,
@@ -165,10 +164,10 @@ def _walk(model: StreamedModel, walker: Walker, finished: FinishedLayers) -> lis
     stages = len(model.family.stages)
     with tqdm(total=model.num_layers * stages, unit="stage", desc="quantize") as bar:
         for index in range(model.num_layers):
-            prefix = model.layer_name(index)
             if index < done:
-                walker.advance(index, finished.weights(index, prefix))
-                rows += finished.load(index)[1]
+                layers, added = finished.load(index)
+                walker.advance(index, layer_weights(layers, model.layer_name(index)))
+                rows += added
                 bar.update(stages)
                 continue
 

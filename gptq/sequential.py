@@ -8,6 +8,7 @@ unquantized weights, in a pass of their own.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ class Walker:
         family = self.model.family
         stages = Stages(layer, family)
         target = self.target
-        twin = Stages(self._read(index), family) if self.asymmetric else None
+        twin = Stages(copy.deepcopy(layer), family) if self.asymmetric else None
         results: list[LinearResult] = []
 
         def collect(
@@ -229,8 +230,7 @@ class Walker:
             began = time.perf_counter()
             weight = torch.cat([linear.weight for linear in linears])
             if h is None:
-                matrix = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-                matrix.diagonal().fill_(1)
+                matrix = torch.eye(weight.shape[1], device=weight.device)
                 shift, residual, tokens = None, None, 1
             else:
                 matrix, shift, residual, tokens = h.matrix(), h.shift, h.residual, h.tokens

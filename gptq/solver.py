@@ -81,7 +81,12 @@ class Solution:
 
     def weight(self) -> Tensor:
         """The dequantized weight, float32 [K, N]."""
-        return (self.codes.float() - self.zeros[self.g_idx]) * self.scales[self.g_idx]
+        return dequantize(self.codes, self.scales, self.zeros, self.g_idx)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
+    """``(codes - zeros) * scales`` as float32 [K, N]; scales, zeros: [G, N]; groups: int64 [K]."""
+    return (codes.float() - zeros.float()[groups]) * scales.float()[groups]
 
 
 def solve(
@@ -386,7 +391,7 @@ def _statistics(
     options: SolverOptions,
 ) -> Statistics:
     n = w.shape[1]
-    quantized = (codes - zeros[groups]) * scales[groups]
+    quantized = dequantize(codes, scales, zeros, groups)
     error = quantized - target
     loss = float((error * (h @ error)).sum()) / 2
     energy = float((w * (h @ w)).sum()) / 2

@@ -23,6 +23,7 @@ from marlin_kernel.schemes import Scheme
 from .config import QuantizeConfig
 from .models import StreamedModel
 from .sequential import LinearResult
+from .solver import dequantize
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -114,20 +115,21 @@ class FinishedLayers:
             ) from error
         return layers, rows
 
-    def weights(self, index: int, prefix: str) -> dict[str, Tensor]:
-        """Dequantized weights float32 [N, K] of layer `index`, by path inside the layer."""
-        found = {}
-        for name, t in self.load(index)[0].items():
-            g = t["g_idx"].long()
-            w = (t["codes"].float() - t["zeros"].float()[g]) * t["scales"].float()[g]
-            found[name.removeprefix(f"{prefix}.")] = w.T.contiguous()
-        return found
-
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.safetensors"
+
+
+def layer_weights(layers: Mapping[str, Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+    """Dequantized weights float32 [N, K] of a loaded layer, by path inside the layer."""
+    return {
+        name.removeprefix(f"{prefix}."): dequantize(
+            t["codes"], t["scales"], t["zeros"], t["g_idx"].long()
+        ).T.contiguous()
+        for name, t in layers.items()
+    }
 
 
 def write_checkpoint(
