@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,8 @@ import pytest
 from marlin_kernel import compiler, kernel_configs
 from marlin_kernel.compiler import CompileError, Cubin, KernelSource
 from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig, KernelConfig
+from tests.compiling import REGISTERS, needs_nvrtc, own_cache, sass  # noqa: F401 (fixture)
 
-REGISTERS = 65536  # of a multiprocessor
 TINY = KernelSource("sm90/read_floor.cuh", "sm90::read_floor_kernel")
 # Every shape of kernel once, in the commonest specialisation; others where the code differs.
 SHAPES = list(
@@ -28,49 +25,7 @@ SHAPES = list(
 VARIANTS = [("bfloat16", 128), ("float16", 32), ("bfloat16", 32), ("float16", -1), ("float16", 64)]
 
 
-def _nvrtc_missing() -> str:
-    try:
-        compiler._compiler_fingerprint()
-    except (CompileError, RuntimeError) as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(_nvrtc_missing()), reason=f"no NVRTC: {_nvrtc_missing()}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory):
-    """A cache of this module's own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path_factory.mktemp("cubins")))
-    patch.delenv("MARLIN_KERNEL_PREBUILT", raising=False)
-    yield
-    patch.undo()
-
-
-def _disassembler() -> str | None:
-    found = shutil.which("cuobjdump")
-    if found is None:
-        import nvidia
-
-        for root in nvidia.__path__:
-            found = next(map(str, Path(root).rglob("bin/cuobjdump")), found)
-    return found
-
-
-def _sass(cubin: Cubin, path: Path) -> str:
-    tool = _disassembler()
-    if tool is None:
-        pytest.skip("cuobjdump is not installed (pip install nvidia-cuda-cuobjdump)")
-    path.write_bytes(cubin.image)
-    environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(
-        [tool, "-sass", str(path)], capture_output=True, text=True, env=environment
-    )
-    if result.returncode != 0:
-        pytest.skip(f"cuobjdump failed (nvidia-cuda-nvdisasm missing?): {result.stderr[:200]}")
-    return result.stdout
+pytestmark = needs_nvrtc
 
 
 def check(config: KernelConfig, dtype: str, group_size: int) -> Cubin:
@@ -84,14 +39,14 @@ def check(config: KernelConfig, dtype: str, group_size: int) -> Cubin:
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_kernel_fits_and_uses_tensor_cores(config: KernelConfig, tmp_path: Path) -> None:
-    sass = _sass(check(config, "float16", 128), tmp_path / "kernel.cubin")
+    text = sass(check(config, "float16", 128), tmp_path / "kernel.cubin")
     if isinstance(config, GemmConfig):
-        assert "HGMMA" in sass and "HMMA.16816" not in sass
-        assert "UTMALDG" in sass  # activations by tensor copies
+        assert "HGMMA" in text and "HMMA.16816" not in text
+        assert "UTMALDG" in text  # activations by tensor copies
     else:
-        assert "HMMA.16816.F32" in sass
-    assert "UBLKCP" in sass  # weights by bulk copies
-    assert "LDL" not in sass and "STL" not in sass
+        assert "HMMA.16816.F32" in text
+    assert "UBLKCP" in text  # weights by bulk copies
+    assert "LDL" not in text and "STL" not in text
 
 
 @pytest.mark.parametrize("dtype, group_size", VARIANTS)

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from marlin_kernel import compiler
-from marlin_kernel.compiler import CompileError, Cubin
+from marlin_kernel.compiler import Cubin
 from marlin_kernel.sm80_configs import CONFIGS, SCALARS, Sm80Config, select_config
+from tests.compiling import REGISTERS, needs_nvrtc, own_cache, sass  # noqa: F401 (fixture)
 
-REGISTERS = 65536  # of a multiprocessor
 # Shared memory that a block may have, in bytes.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10}
 
 
-def _nvrtc_missing() -> str:
-    try:
-        compiler._compiler_fingerprint()
-    except (CompileError, RuntimeError) as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(_nvrtc_missing()), reason=f"no NVRTC: {_nvrtc_missing()}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory):
-    """A cache of this module's own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path_factory.mktemp("cubins")))
-    patch.delenv("MARLIN_KERNEL_PREBUILT", raising=False)
-    yield
-    patch.undo()
+pytestmark = needs_nvrtc
 
 
 def check(config: Sm80Config, dtype: torch.dtype, group_size: int, arch: str) -> Cubin:
@@ -84,21 +63,6 @@ def test_selection_fits_the_gpu(arch: str, batch_invariant: bool) -> None:
 
 
 def test_tensor_cores_and_asynchronous_copies(tmp_path: Path) -> None:
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        nvidia = pytest.importorskip("nvidia")
-        found = [p for root in nvidia.__path__ for p in Path(root).rglob("bin/cuobjdump")]
-        if not found:
-            pytest.skip("cuobjdump is not installed (pip install nvidia-cuda-cuobjdump)")
-        tool = str(found[0])
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(check(CONFIGS[0], torch.float16, 128, "sm_80").image)
-    environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(
-        [tool, "-sass", str(path)], capture_output=True, text=True, env=environment
-    )
-    if result.returncode:
-        pytest.skip(f"cuobjdump failed (nvidia-cuda-nvdisasm missing?): {result.stderr[:200]}")
-    sass = result.stdout
-    assert "HMMA.16816.F32" in sass and "LDGSTS" in sass and "LDSM" in sass
-    assert "LDL" not in sass and "STL" not in sass
+    text = sass(check(CONFIGS[0], torch.float16, 128, "sm_80"), tmp_path / "kernel.cubin")
+    assert "HMMA.16816.F32" in text and "LDGSTS" in text and "LDSM" in text
+    assert "LDL" not in text and "STL" not in text
