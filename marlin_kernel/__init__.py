@@ -11,13 +11,21 @@ from .layer import Layer, replace_linear
 from .ops import gemm, mul
 from .packing import pack, unpack
 from .schemes import Scheme
-from .weight_types import GROUP_SIZES, WEIGHT_TYPES, WeightType, integer_type, weight_type
+from .weight_types import (
+    GROUP_SIZES,
+    INTEGER_TYPES,
+    WEIGHT_TYPES,
+    WeightType,
+    integer_type,
+    weight_type,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FORMATS",
     "GROUP_SIZES",
+    "INTEGER_TYPES",
     "WEIGHT_TYPES",
     "CheckpointError",
     "CheckpointWriter",

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from marlin_kernel import WEIGHT_TYPES, CheckpointWriter, QuantizedLinear, Scheme, reference
+from marlin_kernel import (
+    INTEGER_TYPES,
+    WEIGHT_TYPES,
+    CheckpointWriter,
+    QuantizedLinear,
+    Scheme,
+    reference,
+)
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import check_exportable
 
@@ -19,7 +26,7 @@ GROUP_SIZES = (-1, 32, 64, 128)
 
 TYPED_SIZES = [
     (k, n, wtype, g)
-    for (k, n), wtype, g in itertools.product(SIZES, WEIGHT_TYPES.values(), GROUP_SIZES)
+    for (k, n), wtype, g in itertools.product(SIZES, INTEGER_TYPES.values(), GROUP_SIZES)
 ]
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gptq.grid import GridOptions, quantize_to_codes, search_grid
-from marlin_kernel import WEIGHT_TYPES, reference
+from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, reference
 from marlin_kernel.reference import MIN_SCALE, round_scales
 from marlin_kernel.weight_types import WeightType
 
 U4B8 = WEIGHT_TYPES["uint4b8"]
-TYPES = pytest.mark.parametrize("wtype", WEIGHT_TYPES.values(), ids=lambda t: t.name)
+TYPES = pytest.mark.parametrize("wtype", INTEGER_TYPES.values(), ids=lambda t: t.name)
 
 
 def groups(count: int = 3, g: int = 32, n: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:

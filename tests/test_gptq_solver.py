@@ -20,7 +20,7 @@ from gptq.solver import (
     _update,
     solve,
 )
-from marlin_kernel import WEIGHT_TYPES, NumericalError
+from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, NumericalError
 from marlin_kernel.reference import round_scales
 from marlin_kernel.weight_types import WeightType, normalize_group_size
 
@@ -227,7 +227,7 @@ def test_the_free_inputs_compensate_optimally():
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("wtype", WEIGHT_TYPES.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize("wtype", INTEGER_TYPES.values(), ids=lambda t: t.name)
 def test_identity_hessian_is_rounding_to_nearest(wtype, act_order):
     weight, _ = problem(80, 16)
     h = 2 * torch.eye(80)
@@ -357,7 +357,7 @@ def start_of_polish(seed: int, wtype: WeightType = U4B8):
     return weight.T.contiguous(), h, start, opts
 
 
-@pytest.mark.parametrize("wtype", WEIGHT_TYPES.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize("wtype", INTEGER_TYPES.values(), ids=lambda t: t.name)
 @pytest.mark.parametrize("seed", range(3))
 def test_refit_and_sweep_never_increase_the_weighted_error(wtype, seed):
     w, h, start, opts = start_of_polish(seed, wtype)

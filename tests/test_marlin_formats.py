@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlin_kernel import FORMATS, WEIGHT_TYPES, ConfigError, QuantizedLinear, Scheme
+from marlin_kernel import FORMATS, INTEGER_TYPES, WEIGHT_TYPES, ConfigError, QuantizedLinear, Scheme
 from marlin_kernel.errors import CheckpointError
 from marlin_kernel.formats import LayerSpec, check_exportable, read, tensor_shapes, write
 from marlin_kernel.layout import permute_columns, tile_order
@@ -200,7 +200,7 @@ def test_missing_and_misshapen_tensors_are_named():
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", WEIGHT_TYPES)
+@pytest.mark.parametrize("name", INTEGER_TYPES)
 @pytest.mark.parametrize("group_size", [-1, 64])
 def test_quantization_config_round_trip(fmt, name, group_size):
     layer = random_layer(128, 64, WEIGHT_TYPES[name], group_size)
@@ -276,7 +276,7 @@ def test_marlin_config_must_agree_with_the_tensors():
         scheme_of(config | {"format_version": 2}, {"a.B": (4, 128), "b.B": (4, 128)})
 
 
-@pytest.mark.parametrize("name", WEIGHT_TYPES)
+@pytest.mark.parametrize("name", INTEGER_TYPES)
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_compressed_tensors_decodes_to_our_values(name, group_size):
     """The package's own decompression of our tensors, asymmetric types included."""

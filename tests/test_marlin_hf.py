@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from marlin_kernel import FORMATS, WEIGHT_TYPES, CheckpointError, Layer, convert, hf
+from marlin_kernel import FORMATS, INTEGER_TYPES, WEIGHT_TYPES, CheckpointError, Layer, convert, hf
 from marlin_kernel.checkpoint import MANIFEST, PROBE
 from tests.cases import quantizable, tiny_model, write_packed
 
@@ -45,7 +45,7 @@ def layers_of(model) -> dict[str, Layer]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("name", WEIGHT_TYPES)
+@pytest.mark.parametrize("name", INTEGER_TYPES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_loaded_model_equals_the_fake_quantized_one(tmp_path, kind, name, tied):
     model = tiny_model(kind, tie_word_embeddings=tied)

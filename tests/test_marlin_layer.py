@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from marlin_kernel import WEIGHT_TYPES, ConfigError, Layer, reference, replace_linear
+from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, ConfigError, Layer, reference, replace_linear
 from marlin_kernel.formats import write
 from tests.cases import TYPED_SIZES, random_layer, same_layer
 
@@ -153,7 +153,7 @@ def linear_of(quantized, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", WEIGHT_TYPES)
+@pytest.mark.parametrize("name", INTEGER_TYPES)
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_pack_recovers_the_codes(dtype, name, act_order, transposed):

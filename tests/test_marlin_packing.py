@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import marlin_kernel
-from marlin_kernel import WEIGHT_TYPES, ConfigError, pack, unpack, weight_type
+from marlin_kernel import INTEGER_TYPES, ConfigError, pack, unpack, weight_type
 from marlin_kernel.layout import (
     packed_shape,
     permute_columns,
@@ -157,6 +157,6 @@ def test_group_size_that_no_type_allows():
 
 
 def test_weight_type_names():
-    assert list(WEIGHT_TYPES) == ["uint4b8", "uint4", "uint8b128", "uint8"]
+    assert list(INTEGER_TYPES) == ["uint4b8", "uint4", "uint8b128", "uint8"]
     with pytest.raises(ConfigError, match="'int5'.*uint4b8"):
         weight_type("int5")

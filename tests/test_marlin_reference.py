@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlin_kernel import WEIGHT_TYPES, reference
+from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, reference
 from marlin_kernel.dense import dequantize, multiply
 from tests.cases import random_layer
 
-TYPES = list(WEIGHT_TYPES.values())
+TYPES = list(INTEGER_TYPES.values())
 
 
 @pytest.mark.parametrize("wtype", TYPES, ids=lambda t: t.name)
