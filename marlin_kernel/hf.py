@@ -27,6 +27,7 @@ from .checkpoint import MANIFEST, read_probe, verify_tensors
 from .checkpoint_files import read_json
 from .errors import CheckpointError
 from .formats import LayerSpec
+from .fusion import fuse_layers, packed_paths
 from .layer import Layer
 from .schemes import Scheme, quantization_config, scheme_of
 
@@ -42,19 +43,27 @@ class MarlinConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed folder (schemes.quantization_config).
 
     foreign: the quantization_config of a GPTQ or compressed-tensors folder that is to be read into
-    packed layers; prepare: convert layers to the device's layout after loading. Neither is saved.
+    packed layers; prepare: convert layers to the device's layout after loading; fuse: compute q, k
+    and v, and gate and up, as one layer (fusion.fuse_layers), by default on GPUs. These three are
+    not saved.
     """
 
     def __init__(
-        self, *, foreign: dict[str, Any] | None = None, prepare: bool = True, **kwargs: Any
+        self,
+        *,
+        foreign: dict[str, Any] | None = None,
+        prepare: bool = True,
+        fuse: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         self.__dict__.update(kwargs)
         self.quant_method = "marlin"
         self.foreign = foreign
         self.prepare = prepare
+        self.fuse = fuse
 
     def to_dict(self) -> dict[str, Any]:
-        hidden = ("foreign", "prepare")
+        hidden = ("foreign", "prepare", "fuse")
         return {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in hidden}
 
 
@@ -86,12 +95,10 @@ class MarlinQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # A file may announce act-order and hold groups in natural order, which cost nothing to use.
         act_order = any(stored.moves_groups() for stored in self._loaded.values())
-        for name, stored in self._loaded.items():
-            layer = stored.layer(act_order)
-            if self.quantization_config.prepare:
-                layer.prepare(model.dtype)
-            model.set_submodule(name, layer)
-        self._loaded = {}
+        for name in list(self._loaded):  # nothing may keep tensors that are no longer needed
+            model.set_submodule(name, self._loaded.pop(name).layer(act_order))
+        if self.quantization_config.prepare:
+            prepare_layers(model, self.quantization_config.fuse)
         meta = getattr(self.quantization_config, "meta", None)
         scheme = Scheme(
             "marlin",
@@ -210,6 +217,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    fuse: bool | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for inference: packed, plain, from the hub, or GGUF.
 
@@ -217,8 +225,8 @@ def load_model(
     quantized layers become `Layer`; a plain folder or hub name; or a file ending in .gguf
     (dequantized; needs the package `gguf`). dtype: of embeddings, norms and activations; by default
     float32 on the CPU and the checkpoint's own on a GPU. verify: compare all tensors and the probe
-    logits with the manifest (PROBE_TOLERANCE). Raises CheckpointError if tensors are missing,
-    unexpected or differ; the message names them.
+    logits with the manifest (PROBE_TOLERANCE). fuse: see `prepare_layers`. Raises CheckpointError
+    if tensors are missing, unexpected or differ; the message names them.
     """
     device = torch.device(device)
     name = os.fspath(path)
@@ -253,12 +261,24 @@ def load_model(
         model.hf_quantizer.remove_quantization_config(model)
     model.eval().requires_grad_(False)
     model.to(device)
-    for module in model.modules():
-        if isinstance(module, Layer):
-            module.prepare(model.dtype)
+    prepare_layers(model, fuse)
     if verify:
         _verify_probe(model, Path(path))
     return model
+
+
+def prepare_layers(model: PreTrainedModel, fuse: bool | None = None) -> None:
+    """Make the packed layers of a loaded model ready for the device that it is on.
+
+    fuse: compute q, k and v, and gate and up, as one layer where that is possible
+    (`fusion.fuse_layers`); default: on GPUs. While layers are fused or converted to the layout of
+    the device, one of them at a time exists twice.
+    """
+    if fuse if fuse is not None else model.device.type == "cuda":
+        fuse_layers(model)
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.prepare(model.dtype)
 
 
 def _require_file(file: Path) -> None:
@@ -273,8 +293,7 @@ def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], packed: bool)
             raise CheckpointError(
                 f"loading the checkpoint left {len(found)} {kind}: {', '.join(found[:5])}"
             )
-    layers = {name for name, m in model.named_modules() if isinstance(m, Layer)}
-    if packed and layers != set(model.config.quantization_config.modules):
+    if packed and set(packed_paths(model)) != set(model.config.quantization_config.modules):
         raise CheckpointError("quantized layers of the checkpoint were not put into the model")
 
 
