@@ -187,17 +187,19 @@ class Layer(nn.Module):
         if self.layout is None:
             perm = torch.argsort(self.g_idx, stable=True) if spec.act_order else None
             tensors = (self.B, self.s, getattr(self, "z", None), perm)
-        else:
-            tensors = (self.weights, self.scales, self.zeros, self.perm)
-        return ops.gemm(
+        else:  # attributes of a module take a microsecond each
+            held = self._buffers
+            tensors = (held["weights"], held["scales"], held["zeros"], held["perm"])
+        layout = self.layout or "marlin"
+        return ops.eager_gemm(x, layout)(
             x,
             *tensors,
-            self.bias,
+            self._buffers["bias"] if "bias" in self._buffers else self.bias,
             spec.k,
             spec.n,
             spec.group_size,
             spec.weight_type.name,
-            self.layout or "marlin",
+            layout,
             self.batch_invariant,
         )
 

@@ -6,6 +6,8 @@ packed layers are for inference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -20,6 +22,7 @@ _SCHEMA = (
     "gemm(Tensor a, Tensor weights, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
     "int k, int n, int group_size, str weight_type, str layout, bool batch_invariant) -> Tensor"
 )
+_KERNEL_LAYOUTS = ("sm80", "sm90")
 _KERNEL_ACTIVATIONS = (torch.float16, torch.bfloat16)
 _ACTIVATIONS = (*_KERNEL_ACTIVATIONS, torch.float32)
 
@@ -39,19 +42,19 @@ def _gemm(
     batch_invariant: bool,
 ) -> Tensor:
     _check_activations(a, weights, k)
-    rows = a.reshape(-1, k)
+    rows = a if a.dim() == 2 else a.reshape(-1, k)
     if perm is not None:
         rows = rows.index_select(1, perm)
     if rows.shape[0] == 0:
         out = rows.new_empty(0, n)
-    elif layout in ("sm80", "sm90"):
+    elif layout in _KERNEL_LAYOUTS:
         out = _run_kernel(rows, weights, scales, bias, k, n, group_size, layout, batch_invariant)
     else:
         if layout == "marlin":
             wtype = lookup(weight_type)
             weights, scales, zeros = backends.natural(weights, scales, zeros, k, n, wtype)
         out = dense.multiply(rows, weights, scales, zeros, bias, group_size, lookup(weight_type))
-    return out.view(*a.shape[:-1], n)
+    return out if a.dim() == 2 else out.view(*a.shape[:-1], n)
 
 
 def _gemm_fake(
@@ -86,6 +89,25 @@ backends.Prepared; bias: [n] or None; k, n: sizes without padding; group_size: i
 for one group; batch_invariant: a row's result must not depend on the other rows (kernel layouts).
 Returns a new tensor of the dtype of `a`, accumulated in float32.
 """
+
+
+def eager_gemm(a: Tensor, layout: str) -> Callable[..., Tensor]:
+    """What a layer calls for activations `a`: `gemm`, or its implementation if nothing looks on.
+
+    The dispatcher takes longer than the rest of a call. It is needed when something traces, wraps
+    or differentiates the call, and for layouts where its time does not matter.
+    """
+    nothing_looks_on = (
+        layout in _KERNEL_LAYOUTS
+        and not torch.compiler.is_compiling()
+        and type(a) is Tensor
+        and a.is_cuda
+        and not a.requires_grad
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+    return _gemm if nothing_looks_on else gemm
 
 
 def _check_activations(a: Tensor, weights: Tensor, k: int) -> None:
