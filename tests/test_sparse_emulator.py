@@ -1,0 +1,174 @@
+"""The scaled GEMM kernels' own text, executed on the CPU by tests/emulator."""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import pytest
+import torch
+from emulator.build import compiler
+from emulator.scaled import ScaledLibrary
+from torch import Tensor
+
+from marlin_kernel.scaled_configs import ScaledConfig
+from marlin_kernel.scaled_mm import _aligned, reference
+from marlin_kernel.sparse import compress_2_4, prune_2_4
+
+pytestmark = pytest.mark.skipif(
+    compiler() is None or platform.machine() != "x86_64",
+    reason="the emulator needs g++ on x86-64",
+)
+
+SEEDS = range(3)  # seed % 3: copies land late, at once, at random moments
+# Every structural choice: one and two warpgroups, tokens shared by a cluster, a split k range.
+CONFIGS = (
+    ScaledConfig(tokens=16, groups=2, multicast=1, split=1, stages=3, blocks_per_sm=1),
+    ScaledConfig(tokens=16, groups=2, multicast=1, split=2, stages=2, blocks_per_sm=1),
+    ScaledConfig(tokens=64, groups=1, multicast=2, split=1, stages=2, blocks_per_sm=1),
+    ScaledConfig(tokens=128, groups=2, multicast=2, split=1, stages=3, blocks_per_sm=1),
+)
+# M, N, K, multiprocessors
+SHAPES = ((1, 64, 128, 2), (17, 200, 336, 2), (130, 264, 272, 4))
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+VARIANTS = ((FP8, torch.bfloat16), (INT8, torch.float16))
+
+
+@functools.cache
+def library(sparse: bool) -> ScaledLibrary:
+    return ScaledLibrary([(c, *v, sparse) for c in CONFIGS for v in VARIANTS])
+
+
+def problem(m: int, n: int, k: int, dtype: torch.dtype, sparse: bool, exact: bool = False):
+    """a [M, K], dense weight [N, K], per-token and per-feature scales.
+
+    exact: small integers and unit scales, so that results are exact in 16 bits.
+    """
+    generator = torch.Generator().manual_seed(m * n + k)
+    if dtype == INT8:
+        bound = 2 if exact else 128
+        a, w = (
+            torch.randint(-bound, bound, shape, generator=generator).float()
+            for shape in ((m, k), (n, k))
+        )
+    else:
+        a, w = (torch.randn(shape, generator=generator) for shape in ((m, k), (n, k)))
+    if sparse:
+        w = prune_2_4(w)
+    scale_a = torch.rand(m, generator=generator) + 0.5 if not exact else torch.ones(1)
+    scale_b = (torch.rand(n, generator=generator) + 0.5) / 64 if not exact else torch.ones(1)
+    return a.to(dtype), w.to(dtype), scale_a, scale_b
+
+
+def run(
+    built: ScaledLibrary,
+    config: ScaledConfig,
+    a: Tensor,
+    w: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sparse: bool,
+    sms: int,
+    seed: int,
+) -> tuple[str, Tensor]:
+    """One launch into a poisoned output with guard rows. Returns the verdict and the output."""
+    m, n = a.shape[0], w.shape[0]
+    values, meta = compress_2_4(w) if sparse else (w, None)
+    buffer = torch.full((m + 2, n), float("nan"), dtype=out_dtype)
+    out = buffer[1 : m + 1]
+    arguments = _aligned(a), _aligned(values), meta, scale_a, scale_b, bias, out
+    verdict = built.run(config, *arguments, sms, seed)
+    if not (buffer[0].isnan().all() and buffer[-1].isnan().all()):
+        verdict = "wrote outside of the output"
+    return verdict, out
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("dtype, out_dtype", VARIANTS, ids=["fp8", "int8"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_matches_reference(
+    config: ScaledConfig, dtype: torch.dtype, out_dtype: torch.dtype, sparse: bool
+) -> None:
+    for m, n, k, sms in SHAPES:
+        if not config.fits(-(-k // 128), sparse):
+            continue
+        a, w, scale_a, scale_b = problem(m, n, k, dtype, sparse)
+        bias = torch.randn(n).to(out_dtype) if m > 1 else None
+        expected = reference(a, w, scale_a, scale_b, out_dtype, bias)
+        for seed in SEEDS:
+            case = f"M={m} N={n} K={k}, seed {seed}"
+            verdict, out = run(
+                library(sparse), config, a, w, scale_a, scale_b, bias, out_dtype, sparse, sms, seed
+            )
+            assert verdict == "finished", f"{case}: {verdict}"
+            if dtype == INT8:
+                assert torch.equal(out, expected), case
+            else:
+                error = (out.float() - expected.float()).norm() / expected.float().norm()
+                assert error < 2e-3, case
+
+
+def test_integer_sums_are_exact() -> None:
+    config = CONFIGS[1]  # with its k range split
+    a, w, scale_a, scale_b = problem(9, 70, 512, INT8, True, exact=True)
+    expected = (a.long() @ w.long().t()).to(torch.float16)
+    verdict, out = run(
+        library(True), config, a, w, scale_a, scale_b, None, torch.float16, True, 2, 0
+    )
+    assert verdict == "finished" and torch.equal(out, expected)
+
+
+MUTATIONS = {
+    "a stage is not waited for": "ptx::mbarrier_wait(&shared_.full[stage], position_.parity);",
+    "a stage is refilled before its release": (
+        "ptx::mbarrier_wait(&shared_.empty[position.stage], position.parity);"
+    ),
+    "a stage is never released": "ptx::mbarrier_arrive(&shared_.empty[stage]);",
+    "blocks of a cluster are not told of a release": (
+        "ptx::mbarrier_arrive_remote(&shared_.empty[stage], lane_);"
+    ),
+    "the last products are not waited for": "ptx::wgmma_wait<0>();",
+    "sums overwrite a ring that is still read": (
+        "ptx::named_sync(1, Config::CONSUMERS);  // all warps have read the ring to its end"
+    ),
+    "sums of other blocks are read early": "ptx::cluster_wait();\n    if (n < p_.n)",
+    "others' barriers are used before they exist": (
+        "// others write here: their barriers must exist\n    ptx::cluster_arrive();\n"
+        "    ptx::cluster_wait();"
+    ),
+}
+
+
+def outcomes(mutation: str | None) -> list[str]:
+    """What goes wrong, in each of several runs."""
+    change = None
+    if mutation is not None:
+        text = MUTATIONS[mutation]
+        left = "if (n < p_.n)" if text.endswith("if (n < p_.n)") else ";"
+        change = ("scaled/kernel.cuh", text, left)
+    configs = CONFIGS[1], CONFIGS[2], CONFIGS[0]
+    built = ScaledLibrary([(c, INT8, torch.float16, True) for c in configs], change)
+    wrong = []
+    for config in configs:
+        a, w, scale_a, scale_b = problem(33, 200, 1040, INT8, True)
+        expected = reference(a, w, scale_a, scale_b, torch.float16, None)
+        for seed in range(3):
+            verdict, out = run(
+                built, config, a, w, scale_a, scale_b, None, torch.float16, True, 2, seed
+            )
+            if verdict != "finished":
+                wrong.append(verdict)
+            elif not torch.equal(out, expected):
+                wrong.append("wrong result")
+    return wrong
+
+
+def test_unmutated_kernel_is_sound() -> None:
+    assert outcomes(None) == []
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutation_is_caught(mutation: str) -> None:
+    assert outcomes(mutation)
