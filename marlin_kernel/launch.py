@@ -278,41 +278,78 @@ def _aligned_rows(a: Tensor, stride: int) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class _Workspace:
-    partials: Tensor  # float32
+class Workspace:
+    """Memory in which blocks of one launch add up; hold it until the launch has been made."""
+
+    partials: Tensor  # uint8
     counters: Tensor  # int32, zero whenever no kernel runs
 
 
-_workspaces: dict[tuple[int, ...], _Workspace] = {}
+_workspaces: dict[tuple[int, ...], Workspace] = {}
+_outgrown: list[Tensor] = []  # counters that a captured graph may still use
 _workspace_lock = threading.Lock()
 
 
-def _workspace(index: int, stream: int, floats: int, counters: int) -> tuple[int, int]:
-    """Addresses of at least that many floats and zeroed counters, for launches on one stream.
+def workspace(index: int, stream: int, partial_bytes: int, counters: int) -> Workspace:
+    """At least so many bytes and zeroed counters, for launches on one stream of device `index`.
 
-    Memory allocated while a CUDA graph is captured belongs to the graph, and its zeroing becomes a
-    node of it: it serves only the calls of that capture.
+    While a CUDA graph is captured, partial sums are temporary memory of the graph, and counters
+    are kept for good, apart for every capture: graphs may be replayed on other streams.
     """
     key: tuple[int, ...] = (index, stream)
-    if torch.cuda.is_current_stream_capturing():
+    capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
         status = _check(_driver().cuStreamGetCaptureInfo(stream), "cuStreamGetCaptureInfo")
         key = (index, stream, int(status[1]))
     found = _workspaces.get(key)
-    if found is None or found.partials.numel() < floats or found.counters.numel() < counters:
+    kept_bytes = 0 if capturing else partial_bytes
+    if found is None or found.partials.numel() < kept_bytes or found.counters.numel() < counters:
         with _workspace_lock:
-            if len(key) == 3:  # earlier captures are over
-                for old in [k for k in _workspaces if len(k) == 3 and k[2] != key[2]]:
-                    del _workspaces[old]
-            found = _workspaces.get(key)
-            device = torch.device("cuda", index)
-            if found is not None:
-                floats = max(floats, found.partials.numel())
-                counters = max(counters, found.counters.numel())
-            found = _workspaces[key] = _Workspace(
-                torch.empty(max(floats, 1 << 22), dtype=torch.float32, device=device),
-                torch.zeros(max(counters, 4096), dtype=torch.int32, device=device),
+            if found is None:
+                sizes = (0 if capturing else 1 << 24, 4096)
+            else:
+                sizes = (found.partials.numel(), found.counters.numel())
+                if capturing:
+                    _outgrown.append(found.counters)
+                else:  # kernels that use it may still run
+                    torch.cuda.current_stream(index).synchronize()
+            found = _workspaces[key] = _lasting_workspace(
+                index, max(kept_bytes, sizes[0]), max(counters, sizes[1])
             )
-    return found.partials.data_ptr(), found.counters.data_ptr()
+    if capturing:
+        device = found.counters.device
+        partials = torch.empty(partial_bytes, dtype=torch.uint8, device=device)
+        return Workspace(partials, found.counters)
+    return found
+
+
+def _lasting_workspace(index: int, partial_bytes: int, counters: int) -> Workspace:
+    """Memory that outlives captures.
+
+    Captured graphs, and torch.compile's pools for graphs, take over what is allocated on the stream
+    that they work on, and refuse what stays allocated there. Hence a stream of its own.
+    """
+    driver = _driver()
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # lets us synchronize
+    what = "cuThreadExchangeStreamCaptureMode"
+    mode = _check(driver.cuThreadExchangeStreamCaptureMode(mode), what)
+    try:
+        stream = _allocation_stream(index)
+        with torch.cuda.stream(stream):
+            device = torch.device("cuda", index)
+            made = Workspace(
+                torch.empty(partial_bytes, dtype=torch.uint8, device=device),
+                torch.zeros(counters, dtype=torch.int32, device=device),
+            )
+        stream.synchronize()
+    finally:
+        _check(driver.cuThreadExchangeStreamCaptureMode(mode), what)
+    return made
+
+
+@functools.cache
+def _allocation_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
 
 
 def launch_config(
@@ -350,7 +387,9 @@ def launch_config(
     partials = counters = 0
     if isinstance(config, GemmConfig):
         if plan.workspace[1] > 0:
-            partials, counters = _workspace(index, stream, *plan.workspace)
+            floats, number = plan.workspace
+            memory = workspace(index, stream, 4 * floats, number)
+            partials, counters = memory.partials.data_ptr(), memory.counters.data_ptr()
         a, stride = _aligned_rows(a, stride)
         start, end = _TENSOR_MAP_OFFSET, _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES
         plan.arguments[start:end] = _tensor_map(
