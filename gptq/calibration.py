@@ -1,9 +1,10 @@
-"""Calibration text -> token sequences. Seeded; lengths follow the source's own documents."""
+"""Calibration text -> token sequences -> batches. Seeded; lengths are those of the documents."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,3 +68,41 @@ def joined_rows(texts: Iterable[str], tokenizer, *, length: int, separator: str 
     if not rows:
         raise DataError(f"the text has {len(stream)} tokens, less than one row of {length}")
     return torch.tensor(stream[: rows * length], dtype=torch.int64).reshape(rows, length)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that pass the model together.
+
+    ids: int64 [B, T], shorter samples padded at the end, where causal attention lets no token see
+    them. valid: int64, places of the real tokens in the flattened batch, or None if all are real.
+    """
+
+    ids: Tensor
+    valid: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel() if self.valid is None else self.valid.numel()
+
+
+def make_batches(samples: Sequence[Tensor], step_tokens: int) -> list[Batch]:
+    """Batches of about `step_tokens` tokens, padding included; every sample in exactly one.
+
+    samples: int64 [T] each. Samples of like length come together; when each would be alone anyway
+    (step_tokens no larger than the shortest sample) they keep their order.
+    """
+    order = list(samples)
+    if order and step_tokens > min(ids.numel() for ids in order):
+        order.sort(key=lambda ids: -ids.numel())
+    batches: list[Batch] = []
+    while order:
+        longest = max(order[0].numel(), 1)
+        count = max(step_tokens // longest, 1)
+        rows, order = order[:count], order[count:]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([row.numel() for row in rows])
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        valid = None if bool(real.all()) else real.flatten().nonzero().squeeze(1)
+        batches.append(Batch(ids, valid))
+    return batches

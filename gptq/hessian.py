@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,50 +13,78 @@ from marlin_kernel.errors import NumericalError
 
 log = logging.getLogger(__name__)
 
-_STRIPE = 384  # width of a stripe of H: only stripes on or above the diagonal are computed
+# Width of a stripe of H: only stripes on or above the diagonal are computed. Narrow stripes save
+# more of the lower triangle, wide ones fill the GPU's multiprocessors.
+_STRIPE = 384
+_STRIPE_GPU = 2048
 _MAX_RETRIES = 16
+_LEAF = 512  # triangles up to this size are inverted by one library call
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """``into += 2 aᵀ b``, in place; into: float32 [P, Q], a: [tokens, P], b: [tokens, Q].
+
+    Half-precision operands on a GPU are multiplied on tensor cores: products are exact, sums are
+    float32. Otherwise operands are float32.
+    """
+    if a.is_cuda and a.dtype in _HALF:
+        torch.addmm(into, a.T, b, out_dtype=torch.float32, alpha=2, out=into)
+    else:
+        into.addmm_(a.T, b, alpha=2)
 
 
 class Hessian:
     """Accumulates ``H = 2 X Xᵀ`` over tokens and, given targets, what asymmetric calibration needs.
 
-    X: what the quantized model feeds this layer; X̃: what the full-precision model feeds it. All in
-    float32; only the upper triangle of H is accumulated, `matrix` mirrors it. `shift` is
-    ``2 (X̃ - X) Xᵀ`` [K, K]; `residual` is ``2 (R̃ - R) Xᵀ`` [N, K] for a layer that is added to
-    the residual stream R.
+    X: what the quantized model feeds this layer; X̃: what the full-precision model feeds it. Sums
+    are float32; only the upper triangle of H is accumulated until `matrix` mirrors it. `shift` is
+    ``2 (X̃ - X) Xᵀ`` [K, K]; `lack` is ``2 D Xᵀ`` [N, K] with D what the layer's outputs lack.
     """
 
-    def __init__(self, k: int, device: torch.device, *, asymmetric: bool = False) -> None:
+    def __init__(self, k: int, device: torch.device) -> None:
         self.k = k
         self.tokens = 0
-        self._upper = torch.zeros(k, k, device=device)
-        self.shift = torch.zeros(k, k, device=device) if asymmetric else None
-        self.residual: Tensor | None = None
+        self._sum = torch.zeros(k, k, device=device)
+        self.shift: Tensor | None = None
+        self.lack: Tensor | None = None
 
-    def add(self, x: Tensor, target: Tensor | None = None, residual: Tensor | None = None) -> None:
-        """x, target: [tokens, K]; residual: R̃ - R, [tokens, N]; any float dtype."""
-        x = x.reshape(-1, self.k).float()
+    def add(self, x: Tensor, delta: Tensor | None = None, lack: Tensor | None = None) -> None:
+        """x, delta = X̃ - X: [tokens, K]; lack = D: [tokens, N]; any float dtype."""
+        if not (x.is_cuda and x.dtype in _HALF):
+            x = x.float()
+        x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
-        for start in range(0, self.k, _STRIPE):
-            stop = min(start + _STRIPE, self.k)
-            self._upper[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:], alpha=2)
-        if self.shift is not None and target is not None:
-            delta = target.reshape(-1, self.k).float() - x
-            self.shift.addmm_(delta.T, x, alpha=2)
-        if residual is not None:
-            residual = residual.reshape(x.shape[0], -1).float()
-            if self.residual is None:
-                self.residual = torch.zeros(residual.shape[1], self.k, device=x.device)
-            self.residual.addmm_(residual.T, x, alpha=2)
+        stripe = _STRIPE_GPU if x.is_cuda else _STRIPE
+        for start in range(0, self.k, stripe):
+            stop = min(start + stripe, self.k)
+            _accumulate(self._sum[start:stop, start:], x[:, start:stop], x[:, start:])
+        if delta is not None:
+            if self.shift is None:
+                self.shift = torch.zeros(self.k, self.k, device=x.device)
+            _accumulate(self.shift, delta.reshape(-1, self.k).to(x.dtype), x)
+        if lack is not None:
+            lack = lack.reshape(x.shape[0], -1).to(x.dtype)
+            if self.lack is None:
+                self.lack = torch.zeros(lack.shape[1], self.k, device=x.device)
+            _accumulate(self.lack, lack, x)
 
     def matrix(self) -> Tensor:
-        """float32 [K, K], symmetric, summed over tokens."""
-        upper = self._upper.triu()
-        return upper + upper.triu(1).T
+        """float32 [K, K], symmetric, summed over tokens. A view: `add` changes it."""
+        for start in range(0, self.k, _STRIPE):
+            stop = min(start + _STRIPE, self.k)
+            block = self._sum[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)
+            self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+        return self._sum
+
+    def sums(self) -> Iterator[Tensor]:
+        """All accumulated matrices, to be added up over processes in place."""
+        yield from (t for t in (self._sum, self.shift, self.lack) if t is not None)
 
     def finite(self) -> bool:
         """Whether no NaN or Inf came in (the diagonal sees every input)."""
-        return bool(torch.isfinite(self._upper.diagonal()).all())
+        return bool(torch.isfinite(self._sum.diagonal()).all())
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,28 @@ class Factor:
     u: Tensor
     damping: float
     retries: int
+
+
+def invert_upper(r: Tensor) -> Tensor:
+    """Inverse of an upper triangular float32 [K, K], with a third of the work of K solves.
+
+    Halves recursively: the inverse of [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]].
+    """
+    u = torch.zeros(r.shape, device=r.device)
+    _invert_into(r, u)
+    return u
+
+
+def _invert_into(r: Tensor, u: Tensor) -> None:
+    k = r.shape[0]
+    if k <= _LEAF:
+        u.copy_(torch.linalg.solve_triangular(r, torch.eye(k, device=r.device), upper=True))
+        return
+    half = k // 2 // _LEAF * _LEAF or k // 2
+    _invert_into(r[:half, :half], u[:half, :half])
+    _invert_into(r[half:, half:], u[half:, half:])
+    product = r[:half, half:] @ u[half:, half:]
+    torch.matmul(u[:half, :half], product, out=u[:half, half:]).neg_()
 
 
 def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
@@ -89,15 +140,16 @@ def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
     mean = float(h.diagonal().mean())
     damping = percdamp
     for retry in range(_MAX_RETRIES):
-        damped = h.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        reversed_h = h.flip(0, 1)
+        reversed_h.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(reversed_h)
+        del reversed_h  # matrices of K = 28672 have 3 GiB each
         if int(info) == 0:
-            r = lower.flip(0, 1)
-            eye = torch.eye(h.shape[0], device=h.device)
-            u = torch.linalg.solve_triangular(r, eye, upper=True)
-            if bool(torch.isfinite(u).all()):
-                return Factor(r.contiguous(), u.contiguous(), damping, retry)
+            r = lower.flip(0, 1).contiguous()
+            del lower
+            u = invert_upper(r)
+            if bool(torch.isfinite(u.diagonal()).all()) and bool(torch.isfinite(u.sum())):
+                return Factor(r, u, damping, retry)
         raised = max(damping * 2, 1e-4)
         log.warning(
             "%s: Hessian not positive definite with damping %.2g; raised to %.2g",

@@ -46,6 +46,11 @@ class Family:
     def linears(self) -> tuple[str, ...]:
         return tuple(name for stage in self.stages for name in stage)
 
+    @staticmethod
+    def adds_to_residual(stage: int) -> bool:
+        """Whether the outputs of a stage are added to the residual stream as they are."""
+        return stage in (1, 3)
+
 
 _LLAMA = Family()
 FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
@@ -253,11 +258,12 @@ class StreamedModel:
         return layer
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Hidden states [1, T, hidden] of token ids [T]."""
+        """Hidden states [B, T, hidden] of token ids [B, T]; [1, T, hidden] of [T]."""
         if not hasattr(self, "_embedding"):
             name = f"{self.family.base}.{self.family.embed}.weight"
             self._embedding = self.tensor(name)
-        return nn.functional.embedding(input_ids.to(self.device), self._embedding)[None]
+        ids = input_ids.to(self.device)
+        return nn.functional.embedding(ids if ids.dim() == 2 else ids[None], self._embedding)
 
     def drop_embedding(self) -> None:
         """Free the embedding table once all samples are embedded."""

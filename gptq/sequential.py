@@ -11,26 +11,44 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from marlin_kernel.errors import NumericalError
 
+from .activations import Activations, Offload
+from .calibration import make_batches
+from .distributed import Workers
 from .hessian import Hessian
 from .models import Stages, StreamedModel
-from .solver import Solution, SolverOptions, solve
+from .solver import Columns, Solution, SolverOptions, solve_columns
 
 
 @dataclass
 class Clock:
-    """Seconds spent per kind of work, over the whole run."""
+    """Seconds spent per kind of work, over the whole run; on a GPU, of the device's stream.
+
+    pending: pairs of events on a GPU that `settle` turns into seconds.
+    """
 
     forward: float = 0.0
     hessian: float = 0.0
     solve: float = 0.0
     io: float = 0.0
+    pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def add(self, kind: str, seconds: float) -> None:
+        setattr(self, kind, getattr(self, kind) + seconds)
+
+    def settle(self) -> None:
+        """Wait for the device and count what it has done."""
+        if self.pending:
+            self.pending[-1][2].synchronize()
+        for kind, began, ended in self.pending:
+            self.add(kind, began.elapsed_time(ended) / 1e3)
+        self.pending.clear()
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,13 @@ class LinearResult:
 class Walker:
     """Activations of all calibration samples, carried from layer to layer.
 
-    model: the streamed source. samples: token ids, int64 [T] each. options.asymmetric: also carry
-    the activations of the unquantized model, as targets (needs true_sequential: a correction that
-    looks at the inputs must see those that the layer will really get). skip: linears that stay as
-    they are, by path inside the layer. probe: token ids that go through the quantized model, with
-    all other tensors as they will be stored, and count nowhere.
+    model: the streamed source. samples: token ids, int64 [T] each; with several workers, those of
+    this one. options.asymmetric: also carry the activations of the unquantized model, as targets
+    (needs true_sequential: a correction that looks at the inputs must see those that the layer will
+    really get). skip: linears that stay as they are, by path inside the layer. probe: token ids
+    that go through the quantized model, with all other tensors as they will be stored, and count
+    nowhere. step_tokens: tokens that pass a layer together. offload: keep activations in host
+    memory.
     """
 
     def __init__(
@@ -62,22 +82,27 @@ class Walker:
         true_sequential: bool = True,
         skip: Collection[str] = (),
         probe: Tensor | None = None,
+        step_tokens: int = 1,
+        offload: bool = False,
+        workers: Workers | None = None,
     ) -> None:
         self.model, self.options = model, options
         self.true_sequential = true_sequential
         self.skip = frozenset(skip)
+        self.workers = workers or Workers()
         self.probe = None if probe is None else model.as_stored(model.embed(probe))
         self.asymmetric = options.asymmetric and not options.nearest
         self.clock = Clock()
-        self.hidden = [model.embed(ids) for ids in samples]
-        self.target = list(self.hidden) if self.asymmetric else None
-        self.tokens = sum(int(ids.numel()) for ids in samples)
+        self.batches = make_batches(samples, step_tokens)
+        self._valid = [
+            None if batch.valid is None else batch.valid.to(model.device) for batch in self.batches
+        ]
+        self.hidden = Activations(len(self.batches), Offload(model.device) if offload else None)
+        for i, batch in enumerate(self.batches):
+            self.hidden[i] = model.embed(batch.ids)
+        self.target = self.hidden.copy() if self.asymmetric else None
+        self.tokens = sum(batch.tokens for batch in self.batches)
         model.drop_embedding()
-
-    @property
-    def sync(self) -> Callable[[], None]:
-        device = self.model.device
-        return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
     # --- one layer -----------------------------------------------------------------------------
 
@@ -92,6 +117,7 @@ class Walker:
         if not self.options.nearest:
             self._forward_all(layer, self.hidden, index)
         self._forward_probe(layer, index)
+        self.clock.settle()
 
     @torch.no_grad()
     def quantize_layer(self, index: int, on_stage: Callable[[str], None]) -> list[LinearResult]:
@@ -109,96 +135,63 @@ class Walker:
         else:
             hessians = self._collect(layer, index)
             results = []
-            for stage, h in zip(model.family.stages, hessians, strict=True):
-                results += self._solve_stage(layer, prefix, stage, h)
+            for stage in model.family.stages:
+                results += self._solve_stage(layer, prefix, stage, hessians.pop(0))
                 on_stage(stage[-1])
             self._forward_all(layer, self.hidden, index)
         self._forward_probe(layer, index)
+        self.clock.settle()
         return results
 
     def _staged(
         self, layer: nn.Module, prefix: str, index: int, on_stage: Callable[[str], None]
     ) -> list[LinearResult]:
         family = self.model.family
-        stages = Stages(layer, family)
-        target = self.target
-        twin = Stages(copy.deepcopy(layer), family) if self.asymmetric else None
+        main = _Stream(Stages(layer, family), self.hidden, self._arguments(index))
+        twin = None
+        if self.asymmetric:
+            original = Stages(copy.deepcopy(layer), family)
+            twin = _Stream(original, self.target, self._arguments(index))
         results: list[LinearResult] = []
-
-        def collect(
-            stage: tuple[str, ...],
-            inputs: Callable[[int], Tensor],
-            targets: Callable[[int], Tensor] | None,
-            residual: Callable[[int], Tensor] | None = None,
-        ) -> None:
-            first = layer.get_submodule(stage[0])
-            h = Hessian(first.in_features, self.model.device, asymmetric=self.asymmetric)
-            for i in range(len(self.hidden)):
+        for number, stage in enumerate(family.stages):
+            weight = layer.get_submodule(stage[0]).weight
+            h = Hessian(weight.shape[1], self.model.device)
+            for i in range(len(self.batches)):
                 with self.timed("forward"):
-                    x = inputs(i)
-                    y = targets(i) if targets is not None else None
+                    x = main.enter(number, i)
+                    y = twin.enter(number, i) if twin is not None else None
                 with self.timed("hessian"):
-                    h.add(x, y, None if residual is None else residual(i))
-            self._check(h, f"{prefix}.{stage[0]}")
-            results.extend(self._solve_stage(layer, prefix, stage, h))
+                    self._add(h, i, x, y, weight if family.adds_to_residual(number) else None)
+            self._complete(h, f"{prefix}.{stage[0]}")
+            del x, y
+            results += self._solve_stage(layer, prefix, stage, h)
+            del h
             on_stage(stage[-1])
-
-        hidden = self.hidden
-        arguments = [self.model.layer_arguments(x.shape[1], index) for x in hidden]
-
-        collect(
-            family.stages[0],
-            lambda i: stages.attention_input(hidden[i]),
-            (lambda i: twin.attention_input(target[i])) if twin else None,
-        )
-
-        attended: list[Tensor] = []
-        attended_target: list[Tensor] = []
-
-        def attend(i: int) -> Tensor:
-            attended.append(stages.attend(stages.attention_input(hidden[i]), arguments[i]))
-            return attended[-1]
-
-        def attend_target(i: int) -> Tensor:
-            attended_target.append(twin.attend(twin.attention_input(target[i]), arguments[i]))
-            return attended_target[-1]
-
-        behind = (lambda i: target[i] - hidden[i]) if self.asymmetric else None
-        collect(family.stages[1], attend, attend_target if twin else None, behind)
-
-        def enter_mlp(i: int) -> Tensor:
-            hidden[i] = hidden[i] + stages.project(attended[i])
-            attended[i] = None  # freed as soon as it is consumed
-            return stages.mlp_input(hidden[i])
-
-        def enter_mlp_target(i: int) -> Tensor:
-            target[i] = target[i] + twin.project(attended_target[i])
-            attended_target[i] = None
-            return twin.mlp_input(target[i])
-
-        collect(family.stages[2], enter_mlp, enter_mlp_target if twin else None)
-
-        activated: list[Tensor] = []
-        activated_target: list[Tensor] = []
-
-        def activate(i: int) -> Tensor:
-            activated.append(stages.activate(stages.mlp_input(hidden[i])))
-            return activated[-1]
-
-        def activate_target(i: int) -> Tensor:
-            activated_target.append(twin.activate(twin.mlp_input(target[i])))
-            return activated_target[-1]
-
-        collect(family.stages[3], activate, activate_target if twin else None, behind)
-
         with self.timed("forward"):
-            for i in range(len(hidden)):
-                hidden[i] = hidden[i] + stages.descend(activated[i])
-                activated[i] = None
-                if twin:
-                    target[i] = target[i] + twin.descend(activated_target[i])
-                    activated_target[i] = None
+            for i in range(len(self.batches)):
+                main.leave(i)
+                if twin is not None:
+                    twin.leave(i)
         return results
+
+    def _add(
+        self, h: Hessian, i: int, x: Tensor, target: Tensor | None, weight: Tensor | None
+    ) -> None:
+        """Add batch i to the statistics. weight: of a layer that adds to the residual stream."""
+        if target is None:
+            h.add(self._real(x, i))
+            return
+        delta = target - x
+        if weight is None:
+            h.add(self._real(x, i), self._real(delta, i))
+        else:  # what its outputs lack: D = R̃ - R + W (X̃ - X); N products instead of K
+            lack = self.target[i] - self.hidden[i] + nn.functional.linear(delta, weight)
+            h.add(self._real(x, i), lack=self._real(lack, i))
+
+    def _real(self, x: Tensor, i: int) -> Tensor:
+        """Rows [tokens, ...] of batch i that are no padding."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self._valid[i] is None else flat[self._valid[i]]
 
     def _collect(self, layer: nn.Module, index: int) -> list[Hessian]:
         """Statistics of all stages from the layer as it is."""
@@ -208,16 +201,30 @@ class Walker:
         hessians = [
             Hessian(layer.get_submodule(stage[0]).in_features, device) for stage in family.stages
         ]
-        for hidden in self.hidden:
+        arguments = self._arguments(index)
+        for i in range(len(self.batches)):
             with self.timed("forward"):
-                arguments = self.model.layer_arguments(hidden.shape[1], index)
-                inputs = _stage_inputs(stages, hidden, arguments)
+                inputs = _stage_inputs(stages, self.hidden[i], arguments(i))
             with self.timed("hessian"):
                 for h, x in zip(hessians, inputs, strict=True):
-                    h.add(x)
+                    h.add(self._real(x, i))
         for stage, h in zip(family.stages, hessians, strict=True):
-            self._check(h, f"{self.model.layer_name(index)}.{stage[0]}")
+            self._complete(h, f"{self.model.layer_name(index)}.{stage[0]}")
         return hessians
+
+    def _complete(self, h: Hessian, name: str) -> None:
+        """Sum over all workers; raise NumericalError if an input was not finite."""
+        with self.timed("hessian"):
+            for part in h.sums():
+                self.workers.sum(part)
+            tokens = torch.tensor([h.tokens], device=self.model.device)
+            self.workers.sum(tokens)
+            h.tokens = int(tokens)
+        if not h.finite():
+            raise NumericalError(
+                f"{name}: its inputs hold NaN or Inf: activations overflow in {self.model.dtype}; "
+                "use --dtype bfloat16 or float32"
+            )
 
     def _solve_stage(
         self, layer: nn.Module, prefix: str, stage: tuple[str, ...], h: Hessian | None
@@ -229,44 +236,56 @@ class Walker:
         with self.timed("solve"):
             began = time.perf_counter()
             weight = torch.cat([linear.weight for linear in linears])
-            if h is None:
-                matrix = torch.eye(weight.shape[1], device=weight.device)
-                shift, residual, tokens = None, None, 1
-            else:
-                matrix, shift, residual, tokens = h.matrix(), h.shift, h.residual, h.tokens
-            solutions = solve(
-                weight,
-                matrix,
-                self.options,
-                name=f"{prefix}.{stage[0]}",
-                shift=shift,
-                residual=residual,
-                tokens=tokens,
-                parts=sizes,
-            )
-            results = []
-            for path, linear, solution in zip(stage, linears, solutions, strict=True):
+            columns = self._solve(weight, h, f"{prefix}.{stage[0]}")
+            solutions = columns.split(sizes, 1 if h is None else h.tokens)
+            for linear, solution in zip(linears, solutions, strict=True):
                 quantized = solution.weight().T.to(linear.weight.dtype)
                 linear.weight = nn.Parameter(quantized.contiguous(), requires_grad=False)
-                results.append(
-                    LinearResult(
-                        f"{prefix}.{path}",
-                        solution,
-                        linear.bias,
-                        (time.perf_counter() - began) * linear.out_features / sum(sizes),
-                    )
-                )
-        return results
+        self.clock.settle()
+        seconds = time.perf_counter() - began
+        return [
+            LinearResult(
+                f"{prefix}.{path}",
+                solution,
+                linear.bias,
+                seconds * linear.out_features / sum(sizes),
+            )
+            for path, linear, solution in zip(stage, linears, solutions, strict=True)
+        ]
+
+    def _solve(self, weight: Tensor, h: Hessian | None, name: str) -> Columns:
+        """Quantize the outputs of `weight` [N, K], every worker a share of them."""
+        if h is None:
+            h = Hessian(weight.shape[1], weight.device)
+            h.matrix().fill_diagonal_(1.0)
+        shares = self.workers.share(weight.shape[0])
+        first = sum(shares[: self.workers.rank])
+        own = slice(first, first + shares[self.workers.rank])
+        lack = None if h.lack is None else h.lack[own]
+        part = solve_columns(
+            weight[own], h.matrix(), self.options, name=name, shift=h.shift, lack=lack
+        )
+        if self.workers.count == 1:
+            return part
+        gathered = {
+            key: self.workers.gather(getattr(part, key), shares)
+            for key in ("codes", "scales", "zeros", "measures")
+        }
+        return replace(part, **gathered)
 
     def _read(self, index: int) -> nn.Module:
         with self.timed("io"):
             return self.model.layer(index)
 
-    def _forward_all(self, layer: nn.Module, states: list[Tensor], index: int) -> None:
-        stages = Stages(layer, self.model.family)
+    def _arguments(self, index: int) -> Callable[[int], dict]:
+        """Keyword arguments of layer `index` for each batch."""
+        return lambda i: self.model.layer_arguments(self.batches[i].ids.shape[1], index)
+
+    def _forward_all(self, layer: nn.Module, states: Activations, index: int) -> None:
+        stages, arguments = Stages(layer, self.model.family), self._arguments(index)
         with self.timed("forward"):
-            for i, x in enumerate(states):
-                states[i] = stages.forward(x, self.model.layer_arguments(x.shape[1], index))
+            for i in range(len(states)):
+                states[i] = stages.forward(states[i], arguments(i))
 
     def _forward_probe(self, layer: nn.Module, index: int) -> None:
         """Last thing done with a layer: it rounds what is not quantized, as storing will."""
@@ -279,31 +298,68 @@ class Walker:
             arguments = self.model.layer_arguments(self.probe.shape[1], index)
             self.probe = Stages(layer, self.model.family).forward(self.probe, arguments)
 
-    def _check(self, h: Hessian, name: str) -> None:
-        if not h.finite():
-            raise NumericalError(
-                f"{name}: its inputs hold NaN or Inf: activations overflow in {self.model.dtype}; "
-                "use --dtype bfloat16 or float32"
-            )
-
     def timed(self, kind: str) -> _Timer:
         """Context that adds its seconds to one field of `clock`."""
-        return _Timer(self.clock, kind, self.sync)
+        return _Timer(self.clock, kind, self.model.device)
+
+
+class _Stream:
+    """The activations of one model, quantized or original, on their way through one layer.
+
+    Between two stages each batch is kept as the input of the next linears, so that norms and
+    attention are computed once.
+    """
+
+    def __init__(
+        self, stages: Stages, hidden: Activations, arguments: Callable[[int], dict]
+    ) -> None:
+        self._stages, self._hidden, self._arguments = stages, hidden, arguments
+        self._inputs = hidden.like()
+
+    def enter(self, stage: int, i: int) -> Tensor:
+        """Move batch i to the inputs of stage 0, 1, 2 or 3 (of one further than it was)."""
+        stages, hidden = self._stages, self._hidden
+        if stage == 0:
+            x = stages.attention_input(hidden[i])
+        elif stage == 1:
+            x = stages.attend(self._inputs.take(i), self._arguments(i))
+        elif stage == 2:
+            hidden[i] = behind = hidden[i] + stages.project(self._inputs.take(i))
+            x = stages.mlp_input(behind)
+        else:
+            x = stages.activate(self._inputs.take(i))
+        self._inputs[i] = x
+        return x
+
+    def leave(self, i: int) -> None:
+        """Move batch i from the inputs of the last stage behind the layer."""
+        self._hidden[i] = self._hidden[i] + self._stages.descend(self._inputs.take(i))
 
 
 class _Timer:
-    """Adds the seconds of a block to one field of a Clock; waits for the device at both ends."""
+    """Adds the seconds of a block to one field of a Clock: the host's for I/O and on the CPU, else
+    those of the device's stream, measured without waiting for it."""
 
-    def __init__(self, clock: Clock, kind: str, sync: Callable[[], None]) -> None:
-        self.clock, self.kind, self.sync = clock, kind, sync
+    def __init__(self, clock: Clock, kind: str, device: torch.device) -> None:
+        self.clock, self.kind = clock, kind
+        self.stream = None
+        if device.type == "cuda" and kind != "io":
+            self.stream = torch.cuda.current_stream(device)
 
     def __enter__(self) -> None:
-        self.began = time.perf_counter()
+        if self.stream is None:
+            self.began = time.perf_counter()
+        else:
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record(self.stream)
 
     def __exit__(self, *_) -> None:
-        self.sync()
-        spent = time.perf_counter() - self.began
-        setattr(self.clock, self.kind, getattr(self.clock, self.kind) + spent)
+        if self.stream is None:
+            self.clock.add(self.kind, time.perf_counter() - self.began)
+        else:
+            ended = torch.cuda.Event(enable_timing=True)
+            ended.record(self.stream)
+            self.clock.pending.append((self.kind, self.event, ended))
 
 
 def _stage_inputs(stages: Stages, hidden: Tensor, arguments: dict) -> tuple[Tensor, ...]:

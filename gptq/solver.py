@@ -7,7 +7,8 @@ Everything is held transposed, ``[inputs, outputs]``: one input's weights are on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from marlin_kernel.errors import NumericalError
 from marlin_kernel.reference import round_scales
 from marlin_kernel.weight_types import WeightType, normalize_group_size
 
+from . import fused_solver
 from .grid import GridOptions, quantize_to_codes, search_grid, unclipped_scales
 from .hessian import Factor, factorize
 
@@ -30,7 +32,8 @@ class SolverOptions:
     inputs whatever the order; nearest: round to nearest (no error feedback); refit: rounds of
     closed-form scale refit after the update, each followed by `sweeps` passes of coordinate descent
     over the codes; asymmetric: aim at the full-precision model's outputs from the quantized model's
-    inputs; target_damp: damping of that least-squares target.
+    inputs; target_damp: damping of that least-squares target; fused: on a GPU, run the inner loops
+    as CUDA kernels (`fused_solver`).
     """
 
     wtype: WeightType
@@ -45,6 +48,7 @@ class SolverOptions:
     sweeps: int = 0
     asymmetric: bool = False
     target_damp: float = 1.0
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,54 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> 
     return (codes.float() - zeros.float()[groups]) * scales.float()[groups]
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Quantized outputs of one layer or several stacked ones, before they are told apart.
+
+    codes uint8 [K, N]; scales, zeros float32 [G, N]; g_idx int64 [K]; measures float32 [6, N]: sums
+    per output that `Statistics` are made of (`_measure`); damping, retries, dead: see Statistics.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    measures: Tensor
+    damping: float
+    retries: int
+    dead: int
+
+    def split(self, parts: Sequence[int], tokens: int) -> list[Solution]:
+        """One Solution per stacked layer of so many outputs; tokens: what H was summed over."""
+        solutions = []
+        for start, size in _offsets(parts):
+            own = slice(start, start + size)
+            solutions.append(
+                Solution(
+                    self.codes[:, own].contiguous(),
+                    self.scales[:, own].contiguous(),
+                    self.zeros[:, own].contiguous(),
+                    self.g_idx,
+                    self._statistics(self.measures[:, own], tokens),
+                )
+            )
+        return solutions
+
+    def _statistics(self, measures: Tensor, tokens: int) -> Statistics:
+        n, groups = measures.shape[1], self.scales.shape[0]
+        loss, energy, moved, weight, ratio, clipped = measures.double().sum(1).tolist()
+        return Statistics(
+            loss=loss / max(tokens, 1) / n,
+            relative_error=(max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0,
+            relative_weight_error=(moved / weight) ** 0.5 if weight > 0 else 0.0,
+            clip_mean=ratio / (groups * n),
+            clip_fraction=clipped / (groups * n),
+            damping=self.damping,
+            damping_retries=self.retries,
+            dead_inputs=self.dead,
+        )
+
+
 def solve(
     weight: Tensor,
     h: Tensor,
@@ -96,41 +148,61 @@ def solve(
     *,
     name: str = "layer",
     shift: Tensor | None = None,
-    residual: Tensor | None = None,
+    lack: Tensor | None = None,
     tokens: int = 1,
     parts: Sequence[int] | None = None,
 ) -> list[Solution]:
     """Quantize one linear layer, or several that share their input, stacked along the outputs.
 
-    weight: float [N, K] as in torch.nn.Linear. h: float32 [K, K], 2 X Xᵀ summed over `tokens`.
-    shift: float32 [K, K], 2 (X̃ - X) Xᵀ, and residual: float32 [N, K], 2 (R̃ - R) Xᵀ, of asymmetric
-    calibration (`hessian.Hessian`), or None.
+    Arguments and errors as in `solve_columns`; tokens: what `h` was summed over.
     parts: outputs of each stacked layer (default: one layer of N). Returns one Solution per part.
+    """
+    columns = solve_columns(weight, h, options, name=name, shift=shift, lack=lack)
+    return columns.split(parts or [weight.shape[0]], tokens)
+
+
+def solve_columns(
+    weight: Tensor,
+    h: Tensor,
+    options: SolverOptions,
+    *,
+    name: str = "layer",
+    shift: Tensor | None = None,
+    lack: Tensor | None = None,
+) -> Columns:
+    """Quantize outputs that share their input. No output depends on another.
+
+    weight: float [N, K] as in torch.nn.Linear. h: float32 [K, K], 2 X Xᵀ.
+    shift: float32 [K, K], 2 (X̃ - X) Xᵀ, and lack: float32 [N, K], 2 D Xᵀ, of asymmetric calibration
+    (`hessian.Hessian`), or None.
     Raises NumericalError with `name` if weights or Hessian are not finite.
     """
     w = weight.detach().float().T.contiguous()
     if not bool(torch.isfinite(w).all()):
         raise NumericalError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged")
-    k, n = w.shape
+    k = w.shape[0]
     g = normalize_group_size(options.group_size, k)
     diagonal = h.diagonal()
     dead = diagonal == 0
-    safe = h.clone()
+    original, safe = w, h
     if bool(dead.any()):  # as active as the average live input, so that the damping stays theirs
+        original, safe = w.clone(), h.clone()
         live = diagonal[~dead]
         safe.diagonal()[dead] = live.mean() if live.numel() else 1.0
-    original = w.clone()
-    w[dead] = 0
+        w[dead] = 0
 
     if options.nearest:
         factor = Factor(safe, safe, 0.0, 0)  # not used: no feedback, no weighting
         order = None
     else:
         order = _order(diagonal, options)
-        factor = factorize(safe if order is None else safe[order][:, order], options.percdamp, name)
-        if options.asymmetric and shift is not None:
-            w += _target_move(w, safe, shift, residual, options.target_damp)
+        permuted = safe if order is None else safe[order[:, None], order]
+        factor = factorize(permuted, options.percdamp, name)
+        del permuted
+        if options.asymmetric and (shift is not None or lack is not None):
+            w = w + _target_move(w, safe, shift, lack, options.target_damp)
 
+    update = fused_solver.update if _fused(w, options) else _update
     contiguous = order is None or options.static_groups
     groups = torch.arange(k, device=w.device) // g  # group of each input, or of each place in order
     if options.nearest:
@@ -141,33 +213,24 @@ def solve(
         if order is not None:
             weights = _group_factors(factor, order, g, name) if options.grid.clip else None
             scales, zeros = _static_grid(w, weights, g, options)
-        codes, scales, zeros = _update(w, factor, order, g, scales, zeros, groups, options)
+        codes, scales, zeros = update(w, factor, order, g, scales, zeros, groups, options)
     else:
-        codes, scales, zeros = _update(w[order], factor, None, g, None, None, groups, options)
+        codes, scales, zeros = update(w[order], factor, None, g, None, None, groups, options)
         inverse = torch.argsort(order)
         codes, groups = codes[inverse], groups[inverse]
+    damping, retries = factor.damping, factor.retries
+    del factor
 
     if not options.nearest and (options.refit or options.sweeps):
-        codes, scales = _polish(w, safe, factor.damping, codes, scales, zeros, groups, options)
-    solutions = []
-    for start, size in _offsets(parts or [n]):
-        columns = slice(start, start + size)
-        part = codes[:, columns], scales[:, columns], zeros[:, columns]
-        statistics = _statistics(
-            original[:, columns],
-            w[:, columns],
-            h,
-            *part,
-            groups,
-            factor,
-            int(dead.sum()),
-            tokens,
-            options,
-        )
-        solutions.append(
-            Solution(part[0].to(torch.uint8), part[1].clone(), part[2].clone(), groups, statistics)
-        )
-    return solutions
+        codes, scales = _polish(w, safe, damping, codes, scales, zeros, groups, options)
+    measures = _measure(original, w, h, codes, scales, zeros, groups, options)
+    found = codes.to(torch.uint8), scales, zeros, groups, measures
+    return Columns(*found, damping, retries, int(dead.sum()))
+
+
+def _fused(w: Tensor, options: SolverOptions) -> bool:
+    """Whether the CUDA kernels do the inner loops, instead of the reference in torch below."""
+    return w.is_cuda and options.fused
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -182,18 +245,19 @@ def _order(diagonal: Tensor, options: SolverOptions) -> Tensor | None:
 
 
 def _target_move(
-    w: Tensor, h: Tensor, shift: Tensor, residual: Tensor | None, damping: float
+    w: Tensor, h: Tensor, shift: Tensor | None, lack: Tensor | None, damping: float
 ) -> Tensor:
     """How far the target moves from W when the inputs are the quantized model's, [K, N].
 
     With X̃ the full-precision inputs and R̃ - R the error already in the residual stream,
     ``min_Q ‖(R + Q X) - (R̃ + W X̃)‖²`` differs only by a constant from ``min_Q ‖(Q - W*) X‖²``
-    with ``W* = W + (W (X̃ - X) + R̃ - R) Xᵀ (X Xᵀ + damping)⁻¹``: ordinary GPTQ on a moved target.
+    with ``W* = W + D Xᵀ (X Xᵀ + damping)⁻¹``, D = W (X̃ - X) + R̃ - R: ordinary GPTQ on a moved
+    target. `lack` holds D Xᵀ; for a layer without residual, `shift` holds (X̃ - X) Xᵀ instead.
     Asymmetric calibration as an objective: Li et al., "GPTAQ" (arXiv 2504.02692).
     """
-    right = shift.T @ w
-    if residual is not None:
-        right += residual.T
+    right = lack.T.contiguous() if shift is None else shift.T @ w
+    if shift is not None and lack is not None:
+        right += lack.T
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
     return torch.cholesky_solve(right, torch.linalg.cholesky(damped))
@@ -213,23 +277,23 @@ def _group_factors(factor: Factor, order: Tensor, g: int, name: str) -> Tensor:
     inverse = columns @ columns.transpose(1, 2)
     if pad:
         inverse[-1].diagonal()[g - pad :] = 1
-    lower, info = torch.linalg.cholesky_ex(inverse.flip(1, 2))  # (H⁻¹)_gg = V Vᵀ, V upper
+    lower, info = torch.linalg.cholesky_ex(inverse)  # (H⁻¹)_gg = L Lᵀ
     if int(info.abs().max()):
         raise NumericalError(
             f"{name}: the Hessian is too badly conditioned to weigh clipping errors with damping "
             f"{factor.damping:.2g}; raise --percdamp (0.01 to 0.1 is usual)"
         )
-    v = lower.flip(1, 2)
-    eye = torch.eye(g, device=u.device).expand_as(v)
-    # ((H⁻¹)_gg)⁻¹ = V⁻ᵀ V⁻¹, and |e R|² = e R Rᵀ eᵀ needs R = V⁻ᵀ
-    return torch.linalg.solve_triangular(v, eye, upper=True).transpose(1, 2).contiguous()
+    eye = torch.eye(g, device=u.device).expand_as(lower)
+    # ((H⁻¹)_gg)⁻¹ = L⁻ᵀ L⁻¹, and |e R|² = e R Rᵀ eᵀ needs R = L⁻ᵀ
+    return torch.linalg.solve_triangular(lower, eye, upper=False).transpose(1, 2).contiguous()
 
 
 def _static_grid(
     w: Tensor, factors: Tensor | None, g: int, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
     grouped = torch.nn.functional.pad(w, (0, 0, 0, -w.shape[0] % g)).reshape(-1, g, w.shape[1])
-    return search_grid(grouped, factors, options.wtype, options.grid)
+    search = fused_solver.search_grid if _fused(w, options) else search_grid
+    return search(grouped, factors, options.wtype, options.grid)
 
 
 def _update(
@@ -308,11 +372,12 @@ def _polish(
     """Lower ``(Q - W) H (Q - W)ᵀ`` further: alternate scale refits and coordinate sweeps."""
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
+    sweep = fused_solver.sweep if _fused(w, options) else _sweep
     for _ in range(max(options.refit, 1)):
         if options.refit:
             scales = _refit_scales(w, damped, codes, scales, zeros, groups)
         for _ in range(options.sweeps):
-            codes = _sweep(w, damped, codes, scales, zeros, groups, options)
+            codes = sweep(w, damped, codes, scales, zeros, groups, options)
     return codes, scales
 
 
@@ -327,20 +392,32 @@ def _refit_scales(
     W). A refit is kept per output only where it lowers the error after rounding to fp16.
     """
     count, n = scales.shape
+    if bool((groups[1:] < groups[:-1]).any()):  # moved groups: bring their inputs together
+        order = torch.argsort(groups, stable=True)
+        w, h, codes, groups = w[order], h[order[:, None], order], codes[order], groups[order]
+    k = w.shape[0]
+    g = int((groups == 0).sum())
     c = codes - zeros[groups]
-    member = torch.nn.functional.one_hot(groups, count).to(w.dtype)  # [K, G]
     a = torch.empty(n, count, count, device=w.device)
-    for j in range(count):
-        rows = (groups == j).nonzero().squeeze(1)
-        product = h[:, rows] @ c[rows]  # [K, N]
-        a[:, :, j] = (member.T @ (c * product)).T
-    r = (member.T @ (c * (h @ (w - c * scales[groups])))).T  # [N, G]
+    for j in range(count):  # A is symmetric: from group j on
+        start, stop = j * g, min(j * g + g, k)
+        product = (h[start:, start:stop] @ c[start:stop]).mul_(c[start:])  # [K - start, N]
+        a[:, j:, j] = _sum_groups(product, g).T
+        a[:, j, j:] = a[:, j:, j]
+    r = _sum_groups(c * (h @ (w - c * scales[groups])), g).T  # [N, G]
     ridge = a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-6 + 1e-30
     move = torch.linalg.solve(a + ridge * torch.eye(count, device=w.device), r.unsqueeze(-1))
     fitted = round_scales(scales.T + move.squeeze(-1))
     move = fitted - scales.T
     better = torch.einsum("ng,ngh,nh->n", move, a, move) < 2 * (move * r).sum(1)
     return torch.where(better[:, None], fitted, scales.T).T.contiguous()
+
+
+def _sum_groups(values: Tensor, g: int) -> Tensor:
+    """Sums of g consecutive rows each (the last may be fewer): [K, N] -> [G, N]."""
+    k, n = values.shape
+    whole = values[: k // g * g].reshape(-1, g, n).sum(1)
+    return torch.cat([whole, values[k // g * g :].sum(0, keepdim=True)]) if k % g else whole
 
 
 def _sweep(
@@ -377,35 +454,42 @@ def _sweep(
     return codes
 
 
-def _statistics(
-    w: Tensor,
+def _measure(
+    original: Tensor,
     target: Tensor,
     h: Tensor,
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
     groups: Tensor,
-    factor: Factor,
-    dead: int,
-    tokens: int,
     options: SolverOptions,
-) -> Statistics:
-    n = w.shape[1]
-    quantized = dequantize(codes, scales, zeros, groups)
-    error = quantized - target
-    loss = float((error * (h @ error)).sum()) / 2
-    energy = float((w * (h @ w)).sum()) / 2
-    g = normalize_group_size(options.group_size, w.shape[0])
-    grouped = torch.nn.functional.pad(w, (0, 0, 0, -w.shape[0] % g)).reshape(-1, g, n)
+) -> Tensor:
+    """Sums per output, float32 [6, N]: ‖(Q - T) X‖², ‖W X‖², ‖Q - W‖², ‖W‖², grid range over the
+    unclipped range, groups that were shrunk. On a GPU the first two come from TF32 products."""
+    k, n = original.shape
+    error = dequantize(codes, scales, zeros, groups)
+    moved = (error - original).square_().sum(0)
+    error -= target
+    with _tf32(h):
+        loss = (error * (h @ error)).sum(0) / 2
+        energy = (original * (h @ original)).sum(0) / 2
+    g = normalize_group_size(options.group_size, k)
+    grouped = torch.nn.functional.pad(original, (0, 0, 0, -k % g)).reshape(-1, g, n)
     full = unclipped_scales(grouped, options.wtype, options.grid.signed)
     ratio = (scales.abs() / full.abs().clamp(min=1e-12)).clamp(max=4)
-    return Statistics(
-        loss=loss / max(tokens, 1) / n,
-        relative_error=(max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0,
-        relative_weight_error=float((quantized - w).norm() / w.norm().clamp(min=1e-30)),
-        clip_mean=float(ratio.mean()),
-        clip_fraction=float((ratio < 0.99).float().mean()),
-        damping=factor.damping,
-        damping_retries=factor.retries,
-        dead_inputs=dead,
-    )
+    weight = original.square().sum(0)
+    return torch.stack([loss, energy, moved, weight, ratio.sum(0), (ratio < 0.99).float().sum(0)])
+
+
+@contextlib.contextmanager
+def _tf32(like: Tensor) -> Iterator[None]:
+    """Inside, float32 products on a GPU keep 11 bits of their operands: for reports only."""
+    if not like.is_cuda:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from gptq.hessian import _STRIPE, Factor, Hessian, factorize
+from gptq.hessian import _STRIPE, Factor, Hessian, factorize, invert_upper
 from marlin_kernel import NumericalError
 
 
@@ -34,15 +34,52 @@ def test_half_precision_inputs_are_summed_in_float32():
         torch.testing.assert_close(h.matrix(), 2 * x.float().T @ x.float(), rtol=1e-5, atol=1)
 
 
-def test_shift_and_residual_accumulate_what_they_say():
+def test_shift_and_lack_accumulate_what_they_say():
     k, n = 24, 10
-    x, clean, residual = torch.randn(60, k), torch.randn(60, k), torch.randn(60, n)
-    h = Hessian(k, torch.device("cpu"), asymmetric=True)
+    x, delta, lack = torch.randn(60, k), torch.randn(60, k), torch.randn(60, n)
+    h = Hessian(k, torch.device("cpu"))
+    assert h.shift is None and h.lack is None
     for rows in torch.arange(60).split([7, 30, 23]):
-        h.add(x[rows][None], clean[rows][None], residual[rows][None])
-    torch.testing.assert_close(h.shift, 2 * (clean - x).T @ x, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(h.residual, 2 * residual.T @ x, rtol=1e-4, atol=1e-3)
+        h.add(x[rows][None], delta[rows][None], lack[rows][None])
+    torch.testing.assert_close(h.shift, 2 * delta.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(h.lack, 2 * lack.T @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(h.matrix(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
+    assert len(list(h.sums())) == 3
+
+
+def test_more_tokens_may_come_after_a_look():
+    """`matrix` mirrors in place; what it wrote below the diagonal must not be counted again."""
+    k = _STRIPE + 40
+    x = torch.randn(2, 50, k)
+    h = Hessian(k, torch.device("cpu"))
+    h.add(x[0])
+    h.matrix()
+    h.add(x[1])
+    flat = x.reshape(-1, k)
+    torch.testing.assert_close(h.matrix(), 2 * flat.T @ flat, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [1000, 4096])
+def test_tensor_core_sums_are_as_good_as_float32(dtype, k):
+    """8 x 4096 tokens of one sign, so that sums grow: the error of float32 sums, no more."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    x = torch.rand(8, 4096, k, device="cuda", generator=draw).to(dtype)
+    h = Hessian(k, x.device)
+    for part in x:
+        h.add(part)
+    exact = sum(2 * part.double().T @ part.double() for part in x)
+    error = float((h.matrix() - exact).norm() / exact.norm())
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 511, 512, 513, 1100])
+def test_inverse_of_a_triangle(k):
+    r = torch.randn(k, k, dtype=torch.float64).triu() / k**0.5 + 2 * torch.eye(k)
+    u = invert_upper(r.float())
+    assert torch.equal(u, u.triu())
+    torch.testing.assert_close(u.double(), torch.linalg.inv(r), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

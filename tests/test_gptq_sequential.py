@@ -12,7 +12,7 @@ from torch import Tensor
 from gptq.grid import GridOptions
 from gptq.models import StreamedModel
 from gptq.sequential import Walker
-from gptq.solver import Solution, SolverOptions, solve
+from gptq.solver import Columns, Solution, SolverOptions, solve_columns
 from marlin_kernel import WEIGHT_TYPES, NumericalError
 from tests.gptq_models import SOURCES, Source, token_samples, write_source
 
@@ -90,27 +90,34 @@ def inputs_of(model, paths: list[str]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the solver is given for one stage."""
+    """What the solver is given for one stage, and how many tokens it was summed over."""
 
     weight: Tensor
     h: Tensor
     shift: Tensor | None
-    residual: Tensor | None
+    lack: Tensor | None
     tokens: int
 
 
 def recorded(walk: Walker, monkeypatch) -> tuple[list[Statistics], dict[str, Solution]]:
     """What the walk gives the solver, stage by stage, and what it gets."""
-    calls: list[Statistics] = []
+    calls: list[tuple[Tensor, ...]] = []
+    tokens: list[int] = []
 
-    def spy(weight, h, options, *, shift=None, residual=None, tokens=1, **rest):
-        calls.append(Statistics(weight.clone(), h.clone(), shift, residual, tokens))
-        return solve(weight, h, options, shift=shift, residual=residual, tokens=tokens, **rest)
+    def spy(weight, h, options, *, name, shift, lack):
+        calls.append((weight.clone(), h.clone(), shift, lack))
+        return solve_columns(weight, h, options, name=name, shift=shift, lack=lack)
 
-    monkeypatch.setattr("gptq.sequential.solve", spy)
+    def count(self, parts, summed):
+        tokens.append(summed)
+        return split(self, parts, summed)
+
+    split = Columns.split
+    monkeypatch.setattr("gptq.sequential.solve_columns", spy)
+    monkeypatch.setattr(Columns, "split", count)
     solutions = quantize(walk)
     monkeypatch.undo()
-    return calls, solutions
+    return [Statistics(*c, t) for c, t in zip(calls, tokens, strict=True)], solutions
 
 
 @torch.no_grad()
@@ -140,15 +147,17 @@ def naive(
             watched = [first, *([streams[number]] if number in streams else [])]
             now = inputs_of(model, watched)
             x = now[first] if true_sequential else before[first]
-            shift = residual = None
-            if asymmetric:
-                aim = inputs_of(original, watched)
-                shift = 2 * (aim[first] - x).T @ x
-                if number in streams:
-                    residual = 2 * (aim[streams[number]] - now[streams[number]]).T @ x
             linears = [model.get_submodule(f"{layer}.{path}") for path in stage]
             weight = torch.cat([linear.weight for linear in linears])
-            found.append(Statistics(weight, 2 * x.T @ x, shift, residual, x.shape[0]))
+            shift = lack = None
+            if asymmetric:
+                aim = inputs_of(original, watched)
+                if number in streams:
+                    behind = aim[streams[number]] - now[streams[number]]
+                    lack = 2 * (behind + aim[first] @ weight.T - x @ weight.T).T @ x
+                else:
+                    shift = 2 * (aim[first] - x).T @ x
+            found.append(Statistics(weight, 2 * x.T @ x, shift, lack, x.shape[0]))
             for path, linear in zip(stage, linears, strict=True):
                 linear.weight.data = solutions[f"{layer}.{path}"].weight().T.contiguous()
     return found
@@ -159,7 +168,7 @@ def check_same(found: list[Statistics], wanted: list[Statistics]) -> None:
     for stage, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
         assert torch.equal(ours.weight, theirs.weight)
         assert ours.tokens == theirs.tokens
-        for name in ("h", "shift", "residual"):
+        for name in ("h", "shift", "lack"):
             a, b = getattr(ours, name), getattr(theirs, name)
             assert (a is None) == (b is None), (stage, name)
             if a is not None:
@@ -167,13 +176,20 @@ def check_same(found: list[Statistics], wanted: list[Statistics]) -> None:
                 assert float((a - b).abs().max()) < 1e-4 * scale, (stage, name)
 
 
+@pytest.mark.parametrize("step_tokens", [1, 60])
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_one_pass_equals_the_naive_true_sequential_walk(folder, asymmetric, monkeypatch):
-    """Catches stale inputs, a twin that was quantized too, and a residual of the wrong place."""
-    walk = walker(folder, replace(OPTIONS, asymmetric=asymmetric))
+def test_one_pass_equals_the_naive_true_sequential_walk(
+    folder, asymmetric, step_tokens, monkeypatch
+):
+    """Catches stale inputs, a twin that was quantized too, and a residual of the wrong place.
+
+    With 60 tokens a step, samples of different length pass together, padded.
+    """
+    walk = walker(folder, replace(OPTIONS, asymmetric=asymmetric), step_tokens=step_tokens)
+    assert any(b.valid is not None for b in walk.batches) == (step_tokens > 1)
     found, solutions = recorded(walk, monkeypatch)
     check_same(found, naive(folder, solutions, asymmetric=asymmetric, true_sequential=True))
-    assert {s.residual is not None for s in found[1::2]} == {asymmetric}
+    assert {s.lack is not None for s in found[1::2]} == {asymmetric}
 
 
 def test_without_true_sequential_statistics_come_from_the_layer_as_it_was(folder, monkeypatch):

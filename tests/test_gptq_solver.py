@@ -208,7 +208,7 @@ def test_the_free_inputs_compensate_optimally():
     k, n = 12, 5
     weight, h = problem(k, n, seed=3)
     w = weight.T.contiguous()
-    wide = WeightType("wide", 16, 1 << 15)
+    wide = WeightType("wide", "wide", 16, 1 << 15)
     groups = (torch.arange(k) > 0).long()
     scales = torch.tensor([[0.7], [2.0**-11]]).expand(2, n).contiguous()
     zeros = torch.full((2, n), 2.0**15)

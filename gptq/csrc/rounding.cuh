@@ -1,0 +1,35 @@
+// How a weight becomes a code, and a scale the fp16 value that is stored: the arithmetic of
+// gptq/grid.py and marlin_kernel/reference.py, operation by operation.
+#pragma once
+
+#include "common/types.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/shared_memory.cuh"
+
+namespace gptq {
+
+constexpr float kLargestHalf = 65504.0f;
+constexpr float kMinScale = 1.0f / (1 << 24);  // smallest positive fp16, 2**-24
+
+// clamp(round(value / scale + zero), 0, top). `reciprocal` is the rounded 1 / scale; with it two
+// fused steps give the correctly rounded quotient (Markstein), at a third of a division's price.
+__device__ __forceinline__ float code_of(float value, float scale, float reciprocal, float zero,
+                                         float top) {
+  float quotient = value * reciprocal;
+  quotient = fmaf(fmaf(-quotient, scale, value), reciprocal, quotient);
+  return fminf(fmaxf(rintf(quotient + zero), 0.0f), top);
+}
+
+// The value of a code. Exact: at most 8 bits times the 11 of an fp16 scale.
+__device__ __forceinline__ float value_of(float code, float scale, float zero) {
+  return (code - zero) * scale;
+}
+
+// A scale as fp16 will hold it: never zero, never infinite, sign kept.
+__device__ __forceinline__ float stored_scale(float scale) {
+  const float clamped = fminf(fmaxf(scale, -kLargestHalf), kLargestHalf);
+  const float stored = __half2float(__float2half_rn(clamped));
+  return fabsf(stored) < kMinScale ? copysignf(kMinScale, stored) : stored;
+}
+
+}  // namespace gptq

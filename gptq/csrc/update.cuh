@@ -1,0 +1,128 @@
+// The sequential part of GPTQ and of the coordinate sweep: inputs one after the other, each spreading
+// what its rounding changed over the inputs of the block still to come.
+//
+//   GPTQ    value w_i             error e_i = (w_i - Q_i) / U_ii    w_j -= U_ij e_i
+//   sweep   value q_i + g_i/H_ii  move  e_i = Q_i - q_i             g_j -= H_ij e_i
+//
+// (g: gradient H (W - q)). Outputs are independent: a block of threads takes 32 of them, one per
+// lane. Inputs go in steps of 32: one warp takes them in order, in registers; then all warps apply
+// their errors to the block's remaining rows in shared memory. Rows behind the block are the
+// caller's, by a matrix product with the errors.
+#pragma once
+
+#include "rounding.cuh"
+
+namespace gptq {
+
+constexpr int kUpdateWarps = 4;
+constexpr int kUpdateThreads = kUpdateWarps * kWarpSize;
+constexpr int kStep = 32;    // inputs that one warp takes in order
+constexpr int kPropagate = 8;  // rows that a warp updates at a time
+
+struct UpdateProblem {
+  const float* values;  // [rows, n] weights, or the gradient
+  const float* matrix;  // [rows, rows] block of U, or of H; only the upper triangle is read
+  const float* scales;  // [groups, n]
+  const float* zeros;   // [groups, n]
+  const int* places;    // [rows] group of each input
+  uint8_t* codes;       // [rows, n] written; the sweep also reads them
+  float* errors;        // [rows, n] written
+  int matrix_row;       // floats from one row of the matrix to the next
+  int rows;             // inputs of this block, at most BLOCK
+  int n;                // outputs
+  int levels;           // 2**bits
+};
+
+template <int BLOCK>
+struct UpdateStorage {
+  alignas(16) float matrix[BLOCK][BLOCK];
+  alignas(16) float values[BLOCK][kWarpSize];
+  alignas(16) float scales[BLOCK][kWarpSize];
+  alignas(16) float zeros[BLOCK][kWarpSize];
+  alignas(16) float errors[kStep][kWarpSize];
+  float inverse[BLOCK];  // 1 / diagonal
+  uint8_t codes[BLOCK][kWarpSize];
+};
+
+// Grid: tiles of 32 outputs.
+template <int BLOCK, bool SWEEP>
+__global__ void __launch_bounds__(kUpdateThreads) update_kernel(const UpdateProblem p) {
+  static_assert(BLOCK % kStep == 0, "a block is made of whole steps");
+  static_assert(kStep % (kUpdateWarps * kPropagate) == 0, "each warp propagates whole sets of rows");
+  auto& shared = ptx::shared_memory<UpdateStorage<BLOCK>>();
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int output = blockIdx.x * kWarpSize + lane;
+  const bool valid = output < p.n;
+
+  for (int i = thread; i < BLOCK * BLOCK; i += kUpdateThreads) {
+    const int row = i / BLOCK, k = i % BLOCK;
+    shared.matrix[row][k] =
+        row <= k && k < p.rows ? p.matrix[static_cast<long long>(row) * p.matrix_row + k] : 0.0f;
+  }
+#pragma unroll 8
+  for (int row = warp; row < BLOCK; row += kUpdateWarps) {
+    const bool there = valid && row < p.rows;
+    const long long at = static_cast<long long>(row) * p.n + output;
+    const long long group = there ? static_cast<long long>(p.places[row]) * p.n + output : 0;
+    shared.values[row][lane] = there ? p.values[at] : 0.0f;
+    shared.scales[row][lane] = there ? p.scales[group] : 1.0f;
+    shared.zeros[row][lane] = there ? p.zeros[group] : 0.0f;
+    if (SWEEP) shared.codes[row][lane] = there ? p.codes[at] : 0;
+  }
+  ptx::block_sync();
+  for (int row = thread; row < BLOCK; row += kUpdateThreads)
+    shared.inverse[row] = row < p.rows ? 1.0f / shared.matrix[row][row] : 0.0f;
+  const float top = static_cast<float>(p.levels - 1);
+
+#pragma unroll 1
+  for (int start = 0; start < BLOCK; start += kStep) {
+    ptx::block_sync();  // rows of this step have all that came before
+    if (warp == 0) {
+      float value[kStep];
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) value[i] = shared.values[start + i][lane];
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        const float scale = shared.scales[start + i][lane], zero = shared.zeros[start + i][lane];
+        const float inverse = shared.inverse[start + i];
+        float wanted = value[i], old = 0.0f;
+        if (SWEEP) {
+          old = value_of(static_cast<float>(shared.codes[start + i][lane]), scale, zero);
+          wanted = fmaf(value[i], inverse, old);
+        }
+        const float code = code_of(wanted, scale, 1.0f / scale, zero, top);
+        const float rounded = value_of(code, scale, zero);
+        const float error = SWEEP ? rounded - old : (wanted - rounded) * inverse;
+        shared.errors[i][lane] = error;
+        shared.codes[start + i][lane] = static_cast<uint8_t>(code);
+#pragma unroll
+        for (int j = i + 1; j < kStep; ++j)
+          value[j] = fmaf(-shared.matrix[start + i][start + j], error, value[j]);
+      }
+    }
+    ptx::block_sync();  // errors of this step are complete
+    for (int i = warp; i < kStep; i += kUpdateWarps) {
+      if (!valid || start + i >= p.rows) continue;
+      const long long at = static_cast<long long>(start + i) * p.n + output;
+      p.errors[at] = shared.errors[i][lane];
+      p.codes[at] = shared.codes[start + i][lane];
+    }
+    for (int row = start + kStep + warp * kPropagate; row < BLOCK;
+         row += kUpdateWarps * kPropagate) {
+      float sums[kPropagate];
+#pragma unroll
+      for (int j = 0; j < kPropagate; ++j) sums[j] = shared.values[row + j][lane];
+#pragma unroll 4
+      for (int i = 0; i < kStep; ++i) {
+        const float error = shared.errors[i][lane];
+#pragma unroll
+        for (int j = 0; j < kPropagate; ++j)
+          sums[j] = fmaf(-shared.matrix[start + i][row + j], error, sums[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kPropagate; ++j) shared.values[row + j][lane] = sums[j];
+    }
+  }
+}
+
+}  // namespace gptq

@@ -1,0 +1,342 @@
+"""The solver's inner loops as CUDA kernels (csrc/): the same functions as in `grid` and `solver`.
+
+`search_grid`, `update` and `sweep` take and return what `grid.search_grid`, `solver._update` and
+`solver._sweep` do, for tensors on a GPU. Codes are equal except where a weight lies within float32
+rounding of the middle between two codes, or two clipping factors give errors that close.
+
+Everything is compiled at run time for the device at hand (marlin_kernel.compiler); no CUDA toolkit
+is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from marlin_kernel import launch
+from marlin_kernel.compiler import KernelSource, compile_kernel
+from marlin_kernel.weight_types import WeightType
+
+from . import grid
+from .grid import GridOptions
+
+if TYPE_CHECKING:
+    from .hessian import Factor
+    from .solver import SolverOptions
+
+SEARCH_GROUPS = (32, 64, 128)  # group sizes of the search kernel
+WARP = 32
+_HEADERS = "../../gptq/csrc"  # from marlin_kernel/csrc
+_THREADS = {"search": 256, "update": 128, "pick": 256}
+_SEARCH = struct.Struct("<6Qq6i")  # gptq::SearchProblem
+_PICK = struct.Struct("<5Q2i")  # gptq::PickProblem
+_UPDATE = struct.Struct("<7Q4i")  # gptq::UpdateProblem
+_KINDS = {"symmetric": 0, "signed": 1, "zero point": 2}  # gptq::GridKind
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel to compile: its name, template arguments, and shared memory per block in bytes."""
+
+    name: str
+    arguments: tuple[int | bool, ...]
+    shared_bytes: int
+
+    @property
+    def source(self) -> KernelSource:
+        header = "search" if self.name == "pick" else self.name
+        values = ", ".join(str(a).lower() for a in self.arguments)
+        return KernelSource(f"{_HEADERS}/{header}.cuh", f"gptq::{self.name}_kernel<{values}>")
+
+
+def search_kernel(group: int, shared_limit: int) -> Kernel:
+    """The search for groups of so many inputs, as wide as a block's shared memory allows."""
+    for columns in (128, 64, 32):
+        # SearchStorage: factor, two sets of errors, two of partial sums of 8 warps
+        size = 4 * (group * group + 2 * group * columns + 2 * 8 * columns)
+        if size <= shared_limit:
+            return Kernel("search", (group, columns), size)
+    raise ValueError(f"{shared_limit} bytes of shared memory cannot hold groups of {group}")
+
+
+def update_kernel(sweep: bool, shared_limit: int) -> Kernel:
+    """The sequential loop (GPTQ's, or the coordinate sweep's) over as many inputs as fit."""
+    for block in (128, 64):
+        # UpdateStorage: matrix, values, scales, zeros, errors of a step, inverse, codes
+        size = 4 * (block * block + 3 * block * WARP + 32 * WARP + block) + block * WARP
+        if size <= shared_limit:
+            return Kernel("update", (block, sweep), size)
+    raise ValueError(f"{shared_limit} bytes of shared memory cannot hold a block of 64 inputs")
+
+
+PICK = Kernel("pick", (_THREADS["pick"],), 0)
+
+
+def search_splits(tiles: int, candidates: int, multiprocessors: int) -> int:
+    """Into how many parts to cut the candidates, so that all multiprocessors end together.
+
+    tiles: blocks of one part. A block takes its candidates plus about one for loading.
+    """
+
+    def duration(splits: int) -> int:
+        waves = -(-tiles * splits // multiprocessors)
+        return waves * (-(-candidates // splits) + 1)
+
+    return min(range(1, min(candidates, 64) + 1), key=duration)
+
+
+# ---- launching ---------------------------------------------------------------------------------
+
+
+class _Function:
+    """A kernel loaded on one device; the module stays loaded."""
+
+    def __init__(self, kernel: Kernel, index: int) -> None:
+        driver = launch._driver()
+        cubin = compile_kernel(kernel.source, launch.device_arch(index))
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # the primary context is current from here on
+            self.module = launch._check(driver.cuModuleLoadData(cubin.image), "cuModuleLoadData")
+            self.handle = launch._check(
+                driver.cuModuleGetFunction(self.module, cubin.symbol.encode()),
+                "cuModuleGetFunction",
+            )
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            launch._check(
+                driver.cuFuncSetAttribute(self.handle, limit, kernel.shared_bytes),
+                "cuFuncSetAttribute",
+            )
+
+
+_load_lock = threading.Lock()
+
+
+@functools.cache
+def _load(kernel: Kernel, index: int) -> _Function:
+    with _load_lock:
+        return _Function(kernel, index)
+
+
+@functools.cache
+def shared_limit(index: int) -> int:
+    """Shared memory that a block may have on CUDA device `index`, bytes."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
+class _ThreadPlans(threading.local):
+    def __init__(self) -> None:
+        self.plans: dict[tuple[Any, ...], launch.Plan] = {}
+
+
+_thread_plans = _ThreadPlans()
+_MAX_PLANS = 1024
+
+
+def _launch(kernel: Kernel, grid_size: tuple[int, int], like: Tensor, arguments: bytes) -> None:
+    """Launch on the current stream of the device of `like`."""
+    index = like.device.index
+    stream = torch.cuda.current_stream(index).cuda_stream
+    plans = _thread_plans.plans
+    key = (kernel, index, stream, grid_size)
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= _MAX_PLANS:
+            plans.clear()
+        plan = plans[key] = launch.Plan(
+            _load(kernel, index), (*grid_size, 1), _THREADS[kernel.name], 1, kernel.shared_bytes,
+            stream, 256, dependent_launch=False,
+        )  # fmt: skip
+    plan.arguments[: len(arguments)] = arguments
+    with torch.cuda.device(index):
+        plan.launch()
+
+
+# ---- the solver's functions ----------------------------------------------------------------------
+
+
+def search_grid(
+    w: Tensor, factor: Tensor | None, wtype: WeightType, options: GridOptions
+) -> tuple[Tensor, Tensor]:
+    """`grid.search_grid` on a GPU: scales and zeros float32 [G, N] of all groups.
+
+    w: float32 [G, g, N]; factor: float32 [G, g, g] upper triangular, or None.
+    Without factor, without clipping, or for groups that the kernel does not know, torch does it.
+    """
+    count, g, n = w.shape
+    if factor is None or not options.clip or g not in SEARCH_GROUPS:
+        return grid.search_grid(w, factor, wtype, options)
+    flat = w.reshape(count * g, n)
+    scales = torch.empty(count, n, device=w.device)
+    zeros = torch.empty_like(scales)
+    _search(flat, factor.contiguous(), g * g, g, g, wtype, options, scales, zeros)
+    return scales, zeros
+
+
+def _search(
+    w: Tensor,
+    factor: Tensor,
+    factor_stride: int,
+    factor_row: int,
+    g: int,
+    wtype: WeightType,
+    options: GridOptions,
+    scales: Tensor,
+    zeros: Tensor,
+) -> None:
+    """Search the grids of the inputs w [rows, N]; writes scales, zeros [ceil(rows / g), N].
+
+    factor: at its address lies R of the first group; strides in floats.
+    """
+    rows, n = w.shape
+    index = w.device.index
+    kernel = search_kernel(g, shared_limit(index))
+    kind = "signed" if options.signed else "symmetric"
+    kind = kind if wtype.symmetric else "zero point"
+    shrinks = _shrinks(options.clip_min, max(options.clip_steps, 2), index)
+    groups = -(-rows // g)
+    tiles = -(-n // kernel.arguments[1])
+    candidates = shrinks.numel() * (2 if kind == "signed" else 1)
+    splits = search_splits(tiles * groups, candidates, launch.multiprocessors(index))
+    found = torch.empty(3, splits, groups, n, device=w.device)
+    arguments = _SEARCH.pack(
+        w.data_ptr(), factor.data_ptr(), shrinks.data_ptr(), *(t.data_ptr() for t in found),
+        factor_stride, factor_row, rows, n, shrinks.numel(), _KINDS[kind], wtype.levels,
+    )  # fmt: skip
+    _launch(kernel, (tiles, groups * splits), w, arguments)
+    arguments = _PICK.pack(
+        *(t.data_ptr() for t in found), scales.data_ptr(), zeros.data_ptr(), splits, groups * n
+    )
+    _launch(PICK, (-(-groups * n // _THREADS["pick"]), 1), w, arguments)
+
+
+@functools.cache
+def _shrinks(least: float, steps: int, index: int) -> Tensor:
+    return torch.linspace(1.0, least, steps).to(torch.device("cuda", index))
+
+
+def update(
+    w: Tensor,
+    factor: Factor,
+    order: Tensor | None,
+    g: int,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    groups: Tensor,
+    options: SolverOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`solver._update` on a GPU; codes are uint8 [K, N]. options.blocksize has no effect."""
+    k, n = w.shape
+    work = w.clone(memory_format=torch.contiguous_format) if order is None else w[order]
+    u, r = factor.u, factor.r
+    places = (groups if order is None else groups[order]).to(torch.int32)
+    kernel = update_kernel(False, shared_limit(w.device.index))
+    block = kernel.arguments[0]
+    dynamic = scales is None
+    if dynamic:
+        scales = torch.empty(int(groups.max()) + 1, n, device=w.device)
+        zeros = torch.empty_like(scales)
+        if g <= block:  # blocks end where groups end
+            block = block // g * g
+    codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
+    errors = torch.empty(min(block, k), n, device=w.device)
+    for start in range(0, k, block):
+        stop = min(start + block, k)
+        if not dynamic or g > block:
+            steps = [(start, stop)]
+        else:  # each group's grid is searched on the weights as they are when it is reached
+            steps = [(i, min(i + g, stop)) for i in range(start, stop, g)]
+        for first, last in steps:
+            if dynamic and first % g == 0:
+                _find_group(work, r, first, g, scales, zeros, options)
+            own = errors[first - start : last - start]
+            _step(kernel, work, u, first, last, scales, zeros, places, codes, own, options)
+            if last < stop:
+                work[last:stop].addmm_(u[first:last, last:stop].T, own, alpha=-1)
+        if stop < k:
+            work[stop:].addmm_(u[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    if order is not None:
+        natural = torch.empty_like(codes)
+        natural[order] = codes
+        codes = natural
+    return codes, scales, zeros
+
+
+def _find_group(
+    work: Tensor,
+    r: Tensor,
+    start: int,
+    g: int,
+    scales: Tensor,
+    zeros: Tensor,
+    options: SolverOptions,
+) -> None:
+    """Search the grid of the group that begins at input `start`."""
+    k = work.shape[0]
+    end, j = min(start + g, k), start // g
+    own = slice(j, j + 1)
+    if options.grid.clip and g in SEARCH_GROUPS:
+        _search(
+            work[start:end], r[start:, start:], 0, r.stride(0), g, options.wtype, options.grid,
+            scales[own], zeros[own],
+        )  # fmt: skip
+        return
+    factors = r[start:end, start:end][None] if options.grid.clip else None
+    found = grid.search_grid(work[start:end][None], factors, options.wtype, options.grid)
+    scales[own], zeros[own] = found
+
+
+def _step(
+    kernel: Kernel,
+    values: Tensor,
+    matrix: Tensor,
+    start: int,
+    stop: int,
+    scales: Tensor,
+    zeros: Tensor,
+    places: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    options: SolverOptions,
+) -> None:
+    """Run the sequential kernel over inputs start..stop; writes their codes and errors."""
+    n = values.shape[1]
+    own = (
+        values[start:], matrix[start:, start:], scales, zeros, places[start:], codes[start:], errors
+    )  # fmt: skip
+    arguments = _UPDATE.pack(
+        *(t.data_ptr() for t in own), matrix.stride(0), stop - start, n, options.wtype.levels
+    )
+    _launch(kernel, (-(-n // WARP), 1), values, arguments)
+
+
+def sweep(
+    w: Tensor,
+    h: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    options: SolverOptions,
+) -> Tensor:
+    """`solver._sweep` on a GPU; codes uint8 [K, N]."""
+    k, n = w.shape
+    gradient = h @ (w - (codes - zeros[groups]) * scales[groups])
+    codes = codes.to(torch.uint8, copy=True)
+    scales, zeros = scales.contiguous(), zeros.contiguous()
+    places = groups.to(torch.int32)
+    kernel = update_kernel(True, shared_limit(w.device.index))
+    block = kernel.arguments[0]
+    moves = torch.empty(min(block, k), n, device=w.device)
+    for start in range(0, k, block):
+        stop = min(start + block, k)
+        own = moves[: stop - start]
+        _step(kernel, gradient, h, start, stop, scales, zeros, places, codes, own, options)
+        if stop < k:
+            gradient[stop:].addmm_(h[stop:, start:stop], own, alpha=-1)
+    return codes
