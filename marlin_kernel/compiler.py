@@ -3,13 +3,19 @@
 Nothing but torch's own dependencies is needed: NVRTC, its bindings and the cuda_fp16/bf16 headers
 come with every CUDA torch. No GPU and no driver take part, so cubins can be built ahead of time:
 
-    python -m marlin_kernel.compiler --arch sm_90a
+    python -m marlin_kernel.compiler --arch sm_80 sm_90a    # fills the cache of this machine
+    python scripts/generate_kernels.py "8.0,9.0" --compile  # fills a folder to ship
+
+A folder to ship has an `index.txt`: one line "<source key> <cache key> <symbol>" for each kernel.
+Its cubins are used whatever compiler this machine has, and need none.
 
 Environment:
-    MARLIN_KERNEL_CACHE      directory of the cache (default: $XDG_CACHE_HOME/marlin_kernel or
-    ~/.cache/...) MARLIN_KERNEL_PREBUILT   a second directory, only read: cubins that a distribution
-    ships MARLIN_KERNEL_LINEINFO   "1": embed source lines for profilers (a debug switch: cubins
-    grow fivefold)
+    MARLIN_KERNEL_CACHE     directory of the cache (default: $XDG_CACHE_HOME/marlin_kernel, else
+                            ~/.cache/marlin_kernel)
+    MARLIN_KERNEL_PREBUILT  directory of cubins that is only read, instead of the default places
+                            (PREBUILT_PLACES)
+    MARLIN_KERNEL_LINEINFO  "1": embed source lines for profilers (a debug switch: cubins grow
+                            fivefold)
 """
 
 from __future__ import annotations
@@ -18,15 +24,15 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import struct
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +40,12 @@ from typing import Any
 from marlin_kernel.errors import MarlinError
 
 SOURCE_ROOT = Path(__file__).parent / "csrc"
+# Where prebuilt cubins are looked for: in an installed package, and in a checkout.
+PREBUILT_PLACES = (
+    Path(__file__).parent / "cubins",
+    Path(__file__).parents[1] / "build" / "kernels" / "cubins",
+)
+INDEX = "index.txt"
 CUDA_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
 
 
@@ -74,17 +86,21 @@ def cache_directory() -> Path:
 
 
 def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> Cubin:
-    """Return the machine code of `source` for `arch`, from the cache if it is there.
+    """Return the machine code of `source` for `arch`: prebuilt, from the cache, or compiled now.
 
-    source: header and name expression; arch: "sm_80", "sm_90a", ...; force: compile even if cached.
+    source: header and name expression; arch: "sm_80", "sm_90a", ...; force: compile in any case.
     Several processes may ask for the same kernel: one compiles, the others wait for its file.
     Raises CompileError with NVRTC's log, or if NVRTC or the CUDA headers cannot be found.
     """
-    key = cache_key(source, arch)
     directory = cache_directory()
     if not force:
-        for place in (directory, _prebuilt_directory()):
-            found = _read(place, key) if place is not None else None
+        found = _prebuilt(source, arch)
+        if found is not None:
+            return found
+    key = cache_key(source, arch)
+    if not force:
+        for place in (directory, *_prebuilt_directories()):
+            found = _read(place, key)
             if found is not None:
                 return found
     with _lock(directory, key):
@@ -95,14 +111,62 @@ def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> C
     return found
 
 
-def cache_key(source: KernelSource, arch: str) -> str:
-    """Hash of everything that decides the machine code of `source` for `arch`."""
-    digest = hashlib.sha256()
+def source_key(source: KernelSource, arch: str) -> str:
+    """Hash of everything but the compiler that decides the machine code of `source` for `arch`."""
     parts = (_sources_digest(), source.header, source.expression, arch, *_options(arch))
-    for part in (*parts, _compiler_fingerprint()):
-        digest.update(part.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:32]
+    return _hash(*parts)
+
+
+def cache_key(source: KernelSource, arch: str) -> str:
+    """Hash of everything that decides the machine code of `source` for `arch`.
+
+    Raises CompileError if NVRTC or the CUDA headers cannot be found.
+    """
+    return _hash(source_key(source, arch), _compiler_fingerprint())
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256(b"".join(part.encode() + b"\0" for part in parts)).hexdigest()[:32]
+
+
+def compile_all(
+    work: Sequence[tuple[KernelSource, str]],
+    jobs: int,
+    directory: Path | None = None,
+    *,
+    force: bool = False,
+) -> Iterator[tuple[int, Cubin | CompileError]]:
+    """Compile (source, architecture) pairs in `jobs` processes, into `directory` or the cache.
+
+    Yields (position in `work`, machine code, or why there is none) as they are ready.
+    """
+    tasks = [(i, source, arch, directory, force) for i, (source, arch) in enumerate(work)]
+    jobs = min(jobs, len(tasks))
+    if jobs <= 1:
+        yield from map(_compile_one, tasks)
+        return
+    # Processes, because NVRTC compiles one kernel at a time in each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(jobs) as pool:
+        yield from pool.imap_unordered(_compile_one, tasks)
+
+
+def _compile_one(
+    task: tuple[int, KernelSource, str, Path | None, bool],
+) -> tuple[int, Cubin | CompileError]:
+    position, source, arch, directory, force = task
+    try:
+        if directory is None:
+            return position, compile_kernel(source, arch, force=force)
+        key = cache_key(source, arch)
+        found = None if force else _read(directory, key)
+        if found is None:
+            found = _compile(source, arch)
+            _write(directory, key, found, source, arch)
+        return position, found
+    except CompileError as error:
+        return position, error
 
 
 def resource_usage(image: bytes, symbol: str) -> tuple[int, int]:
@@ -225,9 +289,53 @@ def _compile(source: KernelSource, arch: str) -> Cubin:
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-def _prebuilt_directory() -> Path | None:
+def _prebuilt_directories() -> tuple[Path, ...]:
     value = os.environ.get("MARLIN_KERNEL_PREBUILT")
-    return Path(value) if value else None
+    if value is not None:
+        return (Path(value),) if value else ()
+    return PREBUILT_PLACES
+
+
+def _prebuilt(source: KernelSource, arch: str) -> Cubin | None:
+    """A cubin that was built ahead of time for `arch`, or for an older GPU whose code runs there.
+
+    Code for sm_80 runs on sm_86 (same major, higher minor), except with a suffix as in sm_90a.
+    """
+    arches = [arch]
+    if arch[-1].isdigit():
+        arches += [f"{arch[:-1]}{minor}" for minor in reversed(range(int(arch[-1])))]
+    for directory in _prebuilt_directories():
+        index = read_index(directory)
+        for runs_there in arches if index else ():
+            entry = index.get(source_key(source, runs_there))
+            found = _read(directory, entry[0]) if entry is not None else None
+            if found is not None:
+                return found
+    return None
+
+
+def read_index(directory: Path) -> dict[str, tuple[str, str]]:
+    """Source key -> (cache key, symbol) of a folder of prebuilt cubins; empty without index.txt."""
+    try:
+        modified = (directory / INDEX).stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return _parse_index(directory, modified)
+
+
+@functools.lru_cache(maxsize=16)
+def _parse_index(directory: Path, modified: int) -> dict[str, tuple[str, str]]:
+    rows = (line.split() for line in (directory / INDEX).read_text().splitlines())
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def write_index(directory: Path, rows: Iterable[tuple[KernelSource, str, Cubin]]) -> None:
+    """Write index.txt of a folder that `compile_all` has filled with these kernels."""
+    lines = sorted(
+        f"{source_key(source, arch)} {cache_key(source, arch)} {cubin.symbol}\n"
+        for source, arch, cubin in rows
+    )
+    _replace(directory / INDEX, "".join(lines).encode())
 
 
 def _read(directory: Path, key: str) -> Cubin | None:
@@ -333,7 +441,7 @@ def _nv_info(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fill the cache for the given architectures. Returns the process exit status."""
+    """Compile every kernel of the given architectures. Returns the process exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m marlin_kernel.compiler", description="Compile kernels ahead of time."
     )
@@ -345,36 +453,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--force", action="store_true", help="compile even what is cached")
     options = parser.parse_args(arguments)
-    if options.output:
-        os.environ["MARLIN_KERNEL_CACHE"] = options.output
-    from marlin_kernel.kernel_configs import shipped_sources
+    from marlin_kernel.prebuilt import specializations
 
+    directory = Path(options.output) if options.output else None
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
     work = [
-        (source, arch)
+        (kernel.source, arch)
         for arch in options.arch
-        for source in shipped_sources(arch)
-        if re.search(options.match, source.expression)
+        for kernel in specializations(arch, complete=True)
+        if re.search(options.match, kernel.source.expression)
     ]
-
-    def build(item: tuple[KernelSource, str]) -> bool:
-        source, arch = item
-        start = time.perf_counter()
-        try:
-            cubin = compile_kernel(source, arch, force=options.force)
-        except CompileError as error:
-            print(error, file=sys.stderr)
-            return False
-        print(
-            f"{arch} {source.expression}: {cubin.registers} registers, {cubin.stack_bytes} B "
-            f"stack, {len(cubin.image)} B, {time.perf_counter() - start:.1f} s"
-        )
-        return True
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = list(pool.map(build, work))
-    print(f"{sum(outcomes)} of {len(outcomes)} kernels in {cache_directory()}")
-    return 0 if all(outcomes) else 1
+    failures = 0
+    for i, cubin in compile_all(work, options.jobs, directory, force=options.force):
+        source, arch = work[i]
+        if isinstance(cubin, CompileError):
+            print(cubin, file=sys.stderr)
+            failures += 1
+        else:
+            print(
+                f"{arch} {source.expression}: {cubin.registers} registers, {cubin.stack_bytes} B "
+                f"stack, {len(cubin.image)} B"
+            )
+    print(f"{len(work) - failures} of {len(work)} kernels in {directory or cache_directory()}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The importable module's classes, not a second copy of them: processes exchange them.
+    sys.exit(importlib.import_module("marlin_kernel.compiler").main())

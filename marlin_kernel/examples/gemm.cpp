@@ -1,0 +1,219 @@
+// Multiplies with 4-bit weights through the C header alone, and compares with a sum over the same
+// numbers on the CPU. docs/embedding.md says how to build and run it:
+//
+//     gemm build/kernels/cubins [K N GROUP_SIZE]
+//
+// Exit status: 0 results agree, 1 they do not, 2 something is missing (the message says what).
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#define MARLIN_KERNEL_IMPLEMENTATION
+#include "marlin_kernel.h"
+
+namespace {
+
+[[noreturn]] void fail(const char* what, const char* why) {
+  std::fprintf(stderr, "%s: %s\n", what, why);
+  std::exit(2);
+}
+
+void check(marlin_status status, const char* what) {
+  if (status != MARLIN_OK) fail(what, marlin_error());
+}
+
+// The driver calls of this example, found at run time, so that it links on machines without a
+// driver.
+struct Driver {
+#define DRIVER_CALLS(X)                                                                    \
+  X(cuInit)                                                                                \
+  X(cuDeviceGet) X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent) X(cuMemAlloc) X(cuMemFree) \
+      X(cuMemcpyHtoD) X(cuMemcpyDtoH) X(cuMemsetD8) X(cuCtxSynchronize)
+#define DECLARE(name) decltype(&name) call_##name;
+  DRIVER_CALLS(DECLARE)
+
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_NOW);
+    if (library == nullptr) fail("libcuda.so.1", dlerror());
+#define STRING(x) #x
+#define SYMBOL(x) STRING(x)
+#define LOOK_UP(name)                                                     \
+  *reinterpret_cast<void**>(&call_##name) = dlsym(library, SYMBOL(name)); \
+  if (call_##name == nullptr) fail(SYMBOL(name), "not in this driver");
+    DRIVER_CALLS(LOOK_UP)
+  }
+};
+
+void check(CUresult code, const char* what) {
+  if (code != CUDA_SUCCESS) fail(what, ("CUDA error " + std::to_string(code)).c_str());
+}
+
+// Device memory that holds a copy of host memory, or zeros.
+class Buffer {
+ public:
+  Buffer(const Driver& driver, std::size_t bytes, const void* content = nullptr) : driver_(driver) {
+    bytes = bytes > 0 ? bytes : 1;
+    check(driver.call_cuMemAlloc(&address_, bytes), "cuMemAlloc");
+    check(content != nullptr ? driver.call_cuMemcpyHtoD(address_, content, bytes)
+                             : driver.call_cuMemsetD8(address_, 0, bytes),
+          "copy to the device");
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { driver_.call_cuMemFree(address_); }
+  void* get() const { return reinterpret_cast<void*>(address_); }
+  CUdeviceptr address() const { return address_; }
+
+ private:
+  const Driver& driver_;
+  CUdeviceptr address_ = 0;
+};
+
+// float16 bits of a number that float16 holds exactly (normal, or zero), and back.
+std::uint16_t to_half(float value) {
+  if (value == 0) return 0;
+  int exponent;
+  const float fraction = std::frexp(std::fabs(value), &exponent);  // 0.5 <= fraction < 1
+  const int mantissa = static_cast<int>(fraction * 2048) - 1024;
+  return static_cast<std::uint16_t>((value < 0 ? 0x8000 : 0) | (exponent + 14) << 10 | mantissa);
+}
+
+float from_half(std::uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                     : exponent == 31
+                         ? (mantissa == 0 ? INFINITY : NAN)
+                         : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  return bits & 0x8000 ? -size : size;
+}
+
+std::uint32_t random_number() {  // the same numbers on every machine
+  static std::uint64_t state = 1;
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<std::uint32_t>(state >> 33);
+}
+
+// A layer with known weights, on the host and, repacked, on the device.
+struct Layer {
+  marlin_layer shape;
+  std::vector<float> weights;  // [k, n]
+  std::vector<std::uint32_t> repacked_weights;
+  std::vector<std::uint16_t> repacked_scales;
+
+  Layer(const marlin_device& device, int k, int n, int group_size)
+      : shape{MARLIN_WEIGHT_UINT4B8, k, n, group_size}, weights(std::size_t(k) * n) {
+    const int group = group_size < 0 ? k : group_size;
+    const int groups = (k + group - 1) / group;
+    std::vector<std::uint16_t> scales(std::size_t(groups) * n);
+    for (auto& scale : scales) scale = to_half((1 + random_number() % 64) / 1024.f);
+    // As a GPTQ checkpoint holds it: 8 codes along k in a word, zero point 8.
+    std::vector<std::uint32_t> qweight(std::size_t((k + 7) / 8) * n);
+    for (int i = 0; i < k; ++i)
+      for (int j = 0; j < n; ++j) {
+        const std::uint32_t code = random_number() % 16;
+        qweight[std::size_t(i / 8) * n + j] |= code << (4 * (i % 8));
+        weights[std::size_t(i) * n + j] =
+            (static_cast<int>(code) - 8) * from_half(scales[std::size_t(i / group) * n + j]);
+      }
+    marlin_sizes sizes;
+    check(marlin_layer_sizes(&shape, &sizes), "marlin_layer_sizes");
+    std::vector<std::uint32_t> b(sizes.weight_bytes / 4);
+    std::vector<std::uint16_t> s(sizes.scale_bytes / 2);
+    check(marlin_pack_gptq(&shape, qweight.data(), scales.data(), b.data(), s.data()),
+          "marlin_pack_gptq");
+    repacked_weights.resize(b.size());
+    repacked_scales.resize(s.size());
+    check(marlin_repack(&device, &shape, b.data(), s.data(), repacked_weights.data(),
+                        repacked_scales.data()),
+          "marlin_repack");
+  }
+};
+
+// ||out - reference|| / ||reference||
+double relative_error(const std::vector<std::uint16_t>& out, const std::vector<std::uint16_t>& a,
+                      const std::vector<std::uint16_t>& bias, const Layer& layer, int m) {
+  const int k = layer.shape.k, n = layer.shape.n;
+  double difference = 0, total = 0;
+  std::vector<double> row(n);
+  for (int token = 0; token < m; ++token) {
+    for (int j = 0; j < n; ++j) row[j] = from_half(bias[j]);
+    for (int i = 0; i < k; ++i) {
+      const double x = from_half(a[std::size_t(token) * k + i]);
+      for (int j = 0; j < n; ++j) row[j] += x * layer.weights[std::size_t(i) * n + j];
+    }
+    for (int j = 0; j < n; ++j) {
+      const double d = from_half(out[std::size_t(token) * n + j]) - row[j];
+      difference += d * d;
+      total += row[j] * row[j];
+    }
+  }
+  return std::sqrt(difference / total);
+}
+
+double multiply(const Driver& driver, marlin_runtime* runtime, const Layer& layer, int m,
+                bool batch_invariant) {
+  const int k = layer.shape.k, n = layer.shape.n;
+  std::vector<std::uint16_t> a(std::size_t(m) * k), bias(n), out(std::size_t(m) * n);
+  for (auto& x : a) x = to_half((static_cast<int>(random_number() % 33) - 16) / 16.f);
+  for (auto& x : bias) x = to_half((static_cast<int>(random_number() % 33) - 16) / 4.f);
+
+  const marlin_problem problem = {layer.shape, MARLIN_FLOAT16, MARLIN_FLOAT16, m, batch_invariant};
+  marlin_plan plan;
+  check(marlin_plan_gemm(runtime, &problem, &plan), "marlin_plan_gemm");
+  const Buffer weights(driver, layer.repacked_weights.size() * 4, layer.repacked_weights.data());
+  const Buffer scales(driver, layer.repacked_scales.size() * 2, layer.repacked_scales.data());
+  const Buffer activations(driver, a.size() * 2, a.data()),
+      biases(driver, bias.size() * 2, bias.data());
+  const Buffer results(driver, out.size() * 2), counters(driver, plan.counter_bytes);
+  const Buffer partials(driver, plan.partial_bytes);
+  const marlin_operands operands = {activations.get(), k,
+                                    weights.get(),     scales.get(),
+                                    biases.get(),      results.get(),
+                                    counters.get(),    partials.get()};
+  for (int repeat = 0; repeat < 3; ++repeat)  // counters are zero again after each
+    check(marlin_gemm(runtime, &plan, &operands, nullptr), "marlin_gemm");
+  check(driver.call_cuCtxSynchronize(), "cuCtxSynchronize");
+  check(driver.call_cuMemcpyDtoH(out.data(), results.address(), out.size() * 2), "cuMemcpyDtoH");
+  const double error = relative_error(out, a, bias, layer, m);
+  std::printf(
+      "m=%4d k=%d n=%d group_size=%d batch_invariant=%d: kernel %d, %ux%u blocks of %u threads, "
+      "relative "
+      "error %.5f\n",
+      m, k, n, layer.shape.group_size, batch_invariant, plan.kernel, plan.grid_x, plan.grid_y,
+      plan.threads, error);
+  return error;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 2 && count != 5) fail("usage", "gemm CUBINS [K N GROUP_SIZE]");
+  const Driver driver;
+  CUdevice device;
+  CUcontext context;
+  check(driver.call_cuInit(0), "cuInit");
+  check(driver.call_cuDeviceGet(&device, 0), "cuDeviceGet");
+  check(driver.call_cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain");
+  check(driver.call_cuCtxSetCurrent(context), "cuCtxSetCurrent");
+  marlin_runtime* runtime;
+  check(marlin_open(arguments[1], &runtime), "marlin_open");
+
+  const int k = count == 5 ? std::atoi(arguments[2]) : 1024;
+  const int n = count == 5 ? std::atoi(arguments[3]) : 768;
+  const Layer layer(*marlin_get_device(runtime), k, n, count == 5 ? std::atoi(arguments[4]) : 128);
+  double worst = 0;
+  for (const int m : {1, 2, 7, 16, 33, 64, 100, 300})
+    for (const bool batch_invariant : {false, true}) {
+      const double error = multiply(driver, runtime, layer, m, batch_invariant);
+      if (!(error <= worst)) worst = error;  // also if it is not a number
+    }
+  marlin_close(runtime);
+  const bool good = worst < 1e-3;  // float16 outputs round by up to 0.0005
+  std::printf("%s\n", good ? "all results agree" : "RESULTS DIFFER");
+  return good ? 0 : 1;
+}

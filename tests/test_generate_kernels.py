@@ -1,0 +1,554 @@
+"""The kernel generator, cubins built ahead of time, and the C header."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from marlin_kernel import compiler, kernel_configs, launch, layout, packing, prebuilt, sm80_configs
+from marlin_kernel.compiler import CompileError
+from marlin_kernel.errors import ConfigError
+from marlin_kernel.formats import QuantizedLinear, write
+from marlin_kernel.kernel_configs import DecodeConfig
+from marlin_kernel.validity import ACTIVATIONS, ARCHITECTURES, combinations
+from marlin_kernel.weight_types import WEIGHT_TYPES, weight_type
+from tests.compiling import needs_nvrtc, own_cache  # noqa: F401 (fixture)
+
+REPOSITORY = Path(__file__).parents[1]
+HEADERS = REPOSITORY / "marlin_kernel" / "include"
+EXAMPLE = REPOSITORY / "marlin_kernel" / "examples" / "gemm.cpp"
+EMULATED = REPOSITORY / "tests" / "emulator" / "include"
+CSRC = REPOSITORY / "marlin_kernel" / "csrc"
+DEVICES = {  # multiprocessors, shared memory of a block and of a multiprocessor
+    (8, 0): (108, 163 << 10, 164 << 10),
+    (8, 6): (84, 99 << 10, 100 << 10),
+    (8, 9): (128, 99 << 10, 100 << 10),
+    (9, 0): (132, 227 << 10, 228 << 10),
+}
+
+
+def _generator() -> ModuleType:
+    path = REPOSITORY / "scripts" / "generate_kernels.py"
+    spec = importlib.util.spec_from_file_location("generate_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generator = _generator()
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources and selection table of everything, for four architectures."""
+    output = tmp_path_factory.mktemp("kernels")
+    assert generator.main(["8.0,8.6,8.9,9.0", "--output", str(output)]) == 0
+    return output
+
+
+# ---- what is generated ----
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES.values())
+def test_every_valid_combination_is_served_or_reported(arch: str) -> None:
+    capability = next(c for c, a in ARCHITECTURES.items() if a == arch)
+    served = {v.combination for v in prebuilt.variants(arch)}
+    missing = set(prebuilt.missing(arch))
+    for c in combinations(capability):
+        assert c in missing or prebuilt.kernel_combination(c) in served, str(c)
+
+
+def test_pruned_kernels_are_part_of_all() -> None:
+    few = {k.source for k in prebuilt.specializations("sm_90a")}
+    everything = {k.source for k in prebuilt.specializations("sm_90a", complete=True)}
+    assert few < everything and len(few) < len(everything) / 2
+
+
+def test_names_and_contents(generated: Path) -> None:
+    names = {path.name for path in generated.iterdir()}
+    assert {
+        "kernel_selector.h",
+        "sm80_kernel_float16_u4b8_float16.cu",
+        "sm90_kernel_bfloat16_u4b8_bfloat16.cu",
+    } <= names
+    for arch in ("sm_80", "sm_90a"):
+        for kernel in prebuilt.specializations(arch):
+            text = (generated / generator.file_name(kernel)).read_text()
+            assert f"    {kernel.source.expression};\n" in text
+
+
+def test_only_changes_are_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["8.0,8.9", "--output", str(tmp_path), "--types", "uint4b8"]
+    assert generator.main(arguments) == 0
+    paths = list(tmp_path.iterdir())
+    for path in paths:
+        os.utime(path, (0, 0))
+    paths[0].write_text(paths[0].read_text() + "// edited\n")
+    own = tmp_path / "my_kernel_notes.cu"
+    own.write_text("// not generated\n")
+    assert generator.main(arguments) == 0
+    assert "1 written" in capsys.readouterr().out
+    assert [p for p in paths if p.stat().st_mtime != 0] == [paths[0]]
+    assert generator.main(["8.0", *arguments[1:]]) == 0
+    remaining = sorted(p.name for p in tmp_path.glob("*.cu"))
+    assert own.name in remaining and all(n.startswith(("sm80", "my")) for n in remaining)
+
+
+def test_missing_architectures_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    generator.main(["7.5", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert prebuilt.missing("sm_75") and "sm_75: " in printed and "kernel" in printed
+    assert generator.main(["7.0", "--output", str(tmp_path)]) == 2
+    assert "'7.0' is not one of 7.5, 8.0" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="'sm_70' is not one of"):
+        prebuilt.specializations("sm_70")
+
+
+# ---- cubins ----
+
+
+def some_kernels(arch: str, count: int) -> list[prebuilt.Specialization]:
+    return prebuilt.specializations(arch)[:count]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_generated_source_compiles(arch: str) -> None:
+    kernels = some_kernels(arch, 40)[::20]
+    nvrtc = compiler._nvrtc()
+    text = generator.source_file(kernels).encode()
+    program = compiler._call(nvrtc.nvrtcCreateProgram(text, b"kernel.cu", 0, [], []))
+    options = [*compiler._options(arch), f"-I{CSRC}", f"-I{compiler._include_directory()}"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    image = b" " * compiler._call(nvrtc.nvrtcGetCUBINSize(program))
+    compiler._call(nvrtc.nvrtcGetCUBIN(program, image))
+    for kernel in kernels:
+        assert compiler.compile_kernel(kernel.source, arch).symbol.encode() in image
+
+
+@needs_nvrtc
+def test_prebuilt_cubins_need_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    kernels = some_kernels("sm_80", 2)
+    options = generator.parse(["8.0", "--output", str(tmp_path), "--jobs", "2"])
+    assert generator.compile_kernels(kernels, options) == 0
+    assert "2 kernels compiled or found in" in capsys.readouterr().out
+    cubins = tmp_path / "cubins"
+    stale = cubins / "stale.cubin"
+    stale.touch()
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled"))
+    assert generator.compile_kernels(kernels, options) == 0  # found, not compiled again
+    assert not stale.exists() and len(list(cubins.glob("*.cubin"))) == 2
+
+    monkeypatch.setattr(compiler, "_compiler_fingerprint", lambda: pytest.fail("no compiler here"))
+    monkeypatch.setenv("MARLIN_KERNEL_PREBUILT", str(cubins))
+    for kernel in kernels:
+        found = compiler.compile_kernel(kernel.source, "sm_80")
+        assert compiler.resource_usage(found.image, found.symbol)[0] == found.registers
+        # an sm_86 runs code of its older sibling
+        assert compiler.compile_kernel(kernel.source, "sm_86") == found
+
+
+@needs_nvrtc
+def test_a_checkout_finds_its_own_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel,) = some_kernels("sm_80", 1)
+    options = generator.parse(["8.0", "--output", str(tmp_path), "--jobs", "1"])
+    generator.compile_kernels([kernel], options)
+    monkeypatch.setattr(compiler, "PREBUILT_PLACES", (tmp_path / "none", tmp_path / "cubins"))
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled"))
+    assert compiler.compile_kernel(kernel.source, "sm_80").image
+    assert REPOSITORY / "build" / "kernels" == generator.parse(["8.0"]).output
+
+
+@needs_nvrtc
+def test_failures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (kernel,) = some_kernels("sm_80", 1)
+    broken = prebuilt.Specialization(
+        "sm_80", kernel.combination, compiler.KernelSource(kernel.source.header, "nothing::at_all")
+    )
+    options = generator.parse(["8.0", "--output", str(tmp_path), "--jobs", "1"])
+    assert generator.compile_kernels([broken], options) == 1
+    captured = capsys.readouterr()
+    assert "nothing::at_all" in captured.err and "1 failed" in captured.out
+
+
+@needs_nvrtc
+def test_ahead_of_time_command_knows_every_family(tmp_path: Path) -> None:
+    (kernel,) = some_kernels("sm_80", 1)
+    pattern = kernel.source.expression.replace("(", r"\(")
+    arguments = ["--arch", "sm_80", "--match", pattern, "--output", str(tmp_path), "--jobs", "1"]
+    assert compiler.main(arguments) == 0
+    assert len(list(tmp_path.glob("*.cubin"))) == 1
+
+
+# ---- the C header ----
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("type", "k", "n", "group_size")]
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("k_padded", "n_padded", "groups")),
+        *((name, ctypes.c_size_t) for name in ("weight_bytes", "scale_bytes")),
+    ]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("major", "minor", "multiprocessors", "per_block", "per_processor")
+    ]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [
+        ("layer", Layer),
+        *((name, ctypes.c_int) for name in ("activation", "output", "m", "batch_invariant")),
+    ]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [
+        ("problem", Problem),
+        ("kernel", ctypes.c_int),
+        *(
+            (name, ctypes.c_uint)
+            for name in ("grid_x", "grid_y", "threads", "cluster", "shared_bytes")
+        ),
+        *((name, ctypes.c_size_t) for name in ("counter_bytes", "partial_bytes")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("k_padded", "n_padded", "splits", "in_turn", "whole_tiles")
+        ),
+        ("function", ctypes.c_void_p),
+    ]
+
+
+def cuda_headers() -> Path | None:
+    """Directory of cuda.h, as the compiler's own search finds it."""
+    try:
+        directory = compiler._include_directory()
+    except CompileError:
+        return None
+    return directory if (directory / "cuda.h").is_file() else None
+
+
+needs_gcc = pytest.mark.skipif(
+    shutil.which("g++") is None or cuda_headers() is None or sys.platform != "linux",
+    reason="needs g++, Linux and the CUDA headers",
+)
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+def build(generated: Path, output: Path, *arguments: str) -> Path:
+    includes = [f"-I{path}" for path in (cuda_headers(), generated, HEADERS)]
+    command = [*arguments, *WARNINGS, *includes, "-o", str(output), "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def library(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The header's functions, compiled as C."""
+    directory = tmp_path_factory.mktemp("header")
+    source = directory / "header.c"
+    source.write_text(
+        '#define MARLIN_KERNEL_IMPLEMENTATION\n#include "marlin_kernel.h"\n'
+        "int size_of_plan(void) { return sizeof(marlin_plan); }\n"
+        "const char* key_of(int kernel) { return marlin_kernels[kernel].key; }\n"
+    )
+    command = ("gcc", "-std=gnu11", "-O1", "-shared", "-fPIC", str(source))
+    loaded = ctypes.CDLL(str(build(generated, directory / "header.so", *command)))
+    loaded.marlin_error.restype = loaded.key_of.restype = ctypes.c_char_p
+    assert loaded.size_of_plan() == ctypes.sizeof(Plan)
+    return loaded
+
+
+def device(capability: tuple[int, int]) -> Device:
+    return Device(*capability, *DEVICES[capability])
+
+
+def layer(name: str, k: int, n: int, group_size: int) -> Layer:
+    return Layer(list(WEIGHT_TYPES).index(name), k, n, group_size)
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+LAYERS = [
+    (256, 128, 128),
+    (192, 200, 64),
+    (100, 64, 32),
+    (128, 192, -1),
+    (72, 40, -1),
+    (64, 64, 64),
+]
+
+
+@needs_gcc
+@pytest.mark.parametrize("name", ["uint4b8", "uint8b128"])
+@pytest.mark.parametrize("k, n, group_size", LAYERS)
+def test_packing_in_c_equals_python(
+    library: ctypes.CDLL, name: str, k: int, n: int, group_size: int
+) -> None:
+    wtype = weight_type(name)
+    codes = torch.randint(0, wtype.levels, (k, n), dtype=torch.uint8)
+    shape = layout.packed_shape(k, n, group_size)
+    groups = -(-k // shape.group_size)
+    scales = torch.rand(groups, n).half()
+    tensors = write(
+        QuantizedLinear(codes, scales, None, None, None, wtype, shape.group_size), "marlin"
+    )
+    described, sizes = layer(name, k, n, group_size), Sizes()
+    assert library.marlin_layer_sizes(ctypes.byref(described), ctypes.byref(sizes)) == 0
+    assert (sizes.k_padded, sizes.n_padded) == (shape.k_padded, shape.n_padded)
+    assert (sizes.groups, sizes.weight_bytes) == (shape.groups, tensors["B"].nbytes)
+    assert sizes.scale_bytes == tensors["s"].nbytes
+    qweight = packing.pack_rows(codes.T, wtype.bits).T.contiguous()
+    for pack, values in (("codes", codes), ("gptq", qweight)):
+        if pack == "gptq" and k % wtype.pack_factor:
+            continue
+        b, s = torch.empty_like(tensors["B"]), torch.empty_like(tensors["s"])
+        function = getattr(library, f"marlin_pack_{pack}")
+        arguments = (pointer(t) for t in (values, scales, b, s))
+        assert function(ctypes.byref(described), *arguments) == 0, library.marlin_error()
+        assert torch.equal(b, tensors["B"]) and torch.equal(s, tensors["s"])
+
+
+@needs_gcc
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("k, n, group_size", LAYERS)
+def test_repacking_in_c_equals_python(
+    library: ctypes.CDLL, capability: tuple[int, int], k: int, n: int, group_size: int
+) -> None:
+    from marlin_kernel import sm80_path
+
+    shape = layout.packed_shape(k, n, group_size)
+    if group_size == shape.k_padded == k:
+        group_size = -1
+    b = torch.randint(-(2**31), 2**31, (shape.k_padded // 16, 2 * shape.n_padded)).int()
+    s = torch.rand(shape.groups, shape.n_padded).half()
+    convert = (launch if capability == (9, 0) else sm80_path).convert_layout
+    expected = convert(b, s, k, n, group_size, torch.float16)
+    weights, scales = torch.empty_like(b), torch.empty_like(s)
+    status = library.marlin_repack(
+        ctypes.byref(device(capability)),
+        ctypes.byref(layer("uint4b8", k, n, group_size)),
+        *(pointer(t) for t in (b, s, weights, scales)),
+    )
+    assert status == 0, library.marlin_error()
+    assert torch.equal(weights, expected[0]) and torch.equal(scales, expected[1])
+
+
+def chosen(
+    library: ctypes.CDLL, capability: tuple[int, int], k: int, n: int, g: int, m: int, bi: bool
+) -> Plan:
+    problem = Problem(layer("uint4b8", k, n, g), ACTIVATIONS.index("float16"), 0, m, bi)
+    problem.output = ACTIVATIONS.index("float16")
+    plan = Plan()
+    status = library.marlin_choose(
+        ctypes.byref(device(capability)), ctypes.byref(problem), ctypes.byref(plan)
+    )
+    assert status == 0, library.marlin_error()
+    return plan
+
+
+@needs_gcc
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
+def test_sm80_launches_as_python_does(
+    library: ctypes.CDLL, capability: tuple[int, int], batch_invariant: bool
+) -> None:
+    processors, limit, per_processor = DEVICES[capability]
+    arch = f"sm_{capability[0]}{capability[1]}"
+    for k, n, g in ((4096, 4096, 128), (1000, 300, 32), (8192, 57344, 64), (576, 960, -1)):
+        shape, group_size = layout.packed_shape(k, n, g), max(g, 0)
+        for m in (1, 8, 9, 16, 17, 33, 64, 128, 129, 1000, 8192):
+            config = sm80_configs.select_config(m, group_size, limit, batch_invariant)
+            fitting = per_processor // (config.shared_bytes(group_size) + 1024)
+            blocks = processors * max(1, min(config.blocks_per_sm, fitting))
+            need = sm80_configs.geometry(config, m, n, shape.k_padded, blocks, batch_invariant)
+            plan = chosen(library, capability, k, n, g, m, batch_invariant)
+            source = prebuilt._source("sm80", _plain_combination(g), config)
+            assert library.key_of(plan.kernel).decode() == compiler.source_key(source, arch)
+            assert (plan.grid_x, plan.grid_y, plan.cluster) == (need.grid, 1, 1)
+            assert (plan.threads, plan.shared_bytes) == (
+                config.threads,
+                config.shared_bytes(group_size),
+            )
+            assert (plan.splits, plan.in_turn) == (need.splits, need.in_turn)
+            assert (plan.partial_bytes, plan.counter_bytes) == (
+                need.partial_bytes,
+                4 * need.counters,
+            )
+
+
+def _plain_combination(group_size: int) -> prebuilt.Combination:
+    return prebuilt.Combination(weight_type("uint4b8"), group_size=group_size)
+
+
+@needs_gcc
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_sm90_launches_as_python_does(library: ctypes.CDLL, batch_invariant: bool) -> None:
+    for k, n, g in ((4096, 4096, 128), (8192, 57344, 32), (4096, 22016, -1), (512, 512, 64)):
+        shape = layout.packed_shape(k, n, g)
+        k_tiles, column_tiles = shape.k_padded // 64, shape.n_padded // 64
+        for m in prebuilt.TOKENS:
+            config = kernel_configs.select_config(
+                m, k_tiles, column_tiles, g, batch_invariant=batch_invariant
+            )
+            plan = chosen(library, (9, 0), k, n, g, m, batch_invariant)
+            source = prebuilt._source("sm90", _plain_combination(g), config)
+            assert library.key_of(plan.kernel).decode() == compiler.source_key(source, "sm_90a")
+            assert plan.threads == config.threads
+            assert plan.shared_bytes == config.shared_bytes(m, k_tiles, g)
+            assert (plan.grid_x, plan.grid_y, 1) == config.grid(m, column_tiles)
+            if isinstance(config, DecodeConfig):
+                assert plan.cluster == config.split
+            else:
+                floats, counters = config.workspace(m, column_tiles)
+                assert (plan.partial_bytes, plan.counter_bytes) == (4 * floats, 4 * counters)
+                assert plan.whole_tiles == config.whole_tiles(m, column_tiles)
+                assert plan.cluster == (config.split if config.cluster else 1)
+
+
+@needs_gcc
+def test_unusual_sizes_find_a_kernel(library: ctypes.CDLL) -> None:
+    for k, n in ((64, 64), (130, 7), (72, 100000), (100000, 64), (4100, 5000)):
+        for capability in DEVICES:
+            for m in (1, 2, 3, 60, 5000):
+                plan = chosen(library, capability, k, n, 128, m, False)
+                assert plan.grid_x * plan.grid_y > 0
+                assert plan.shared_bytes <= DEVICES[capability][1]
+
+
+@needs_gcc
+def test_c_errors_name_the_rule(library: ctypes.CDLL) -> None:
+    def refused(problem: Problem, on: Device) -> str:
+        plan = Plan()
+        assert library.marlin_choose(*map(ctypes.byref, (on, problem, plan))) != 0
+        return library.marlin_error().decode()
+
+    good = layer("uint4b8", 256, 256, 128)
+    assert "m=0" in refused(Problem(good, 0, 0, 0, 0), device((8, 0)))
+    assert "capability 7.5" in refused(
+        Problem(good, 0, 0, 1, 0), Device(7, 5, 40, 1 << 16, 1 << 16)
+    )
+    odd = layer("uint4b8", 256, 256, 48)
+    assert "group_size=48 is not allowed for uint4b8" in refused(
+        Problem(odd, 0, 0, 1, 0), device((8, 0))
+    )
+    codes = torch.full((256, 256), 16, dtype=torch.uint8)
+    scales = torch.ones(2, 256).half()
+    b, s = torch.empty(16, 512, dtype=torch.int32), torch.empty(2, 256).half()
+    assert library.marlin_pack_codes(ctypes.byref(good), *map(pointer, (codes, scales, b, s))) != 0
+    assert b"code 16 at k=0, n=0 has more than 4 bits" in library.marlin_error()
+
+
+@needs_gcc
+def test_kernel_arguments_lie_as_the_kernels_read_them(generated: Path, tmp_path: Path) -> None:
+    source = tmp_path / "layouts.cpp"
+    source.write_text(
+        "#include <cstddef>\n#include <cstdio>\n"
+        '#define MARLIN_KERNEL_IMPLEMENTATION\n#include "marlin_kernel.h"\n'
+        + "".join(
+            f"const std::size_t layout_{family}[] = {{sizeof(marlin_{family}_problem), "
+            + ", ".join(f"offsetof(marlin_{family}_problem, {field})" for field in fields)
+            + "};\n"
+            for family, fields in FIELDS.items()
+        )
+        + "int main() {\n"
+        + "".join(
+            f'  for (std::size_t x : layout_{family}) std::printf("%zu ", x);\n'
+            for family in FIELDS
+        )
+        + "}\n"
+    )
+    ours = build(generated, tmp_path / "ours", "g++", "-std=c++17", str(source))
+    kernels = tmp_path / "kernels.cpp"
+    kernels.write_text(
+        "#include <cstddef>\n#include <cstdio>\n"
+        '#include "sm80/tile_config.cuh"\n#include "sm90/problem.cuh"\n'
+        f"using Sm80 = {SM80_PROBLEM};\nusing Sm90 = {SM90_PROBLEM};\n"
+        "int main() {\n"
+        + "".join(
+            f'  std::printf("%zu ", sizeof({name}));\n'
+            + "".join(f'  std::printf("%zu ", offsetof({name}, {field}));\n' for field in fields)
+            for name, fields in zip(("Sm80", "Sm90"), FIELDS.values(), strict=True)
+        )
+        + "}\n"
+    )
+    theirs = tmp_path / "theirs"
+    includes = [f"-I{EMULATED}", f"-I{EMULATED.parent}", f"-I{CSRC}"]
+    command = ["g++", "-std=c++17", *includes, str(kernels), "-o", str(theirs)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [subprocess.run([p], capture_output=True, text=True).stdout for p in (ours, theirs)]
+    assert outputs[0] == outputs[1] != ""
+
+
+SM80_PROBLEM = "sm80::Problem<__half>"
+SM90_PROBLEM = "sm90::Problem<__half>"
+FIELDS = {
+    "sm80": (
+        *("activations", "weights", "scales", "bias", "output", "partials", "arrivals"),
+        *("row_stride", "m", "n", "k", "n_padded", "k_padded", "splits", "in_turn"),
+    ),
+    "sm90": (
+        *("activations", "weights", "scales", "bias", "out", "row_stride", "m", "n", "k"),
+        *("column_tiles", "k_tiles", "split", "whole_tiles", "partials", "counters"),
+    ),
+}
+
+
+@needs_gcc
+def test_example_compiles_and_asks_for_a_driver(generated: Path, tmp_path: Path) -> None:
+    program = build(generated, tmp_path / "gemm", "g++", "-std=c++17", "-O1", str(EXAMPLE))
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver; test_example_on_the_gpu runs the program")
+    done = subprocess.run([program, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and ("libcuda.so.1" in done.stderr or "cuInit" in done.stderr)
+
+
+@needs_gcc
+@needs_nvrtc
+@pytest.mark.gpu
+@pytest.mark.parametrize("k, n, group_size", [(1024, 768, 128), (1000, 300, 32), (2048, 4096, -1)])
+def test_example_on_the_gpu(
+    generated: Path, library: ctypes.CDLL, tmp_path: Path, k: int, n: int, group_size: int
+) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    arch = prebuilt.architecture(f"{major}.{minor}")
+    keys = set()
+    for m in (1, 2, 7, 16, 33, 64, 100, 300):
+        for batch_invariant in (False, True):
+            plan = chosen(library, (major, minor), k, n, group_size, m, batch_invariant)
+            keys.add(library.key_of(plan.kernel).decode())
+    kernels = [
+        kernel
+        for kernel in prebuilt.specializations(arch, generator.layer_shapes())
+        if compiler.source_key(kernel.source, arch) in keys
+    ]
+    assert len(kernels) == len(keys)
+    options = generator.parse([f"{major}.{minor}", "--output", str(tmp_path)])
+    assert generator.compile_kernels(kernels, options) == 0
+    program = build(generated, tmp_path / "gemm", "g++", "-std=c++17", "-O2", str(EXAMPLE))
+    arguments = [program, tmp_path / "cubins", str(k), str(n), str(group_size)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all results agree" in done.stdout
