@@ -1,36 +1,58 @@
 """Benchmark the W4A16 kernel against torch.matmul and the time to read the weights at all.
 
-    python scripts/bench.py                      # configs/bench/anchors.yaml
+    python scripts/bench.py                                 # configs/bench/anchors.yaml
+    python scripts/bench.py --dtype float16 bfloat16 --group_size 32 64 128 -1 --m 1 16
+    python scripts/bench.py --peers FILE.csv                # beside other kernels' times
+    python scripts/bench.py --batch_invariant               # what that option costs
+    python scripts/bench.py --overhead                      # host time of eager calls
+
+The benchmarks of the original Marlin: the largest speed-up, whole models, under sustained load:
+
+    python scripts/bench.py --config configs/bench/peak.yaml
     python scripts/bench.py --config configs/bench/models.yaml
-    python scripts/bench.py --sustained 5        # seconds of back-to-back launches at large batch
+    python scripts/bench.py --config configs/bench/models.yaml --sustained 2
 
 Every result is checked against float64 before it is timed. Times are medians over replays of CUDA
 graphs that rotate over copies of the weights (scripts/gpu_timing.py). `floor` is a kernel that only
 reads the weights' bytes, `fl_pdl` the same with programmatic dependent launch, both measured in the
-same run; `cublas` is the faster of torch.matmul with FP16 weights [K, N] and [N, K] transposed;
-`alone` is the kernel without programmatic dependent launch.
+same run; `cublas` is the faster of torch.matmul with weights [K, N] and [N, K] transposed;
+`alone` is the kernel without programmatic dependent launch. --sustained launches each entry back to
+back for so many seconds, until power limits the clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import yaml
-from gpu_timing import ROTATE_BYTES, RotatingWeights, graph_time
+from bench_tables import (
+    HEADER,
+    add_peers,
+    plot,
+    print_models,
+    print_row,
+    read_peers,
+    summarize,
+)
+from call_overhead import call_overhead
+from gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
 from torch import Tensor
 
 from marlin_kernel import kernel_configs, launch
-from marlin_kernel.compiler import KernelSource
+from marlin_kernel.compiler import KernelSource, compile_kernel
+from marlin_kernel.kernel_configs import KernelConfig
+from marlin_kernel.layout import permute_columns
 from marlin_kernel.packing import pack
 from marlin_kernel.weight_types import weight_type
 
@@ -38,84 +60,148 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    config = yaml.safe_load(options.config.read_text())
+    models = {} if options.shapes else config.get("models", {})
+    shapes = options.shapes or config.get("shapes") or sum(models.values(), [])
+    shapes = [tuple(map(int, shape.split("x"))) for shape in dict.fromkeys(shapes)]
+    tokens = sorted(options.m or config["tokens"])
+    peers = read_peers(options.peers) if options.peers else {}
+    report = {"circumstances": circumstances("scripts/bench.py", options), "rows": []}
+    rows = report["rows"]
+    if options.overhead:
+        report["overhead"] = overheads(shapes[0], tokens, options)
+    else:
+        precompile(shapes, tokens, options)
+        print(HEADER)
+        # Few tokens first: minutes of large products leave the chip hot, and its clock low.
+        for part in ([m for m in tokens if m <= 64], [m for m in tokens if m > 64]):
+            for dtype, group_size in itertools.product(options.dtype, options.group_size):
+                for k, n in shapes if part else ():
+                    found = bench_shape(k, n, part, dtype, group_size, options)
+                    add_peers(found, peers)
+                    for row in found:
+                        print_row(row)
+                    rows += found
+                    write(report, options.output)
+        report["summary"] = summarize(rows)
+        print_models(models, rows)
+    write(report, options.output)
+    if options.plot:
+        plot(rows, options.plot, torch.cuda.get_device_name())
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs/bench/anchors.yaml")
     parser.add_argument("--shapes", nargs="+", help="K x N, instead of the configuration's")
     parser.add_argument("--m", nargs="+", type=int, help="tokens, instead of the configuration's")
-    parser.add_argument("--group_size", type=int, default=128)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    parser.add_argument("--batch_invariant", action="store_true")
+    parser.add_argument("--group_size", nargs="+", type=int, default=[128])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16"])
+    parser.add_argument(
+        "--batch_invariant", action="store_true", help="also time batch-invariant products"
+    )
+    parser.add_argument("--overhead", action="store_true", help="only the host time of eager calls")
     parser.add_argument("--no_baseline", action="store_true", help="skip torch.matmul")
     parser.add_argument("--sustained", type=float, default=0.0, help="seconds per entry")
+    parser.add_argument("--peers", type=Path, help="CSV: kernel,dtype,group_size,K,N,M,us")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG or SVG file (needs matplotlib)")
-    options = parser.parse_args()
-    config = yaml.safe_load(options.config.read_text())
-    models = config.get("models", {})
-    shapes = options.shapes or config.get("shapes") or sum(models.values(), [])
-    report = {"circumstances": circumstances(options), "rows": []}
-    print(HEADER)
-    tokens = sorted(options.m or config["tokens"])
-    # Few tokens first: minutes of large products leave the chip hot, and its clock low.
-    for part in ([m for m in tokens if m <= 64], [m for m in tokens if m > 64]):
-        for shape in dict.fromkeys(shapes):
-            k, n = map(int, shape.split("x"))
-            if part:
-                report["rows"] += bench_shape(k, n, part, options)
-            if options.output:
-                options.output.write_text(json.dumps(report, indent=1))
-    summarize(report["rows"])
-    for name, parts in models.items():
-        print_model(name, parts, report["rows"])
-    if options.plot:
-        plot(report["rows"], options.plot)
+    return parser
 
 
-HEADER = (
-    f"{'K x N':>12} {'M':>5} {'us':>9} {'alone':>9} {'floor':>8} {'fl_pdl':>8} {'cublas':>9} "
-    f"{'x floor':>8} {'x cublas':>9} {'TFLOP/s':>8} {'GB/s':>6} {'error':>8} configuration"
-)
+def write(report: dict, path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(report, indent=1))
 
 
-def bench_shape(k: int, n: int, tokens: list[int], options: argparse.Namespace) -> list[dict]:
-    """Rows of results for one shape."""
-    dtype = DTYPES[options.dtype]
-    weights = RotatingWeights.make(k, n, options.group_size)
+def select(k: int, n: int, m: int, group_size: int, batch_invariant: bool) -> KernelConfig:
+    """What `launch.gemm` would choose."""
+    return kernel_configs.select_config(
+        m,
+        k // kernel_configs.TILE_K,
+        n // kernel_configs.TILE_N,
+        group_size,
+        batch_invariant=batch_invariant,
+        gpu=kernel_configs.gpu_key(torch.cuda.get_device_name()),
+        multiprocessors=launch.multiprocessors(torch.cuda.current_device()),
+    )
+
+
+def precompile(
+    shapes: list[tuple[int, int]], tokens: list[int], options: argparse.Namespace
+) -> None:
+    """Compile in parallel what the launches will ask for."""
+    modes = (False, True) if options.batch_invariant else (False,)
+    sources = {
+        select(k, n, m, group_size, invariant).source(dtype, group_size)
+        for (k, n), m in itertools.product(shapes, tokens)
+        for group_size, invariant in itertools.product(options.group_size, modes)
+        for dtype in options.dtype
+    }
+    arch = launch.device_arch(torch.cuda.current_device())
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda source: compile_kernel(source, arch), sources))
+
+
+def overheads(shape: tuple[int, int], tokens: list[int], options: argparse.Namespace) -> list[dict]:
+    """Host microseconds of eager calls at one shape (K, N)."""
+    k, n = shape
+    found = []
+    print(f"{'K x N':>12} {'M':>5} {'dtype':>9} {'matmul':>8} {'linear':>8} {'op':>8} {'layer':>8}")
+    for dtype, m in itertools.product(options.dtype, tokens):
+        us = call_overhead(k, n, m, DTYPES[dtype], options.group_size[0])
+        found.append({"k": k, "n": n, "m": m, "dtype": dtype, **us})
+        times = " ".join(f"{us[name]:8.2f}" for name in ("matmul", "linear", "op", "layer"))
+        print(f"{f'{k}x{n}':>12} {m:5} {dtype:>9} {times}", flush=True)
+    return found
+
+
+def bench_shape(
+    k: int,
+    n: int,
+    tokens: list[int],
+    dtype_name: str,
+    group_size: int,
+    options: argparse.Namespace,
+) -> list[dict]:
+    """Rows of results (scripts/bench_tables.py) for one shape."""
+    dtype = DTYPES[dtype_name]
+    weights = RotatingWeights.make(k, n, group_size)
     exact = fill_known(weights, dtype)
     floors = {pdl: read_floor(weights, pdl) for pdl in (False, True)}
     rows = []
     for m in tokens:
-        config = kernel_configs.select_config(
-            m,
-            k // kernel_configs.TILE_K,
-            n // kernel_configs.TILE_N,
-            options.group_size,
-            batch_invariant=options.batch_invariant,
-            gpu=kernel_configs.gpu_key(torch.cuda.get_device_name()),
-        )
+        config = select(k, n, m, group_size, batch_invariant=False)
         a = torch.randn(m, k, device="cuda").to(dtype)
         error = relative_error(config, a, weights, exact)
         count = max(2, weights.copies if m <= 256 else weights.copies // 4)
         out = torch.empty(m, n, device="cuda", dtype=dtype)
-        times = {
-            pdl: graph_time([_launch(config, a, weights, i, out, pdl) for i in range(count)])
-            for pdl in (True, False)
-        }
-        us, floor = times[True], floors[False]
+
+        def timed(config: KernelConfig, pdl: bool, a=a, out=out, count=count) -> float:
+            return graph_time([_launch(config, a, weights, i, out, pdl) for i in range(count)])
+
+        us = timed(config, True)
         row = {
             "k": k,
             "n": n,
             "m": m,
+            "dtype": dtype_name,
+            "group_size": group_size,
             "us": us,
-            "us_alone": times[False],
-            "floor": floor,
+            "us_alone": timed(config, False),
+            "floor": floors[False],
             "floor_pdl": floors[True],
             "tflops": 2 * m * n * k / us * 1e-6,
             "gb_per_s": weights.nbytes / us * 1e-3,
             "error": error,
             "config": repr(config),
         }
+        if options.batch_invariant:
+            calls = [_invariant_call(a, weights, i, out) for i in range(count)]
+            row["us_invariant"] = graph_time(calls)
+            row["config_invariant"] = repr(select(k, n, m, group_size, batch_invariant=True))
         if options.sustained:
             launches = [_launch(config, a, weights, i, out, True) for i in range(weights.copies)]
             row["us_sustained"] = sustained(launches, options.sustained)
@@ -123,8 +209,15 @@ def bench_shape(k: int, n: int, tokens: list[int], options: argparse.Namespace) 
     baseline = {} if options.no_baseline else cublas_times(k, n, tokens, dtype)
     for row in rows:
         row["cublas"] = baseline.get(row["m"], math.nan)
-        print_row(row)
     return rows
+
+
+def _invariant_call(a: Tensor, w: RotatingWeights, i: int, out: Tensor):
+    """The whole interface: many rows may take several launches."""
+    return lambda: launch.gemm(
+        *(a, w.codes[i], w.scales[i], None, out, w.k, w.n, w.k, w.n, w.group_size),
+        batch_invariant=True,
+    )
 
 
 def _launch(config, a: Tensor, w: RotatingWeights, i: int, out: Tensor, pdl: bool = True):
@@ -139,8 +232,6 @@ def fill_known(weights: RotatingWeights, dtype: torch.dtype) -> Tensor:
     codes = torch.randint(0, 16, (k, n), device="cuda", dtype=torch.int32)
     groups = weights.scales.shape[1] // n
     scales = (torch.rand(groups, n, device="cuda") * 0.01 + 0.001).half()
-    from marlin_kernel.layout import permute_columns
-
     words, stored = launch.convert_layout(
         pack(codes, weight_type("uint4b8")),
         permute_columns(scales, grouped=groups > 1),
@@ -246,90 +337,6 @@ def sustained(launches: list, seconds: float) -> float:
         torch.cuda.synchronize()
         replays += 10
     return (time.perf_counter() - start) * 1e6 / (replays * len(launches))
-
-
-# ---- output --------------------------------------------------------------------------------------
-
-
-def print_row(r: dict) -> None:
-    shape = f"{r['k']}x{r['n']}"
-    print(
-        f"{shape:>12} {r['m']:5} {r['us']:9.2f} {r['us_alone']:9.2f} {r['floor']:8.2f} "
-        f"{r['floor_pdl']:8.2f} {r['cublas']:9.2f} {r['us'] / r['floor']:8.2f} "
-        f"{r['cublas'] / r['us']:9.2f} {r['tflops']:8.0f} {r['gb_per_s']:6.0f} "
-        f"{r['error']:8.5f} {r['config']}"
-        + (f" sustained {r['us_sustained']:.2f}" if "us_sustained" in r else ""),
-        flush=True,
-    )
-
-
-def summarize(rows: list[dict]) -> None:
-    """Geometric means over shapes, for each number of tokens."""
-    print(f"\n{'M':>5} {'x floor':>8} {'worst':>7} {'x cublas':>9} {'worst':>7}")
-    for m in sorted({r["m"] for r in rows}):
-        mine = [r for r in rows if r["m"] == m]
-        floor = [r["us"] / r["floor"] for r in mine]
-        speed = [r["cublas"] / r["us"] for r in mine]
-        print(f"{m:5} {_mean(floor):8.3f} {max(floor):7.2f} {_mean(speed):9.3f} {min(speed):7.2f}")
-
-
-def _mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def print_model(name: str, shapes: list[str], rows: list[dict]) -> None:
-    for m in sorted({r["m"] for r in rows}):
-        parts = [r for r in rows if r["m"] == m and f"{r['k']}x{r['n']}" in shapes]
-        us, cublas = (sum(r[key] for r in parts) for key in ("us", "cublas"))
-        print(f"{name:>12} M={m}: {us:.1f} us a layer, {cublas / us:.2f}x of FP16")
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Speed-up over torch.matmul against the number of tokens, one line per shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for shape in dict.fromkeys((r["k"], r["n"]) for r in rows):
-        mine = [r for r in rows if (r["k"], r["n"]) == shape]
-        axes.plot(
-            [r["m"] for r in mine],
-            [r["cublas"] / r["us"] for r in mine],
-            marker="o",
-            label=f"{shape[0]} x {shape[1]}",
-        )
-    axes.set_xscale("log", base=2)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("tokens (M)")
-    axes.set_ylabel("speed-up over torch.matmul in FP16")
-    axes.legend(fontsize=8)
-    axes.set_title(torch.cuda.get_device_name())
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def circumstances(options: argparse.Namespace) -> dict:
-    """What the numbers depend on."""
-
-    def output_of(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-        except OSError:
-            return "unknown"
-
-    query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    return {
-        "command": "scripts/bench.py " + " ".join(sys.argv[1:]),
-        "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
-        "group_size": options.group_size,
-        "dtype": options.dtype,
-        "batch_invariant": options.batch_invariant,
-    }
 
 
 if __name__ == "__main__":

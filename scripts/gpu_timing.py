@@ -7,14 +7,48 @@ median over replays of the time of one replay divided by its launches.
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 ROTATE_BYTES = 400_000_000
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What measured numbers depend on, for the JSON of a benchmark.
+
+    The commit comes from git, or from the environment variable BENCH_COMMIT for copies without it.
+    """
+
+    def output_of(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        except OSError:
+            return "unknown"
+
+    query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    return {
+        "command": " ".join([script, *sys.argv[1:]]),
+        "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": os.environ.get("BENCH_COMMIT")
+        or output_of("git", "rev-parse", "--short", "HEAD"),
+        "options": {
+            name: value if isinstance(value, (bool, int, float, list, type(None))) else str(value)
+            for name, value in vars(options).items()
+        },
+    }
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> float:
