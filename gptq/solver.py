@@ -18,7 +18,7 @@ from marlin_kernel.errors import NumericalError
 from marlin_kernel.reference import round_scales
 from marlin_kernel.weight_types import WeightType, normalize_group_size
 
-from . import fused_solver
+from . import fused_solver, sparsity
 from .grid import GridOptions, quantize_to_codes, search_grid, unclipped_scales
 from .hessian import Factor, factorize
 
@@ -33,7 +33,8 @@ class SolverOptions:
     closed-form scale refit after the update, each followed by `sweeps` passes of coordinate descent
     over the codes; asymmetric: aim at the full-precision model's outputs from the quantized model's
     inputs; target_damp: damping of that least-squares target; fused: on a GPU, run the inner loops
-    as CUDA kernels (`fused_solver`).
+    as CUDA kernels (`fused_solver`); sparsity: None, or "2:4": two weights of every four inputs
+    become zero, chosen inside the update (`sparsity`; by magnitude with `nearest`).
     """
 
     wtype: WeightType
@@ -49,6 +50,7 @@ class SolverOptions:
     asymmetric: bool = False
     target_damp: float = 1.0
     fused: bool = True
+    sparsity: str | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,8 @@ def solve_columns(
         safe.diagonal()[dead] = live.mean() if live.numel() else 1.0
         w[dead] = 0
 
+    if options.sparsity:
+        sparsity.check_inputs(k, name)
     if options.nearest:
         factor = Factor(safe, safe, 0.0, 0)  # not used: no feedback, no weighting
         order = None
@@ -207,7 +211,8 @@ def solve_columns(
     groups = torch.arange(k, device=w.device) // g  # group of each input, or of each place in order
     if options.nearest:
         scales, zeros = _static_grid(w, None, g, options)
-        codes = quantize_to_codes(w, scales[groups], zeros[groups], options.wtype.levels)
+        kept = sparsity.keep_largest(w) if options.sparsity else w
+        codes = quantize_to_codes(kept, scales[groups], zeros[groups], options.wtype.levels)
     elif contiguous:
         scales = zeros = None  # natural order: each group's grid is searched when it is reached
         if order is not None:
@@ -230,7 +235,7 @@ def solve_columns(
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:
     """Whether the CUDA kernels do the inner loops, instead of the reference in torch below."""
-    return w.is_cuda and options.fused
+    return w.is_cuda and options.fused and options.sparsity is None
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -241,6 +246,8 @@ def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
 def _order(diagonal: Tensor, options: SolverOptions) -> Tensor | None:
     if not options.act_order:
         return None
+    if options.sparsity:
+        return sparsity.quad_order(diagonal)
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
@@ -291,6 +298,8 @@ def _group_factors(factor: Factor, order: Tensor, g: int, name: str) -> Tensor:
 def _static_grid(
     w: Tensor, factors: Tensor | None, g: int, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
+    if options.sparsity:  # fitted to the weights that are likely to stay
+        w = sparsity.keep_largest(w)
     grouped = torch.nn.functional.pad(w, (0, 0, 0, -w.shape[0] % g)).reshape(-1, g, w.shape[1])
     search = fused_solver.search_grid if _fused(w, options) else search_grid
     return search(grouped, factors, options.wtype, options.grid)
@@ -324,8 +333,11 @@ def _update(
         zeros = torch.empty_like(scales)
     places = sequence.tolist()
     diagonal = u.diagonal().tolist()
-    for start in range(0, k, options.blocksize):
-        stop = min(start + options.blocksize, k)
+    width = options.blocksize
+    if options.sparsity:
+        width = -(-width // sparsity.QUAD) * sparsity.QUAD
+    for start in range(0, k, width):
+        stop = min(start + width, k)
         errors = torch.empty(stop - start, n, device=w.device)
         if not dynamic:
             block_scales = scales[sequence[start:stop]]
@@ -338,6 +350,8 @@ def _update(
                     group = group.clone()
                     pending = u[start:i, stop:end].T @ errors[: i - start]
                     group[stop - i :] -= pending
+                if options.sparsity:
+                    group = sparsity.keep_largest(group)
                 factors = r[i:end, i:end][None] if options.grid.clip else None
                 found = search_grid(group[None], factors, options.wtype, options.grid)
                 scales[i // g], zeros[i // g] = found[0][0], found[1][0]
@@ -347,6 +361,12 @@ def _update(
                 s, z = block_scales[i - start], block_zeros[i - start]
             row = work[i]
             code = quantize_to_codes(row, s, z, levels)
+            if options.sparsity:
+                place = i % sparsity.QUAD
+                if place == 0:
+                    quad = slice(i, i + sparsity.QUAD)
+                    stays = sparsity.choose_pairs(work[quad], u[quad, quad])
+                code = torch.where(stays[place], code, z)
             codes[i] = code
             error = torch.sub(code, z).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])
             errors[i - start] = error
@@ -436,6 +456,7 @@ def _sweep(
     gradient = h @ (w - quantized)
     codes = codes.clone()
     diagonal = h.diagonal().tolist()
+    movable = sparsity.movable(codes, z_all) if options.sparsity else None
     for start in range(0, k, options.blocksize):
         stop = min(start + options.blocksize, k)
         moves = torch.empty(stop - start, n, device=w.device)
@@ -444,6 +465,8 @@ def _sweep(
             old = quantized[i]
             best = torch.add(old, block[i - start], alpha=1.0 / diagonal[i])
             code = quantize_to_codes(best, s_all[i], z_all[i], options.wtype.levels)
+            if movable is not None:
+                code = torch.where(movable[i], code, z_all[i])
             codes[i] = code
             move = code.sub_(z_all[i]).mul_(s_all[i]).sub_(old)
             moves[i - start] = move
