@@ -11,11 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from marlin_kernel.errors import DataError, MarlinError
+from marlin_kernel.errors import ConfigError, DataError, MarlinError
 from marlin_kernel.formats import FORMATS
 from marlin_kernel.weight_types import GROUP_SIZES
 
 from .config import DTYPES, WBITS, QuantizeConfig, load_recipe, resolve
+from .distributed import launched_by_torchrun, leave
 from .run import run
 from .texts import documents
 
@@ -39,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("checkpoint", help="Hugging Face folder, hub name (owner/model), or GGUF file")
+    top.add_argument(
+        "checkpoint",
+        nargs="?",
+        help="Hugging Face folder, hub name (owner/model), or GGUF file",
+    )
 
     def flag(group, name: str, text: str, **extra: Any) -> None:
         default = _DEFAULT[name.lstrip("-").replace("-", "_")]
@@ -99,6 +104,13 @@ def parser() -> argparse.ArgumentParser:
     run_group.add_argument("--config", help="YAML recipe (configs/quantize/); flags override it")
     flag(run_group, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     flag(run_group, "--dtype", "of activations (default: float32 on CPU)", choices=DTYPES)
+    switch(run_group, "--offload_activations", "keep activations of a GPU run in host memory")
+    flag(
+        run_group,
+        "--from_config",
+        "no checkpoint: random weights and tokens for a model of this shape (speed tests)",
+        metavar="CONFIG.json",
+    )
     switch(run_group, "--resume", "continue an interrupted run; --no-resume discards it")
     flag(run_group, "--eval", "data sets for perplexity, comma separated, or none")
     flag(run_group, "--eval_tokens", "at most so many tokens per data set (default: all)", type=int)
@@ -131,10 +143,16 @@ def main(argv: Sequence[str] | None = None, evaluate: Evaluate | None = None) ->
     except KeyboardInterrupt:
         print("interrupted; finished layers are kept, continue with --resume", file=sys.stderr)
         return 130
+    finally:
+        leave()
     return 0
 
 
 def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
+    if not config.checkpoint and not config.from_config:
+        raise ConfigError("no model; give a checkpoint, or --from_config CONFIG.json")
+    if config.from_config:
+        evaluate = None  # random weights
     if evaluate is not None:
         _check_evaluation_text(config)
     if config.wbits == 16:
@@ -144,10 +162,14 @@ def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
     if config.save:
         out = Path(config.save).expanduser().absolute()
         report = run(config, out)
+        if report is None:  # another process of this run has it
+            return
         _summarize(report, out)
         if evaluate is not None:
             evaluate(config, out, report)
         return
+    if launched_by_torchrun():
+        raise ConfigError("several processes need a folder that all can see; add --save OUT")
     with tempfile.TemporaryDirectory(prefix="marlin-gptq-") as folder:
         out = Path(folder) / "packed"
         report = run(config, out)

@@ -25,6 +25,7 @@ class QuantizeConfig:
     """One run. Names are those of the command line; its --help explains each."""
 
     checkpoint: str = ""
+    from_config: str | None = None
     # calibration
     dataset: str = "red"
     data_dir: str | None = None
@@ -61,6 +62,7 @@ class QuantizeConfig:
     report: str | None = None
     device: str | None = None
     dtype: str | None = None
+    offload_activations: bool = False
 
     def __post_init__(self) -> None:
         _choice("wbits", self.wbits, WBITS)
@@ -83,7 +85,17 @@ class QuantizeConfig:
             raise ConfigError(f"target_damp={self.target_damp} is not in (0, 100]; 1 is usual")
         if not 0 < self.clip_min <= 1:
             raise ConfigError(f"clip_min={self.clip_min} is not in (0, 1]; 0.25 is usual")
+        if self.checkpoint and self.from_config:
+            raise ConfigError(
+                f"checkpoint={self.checkpoint!r} and from_config={self.from_config!r}: one model "
+                "at a time; leave one out"
+            )
         if self.wbits == 16:
+            if self.from_config:
+                raise ConfigError(
+                    f"from_config={self.from_config!r} with wbits=16: random weights have nothing "
+                    "to evaluate; add --wbits 4"
+                )
             if self.save:
                 raise ConfigError(
                     f"save={self.save!r} with wbits=16: there is nothing to pack; add --wbits 4"
@@ -142,7 +154,7 @@ class QuantizeConfig:
         """The settings that decide the codes: two runs that agree here may continue each other."""
         left_out = {
             "checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
-            "report", "format",
+            "report", "format", "from_config", "offload_activations",
         }  # fmt: skip
         return {key: value for key, value in self.as_dict().items() if key not in left_out}
 

@@ -1,4 +1,4 @@
-"""Several processes that share one quantization: samples and outputs divided, sums and codes not.
+"""Several processes that share one quantization.
 
 Every process holds the whole model's layer and its own calibration samples. Hessians are summed
 over all; the outputs of a stage are divided, since no output of GPTQ depends on another; codes and
@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlin_kernel.errors import ConfigError
+from marlin_kernel.errors import ConfigError, MarlinError
 
 _PATIENCE = datetime.timedelta(minutes=30)  # of a process for the others, then the run ends
+
+
+class WorkerError(MarlinError, RuntimeError):
+    """Another process of the run has ended, or does not answer."""
 
 
 class Workers:
@@ -53,23 +57,32 @@ class _Group(Workers):
         self._device = device
 
     def sum(self, tensor: Tensor) -> None:
-        self._dist.all_reduce(tensor)
+        self._call(self._dist.all_reduce, tensor)
 
     def gather(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
         # equal shapes for all, as every backend takes them: pad, gather, cut
-        widest = max(sizes)
-        rows = part.shape[0]
-        padded = torch.zeros(widest, rows, dtype=part.dtype, device=part.device)
+        padded = torch.zeros(max(sizes), part.shape[0], dtype=part.dtype, device=part.device)
         padded[: part.shape[1]] = part.T
         parts = [torch.empty_like(padded) for _ in sizes]
-        self._dist.all_gather(parts, padded)
+        self._call(self._dist.all_gather, parts, padded)
         whole = torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
         return whole.T.contiguous()
 
     def agree(self, value: Any) -> Any:
         box = [value]
-        self._dist.broadcast_object_list(box, src=0, device=self._device)
+        self._call(self._dist.broadcast_object_list, box, src=0, device=self._device)
         return box[0]
+
+    def _call(self, collective: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        try:
+            collective(*arguments, **named)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise WorkerError(
+                f"process {self.rank} of {self.count}: another process of the run has ended or "
+                f"does not answer ({reason}); see its message; finished layers are kept, continue "
+                "with --resume"
+            ) from error
 
 
 def launched_by_torchrun() -> bool:

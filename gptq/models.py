@@ -6,7 +6,8 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,60 @@ def resolve_source(checkpoint: str) -> Path:
         ) from error
 
 
+def config_folder(config: str) -> Path:
+    """A folder that holds `config` (a transformers config file) as config.json, and no weights.
+
+    Raises ConfigError if there is no such file.
+    """
+    path = Path(config).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"from_config={config!r}: no such file; give a model's config.json")
+    content = path.read_bytes()
+    folder = cache_dir() / "configs" / hashlib.sha256(content).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"config.json.{os.getpid()}.partial"
+    partial.write_bytes(content)
+    os.replace(partial, folder / "config.json")
+    return folder
+
+
+class RandomTensors(Mapping[str, Tensor]):
+    """Weights of a model that exists only as a config: each is made when it is asked for.
+
+    shapes: of all tensors; dtype: of the tensors; device: where they are made; seed: with a
+    tensor's name, decides its values (which differ between kinds of device). Weights are normal
+    with variance 1 / inputs, embeddings with variance 1, norms are one and biases zero.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self._shapes, self._dtype, self._device, self._seed = dict(shapes), dtype, device, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            fill = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(shape, fill, dtype=self._dtype, device=self._device)
+        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
+        generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:7], "big"))
+        drawn = torch.randn(shape, generator=generator, dtype=self._dtype, device=self._device)
+        return drawn if "embed" in name else drawn.mul_(shape[1] ** -0.5)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+
 def _convert_gguf(path: Path) -> Path:
     """Dequantize a GGUF file into a safetensors folder, once; keyed by the file's content."""
     digest = hashlib.sha256()
@@ -157,10 +212,17 @@ class StreamedModel:
 
     folder: a Hugging Face folder with safetensors. dtype, device: of weights and activations.
     storage: dtype in which tensors that are not quantized will be stored (the source's own; float32
-    becomes float16).
+    becomes float16). random_seed: the folder holds a config only; weights are `RandomTensors`.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        random_seed: int | None = None,
+    ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.folder, self.dtype, self.device = folder, dtype, device
@@ -176,9 +238,12 @@ class StreamedModel:
                 f"checkpoint={str(folder)!r} is already quantized; give the full-precision model"
             )
         self.family = family_of(self.config)
-        self.tensors = open_checkpoint(folder)
+        if random_seed is None:
+            self.tensors = open_checkpoint(folder)
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        if random_seed is not None:
+            self.tensors = RandomTensors(self._shapes(), dtype, device, random_seed)
         self.base = self.skeleton.get_submodule(self.family.base)
         self._layers = list(getattr(self.base, self.family.layers))
         self.num_layers = len(self._layers)
@@ -189,6 +254,15 @@ class StreamedModel:
         rotary = self.base.rotary_emb
         self.base.rotary_emb = type(rotary)(config=self.config).to(device)
         self._arguments: dict[int, list[dict]] = {}
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that a checkpoint of this model holds."""
+        shapes = {name: tuple(t.shape) for name, t in self.skeleton.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            shapes.pop(f"{self.family.head}.weight", None)
+        return shapes
 
     def _check_tensors(self) -> None:
         """Raise CheckpointError naming a tensor that is missing or has another shape than it "
@@ -221,7 +295,7 @@ class StreamedModel:
 
         Raises NumericalError if `storage` cannot hold its values.
         """
-        tensor = self.tensors[name]
+        tensor = self.tensors[name].cpu()
         rounded = tensor.to(self.storage) if tensor.is_floating_point() else tensor
         if not bool(torch.isfinite(rounded).all()):
             raise NumericalError(
@@ -247,7 +321,12 @@ class StreamedModel:
         """Decoder layer `index` with its weights, on `device`; drop the reference to free it."""
         layer = copy.deepcopy(self._layers[index])
         prefix = self.layer_name(index)
-        _assign(layer, lambda name: self.tensor(f"{prefix}.{name}"))
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            read = ahead[1].result()
+            _assign(layer, lambda name: read[name].to(self.device, non_blocking=True))
+        else:
+            _assign(layer, lambda name: self.tensor(f"{prefix}.{name}"))
         for name, parameter in layer.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(
@@ -256,6 +335,25 @@ class StreamedModel:
                     "damaged, or --dtype bfloat16 / float32 is needed"
                 )
         return layer
+
+    def read_ahead(self, index: int) -> None:
+        """Start reading layer `index` into pinned host memory, beside what the GPU does now.
+
+        Does nothing where that would not help: on the CPU, and behind the last layer.
+        """
+        if self.device.type != "cuda" or index >= self.num_layers:
+            return
+        if isinstance(self.tensors, RandomTensors):
+            return
+        names = list(self._layers[index].state_dict())
+        prefix = self.layer_name(index)
+
+        def read() -> dict[str, Tensor]:
+            return {
+                name: self.tensors[f"{prefix}.{name}"].to(self.dtype).pin_memory() for name in names
+            }
+
+        self._ahead = index, self._reader.submit(read)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, T, hidden] of token ids [B, T]; [1, T, hidden] of [T]."""

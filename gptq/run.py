@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,29 @@ from marlin_kernel.errors import CheckpointError, ConfigError
 from . import preflight
 from .calibration import sample_documents, sample_windows
 from .config import QuantizeConfig
-from .models import StreamedModel, resolve_source
+from .distributed import join, local_device
+from .models import StreamedModel, config_folder, resolve_source
 from .sequential import LinearResult, Walker
-from .storage import FinishedLayers, fingerprint, layer_weights, write_checkpoint
+from .storage import (
+    BackgroundWriter,
+    FinishedLayers,
+    fingerprint,
+    layer_weights,
+    write_checkpoint,
+)
 from .texts import documents
 
 log = logging.getLogger(__name__)
 PROBE_TOKENS = 16
 MAX_SEQLEN = 4096
+STEP_TOKENS = 8192  # that pass a layer together on a GPU: enough to fill its matrix units
 
 
 def choose_device(config: QuantizeConfig) -> torch.device:
     """`--device`, or the first GPU, or the CPU. Raises ConfigError if it is not there."""
+    name = local_device(config.device)
     try:
-        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ConfigError(
             f"device={config.device!r} is no device of torch; use cpu, cuda, or cuda:1"
@@ -51,6 +61,11 @@ def choose_device(config: QuantizeConfig) -> torch.device:
         raise ConfigError(
             f"device={config.device!r}: torch sees no GPU; use --device cpu, or install a CUDA "
             "build"
+        )
+    if config.offload_activations and device.type != "cuda":
+        raise ConfigError(
+            f"offload_activations with device={str(device)!r}: they are in host memory already; "
+            "leave it out"
         )
     return device
 
@@ -85,46 +100,70 @@ def calibration_samples(config: QuantizeConfig, tokenizer: Any, seqlen: int) -> 
     return sample_documents(source.texts, tokenizer, **draw)
 
 
-def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    config: QuantizeConfig, out: Path, say: Callable[[str], None] = print
+) -> dict[str, Any] | None:
     """Quantize `config.checkpoint` into the packed folder `out`.
 
-    say: receives the plan and the summary as text. Returns the report
-    (quantization_report.json). Raises MarlinError subclasses; finished layers of an interrupted
-    run stay beside `out` for --resume.
+    say: receives the plan as text. Returns the report (quantization_report.json); where torchrun
+    started several processes, all but the first return None when it has written everything.
+    Raises MarlinError subclasses; finished layers of an interrupted run stay beside `out` for
+    --resume.
     """
     began = time.perf_counter()
     check_target(out, config.overwrite)
     device = choose_device(config)
-    folder = resolve_source(config.checkpoint)
+    workers = join(device)
+    first = workers.rank == 0
+    random = config.from_config is not None
+    folder = config_folder(config.from_config) if random else resolve_source(config.checkpoint)
     dtype = choose_dtype(config, folder, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model = StreamedModel(folder, dtype, device)
+    model = StreamedModel(folder, dtype, device, random_seed=config.seed if random else None)
     seqlen = choose_seqlen(config, model.config)
     skip = _skipped(config, model)
     linears = _linear_sizes(model, skip)
-    tokenizer = _tokenizer(folder)
-    samples = [] if config.nearest else calibration_samples(config, tokenizer, seqlen)
+    if random:
+        samples, probe = random_samples(config, seqlen, model.config.vocab_size)
+    else:
+        tokenizer = _tokenizer(folder)
+        samples = [] if config.nearest else calibration_samples(config, tokenizer, seqlen)
+        probe = _probe_tokens(tokenizer, model.config.vocab_size)
     _check_vocabulary(samples, model)
-    probe = _probe_tokens(tokenizer, model.config.vocab_size)
+    own = samples[workers.rank :: workers.count]
+    if not own and not config.nearest:
+        raise ConfigError(
+            f"{workers.count} processes for {len(samples)} calibration samples; start fewer, or "
+            "raise --nsamples"
+        )
 
-    planned = preflight.plan(model, config, linears, samples)
-    say(_table(planned.rows(config, model)))
-    preflight.check_room(planned, model, out)
-    preflight.rehearse(model, config, linears)
+    planned = preflight.plan(model, config, linears, own)
+    if first:
+        say(_table(planned.rows(config, model)))
+        preflight.check_room(planned, model, out)
+        preflight.rehearse(model, config, linears)
 
-    origin = {"path": config.checkpoint, "sha256": source_hash(folder)}
+    origin = {"path": config.from_config or config.checkpoint, "sha256": source_hash(folder)}
     key = fingerprint(config, origin["sha256"], samples, str(dtype))
-    finished = FinishedLayers(out.with_name(f".{out.name}.unfinished"), key, config.resume)
+    finished = None
+    if first:
+        finished = FinishedLayers(out.with_name(f".{out.name}.unfinished"), key, config.resume)
     walker = Walker(
         model,
-        samples,
+        own,
         config.solver_options(),
         true_sequential=config.true_sequential,
         skip=skip,
         probe=probe,
+        step_tokens=STEP_TOKENS if device.type == "cuda" else 1,
+        offload=config.offload_activations,
+        workers=workers,
     )
     rows = _walk(model, walker, finished)
+    if finished is None:
+        workers.agree(None)  # the first process has written the checkpoint
+        return None
 
     with torch.no_grad():
         logits = model.head()(walker.probe)[0].float().cpu()
@@ -138,7 +177,8 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
         "peak_device_bytes": _peak_device(device),
         "source_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "packed_bytes": planned.packed_bytes,
-        "calibration_tokens": walker.tokens,
+        "calibration_tokens": sum(ids.numel() for ids in samples),
+        "processes": workers.count,
         "parameters_quantized": planned.parameters,
     }
     report = {
@@ -154,32 +194,49 @@ def run(config: QuantizeConfig, out: Path, say: Callable[[str], None] = print) -
         out, config, model, finished, probe=(probe, logits), source=origin, report=report
     )
     finished.remove()
+    workers.agree(None)
     return report
 
 
-def _walk(model: StreamedModel, walker: Walker, finished: FinishedLayers) -> list[dict[str, Any]]:
-    """Advance over finished layers, quantize the others; returns the report rows of all."""
+def _walk(
+    model: StreamedModel, walker: Walker, finished: FinishedLayers | None
+) -> list[dict[str, Any]]:
+    """Advance over finished layers, quantize the others; returns the report rows of all.
+
+    finished: where the first process keeps them; None in the others, which return no rows.
+    """
     rows: list[dict[str, Any]] = []
-    done = finished.count()
+    agree = walker.workers.agree
+    done = agree(finished.count() if finished is not None else None)
     stages = len(model.family.stages)
-    with tqdm(total=model.num_layers * stages, unit="stage", desc="quantize") as bar:
+    total = model.num_layers * stages
+    with (
+        tqdm(total=total, unit="stage", desc="quantize", disable=finished is None) as bar,
+        BackgroundWriter(finished, model.device) if finished else nullcontext() as writer,
+    ):
         for index in range(model.num_layers):
             if index < done:
-                layers, added = finished.load(index)
+                layers, added = agree(finished.load(index) if finished is not None else None)
                 walker.advance(index, layer_weights(layers, model.layer_name(index)))
                 rows += added
                 bar.update(stages)
                 continue
 
-            def on_stage(path: str, index: int = index) -> None:
-                bar.set_postfix_str(f"layer {index} {path.rpartition('.')[2]}", refresh=False)
+            def on_stage(path: str) -> None:
                 bar.update(1)
 
+            began = time.perf_counter()
             results = walker.quantize_layer(index, on_stage)
+            if writer is None:
+                continue
             added = [_row(result, model.device) for result in results]
             with walker.timed("io"):
-                finished.save(index, results, added)
+                writer.save(index, results, added)
             rows += added
+            worst = max(row["relative_error"] for row in added)
+            rate = walker.tokens / (time.perf_counter() - began)
+            note = f"layer {index}: error up to {worst:.3f}, {rate:,.0f} tokens/s"
+            bar.set_postfix_str(note, refresh=False)
     return rows
 
 
@@ -194,6 +251,16 @@ def _row(result: LinearResult, device: torch.device) -> dict[str, Any]:
         "peak_host_bytes": peak_host(),
         "peak_device_bytes": _peak_device(device),
     }
+
+
+def random_samples(
+    config: QuantizeConfig, seqlen: int, vocabulary: int
+) -> tuple[list[Tensor], Tensor]:
+    """Calibration samples int64 [seqlen] and probe tokens of a model without a tokenizer."""
+    draw = torch.Generator().manual_seed(config.seed)
+    count = 0 if config.nearest else config.nsamples
+    samples = torch.randint(vocabulary, (count, seqlen), generator=draw)
+    return list(samples), torch.randint(vocabulary, (PROBE_TOKENS,), generator=draw)
 
 
 def _skipped(config: QuantizeConfig, model: StreamedModel) -> frozenset[str]:

@@ -275,7 +275,9 @@ class Walker:
 
     def _read(self, index: int) -> nn.Module:
         with self.timed("io"):
-            return self.model.layer(index)
+            layer = self.model.layer(index)
+            self.model.read_ahead(index + 1)
+            return layer
 
     def _arguments(self, index: int) -> Callable[[int], dict]:
         """Keyword arguments of layer `index` for each batch."""

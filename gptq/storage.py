@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,51 @@ class FinishedLayers:
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index:04d}.safetensors"
+
+
+class BackgroundWriter:
+    """Saves finished layers on a thread of its own, one at a time, in order.
+
+    As a context manager it waits for the last one, also when the block ends with an exception.
+    """
+
+    def __init__(self, finished: FinishedLayers, device: torch.device) -> None:
+        self._finished, self._device = finished, device
+        self._thread = ThreadPoolExecutor(1, "write-behind")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: Future[None] | None = None
+
+    def save(
+        self, index: int, results: Sequence[LinearResult], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Hand a layer over; waits for the one before. Raises what saving that one raised."""
+        self.wait()
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.current_stream(self._device).record_event()
+        self._pending = self._thread.submit(self._save, ready, index, results, rows)
+
+    def _save(self, ready: Any, index: int, results: Any, rows: Any) -> None:
+        if self._stream is None:
+            self._finished.save(index, results, rows)
+            return
+        self._stream.wait_event(ready)
+        with torch.cuda.stream(self._stream):  # the GPU goes on with the next layer
+            self._finished.save(index, results, rows)
+
+    def wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 def layer_weights(layers: Mapping[str, Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def test_fingerprint_knows_every_setting_that_decides_the_codes(field):
         dtype="bfloat16",
     )  # fmt: skip
     places = {"checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
-              "report", "format"}  # fmt: skip
+              "report", "format", "from_config", "offload_activations"}  # fmt: skip
     assert set(other) | places == {f.name for f in fields(QuantizeConfig)}
     if field not in places:
         base = config(asymmetric=False) if field == "true_sequential" else config()
