@@ -14,17 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, sparse_format
 from .errors import CheckpointError, ConfigError
 from .layout import PackedShape, packed_shape, permute_columns, unpermute_columns, words_shape
 from .packing import check_codes, pack, pack_rows, unpack, unpack_rows
+from .sparse_format import SPARSE_FORMAT
 from .weight_types import WeightType, normalize_group_size
 
 FORMATS = ("marlin", "gptq", "compressed-tensors")
 SCALE_DTYPE = torch.float16
 Stored = tuple[tuple[int, ...], "torch.dtype | None"]  # shape and dtype of one tensor
 # The suffix by which a reader recognises a quantized layer of each format.
-CODE_SUFFIX = {"marlin": "B", "gptq": "qweight", "compressed-tensors": "weight_packed"}
+CODE_SUFFIX = {
+    "marlin": "B",
+    "gptq": "qweight",
+    "compressed-tensors": "weight_packed",
+    SPARSE_FORMAT: "B_24",
+}
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,8 @@ def tensor_shapes(fmt: str, spec: LayerSpec) -> dict[str, Stored]:
             shapes["z"] = ((p.groups, p.n_padded // factor), torch.int32)
         if spec.act_order:
             shapes["g_idx"] = ((k,), torch.int32)
+    elif fmt == SPARSE_FORMAT:
+        shapes = dict(sparse_format.tensor_shapes(spec))
     elif fmt == "gptq":
         shapes = {
             "qweight": ((-(-k // factor), n), torch.int32),
@@ -238,6 +246,9 @@ def check_exportable(fmt: str, spec: LayerSpec) -> None:
     check_format(fmt)
     if fmt == "marlin":
         return
+    if fmt == SPARSE_FORMAT:
+        sparse_format.check_spec(spec)
+        return
     if spec.k % spec.group_size:
         raise ConfigError(
             f"group_size={spec.group_size} does not divide the {spec.k} inputs; format {fmt!r} "
@@ -257,8 +268,8 @@ def check_exportable(fmt: str, spec: LayerSpec) -> None:
 
 
 def check_format(fmt: str) -> None:
-    """Raise ConfigError unless `fmt` is one of FORMATS."""
-    if fmt not in FORMATS:
+    """Raise ConfigError unless `fmt` is one of FORMATS, or the 2:4 form of the first."""
+    if fmt not in FORMATS and fmt != SPARSE_FORMAT:
         raise ConfigError(f"format={fmt!r} is not known; choose one of {', '.join(FORMATS)}")
 
 
@@ -279,6 +290,8 @@ def write(
         tensors = _write_marlin(layer)
         if act_order:
             tensors["g_idx"] = layer.group_index
+    elif fmt == SPARSE_FORMAT:
+        tensors = sparse_format.write(layer)
     elif fmt == "gptq":
         tensors = _write_gptq(layer, gptq_version)
     else:
@@ -316,6 +329,10 @@ def read(
     try:
         if fmt == "gptq":
             return _read_gptq(tensors, spec, gptq_version)
+        if fmt == SPARSE_FORMAT:
+            codes, scales = sparse_format.read(tensors, spec)
+            own = {"bias": tensors.get("bias") if spec.bias else None}
+            return QuantizedLinear.of(codes, scales, spec.weight_type, spec.group_size, **own)
         return (_read_marlin if fmt == "marlin" else _read_compressed_tensors)(tensors, spec)
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from error

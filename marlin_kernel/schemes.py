@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import CheckpointError, ConfigError
 from .formats import CODE_SUFFIX, LayerSpec, check_format
+from .sparse_format import SPARSE_FORMAT, SPARSITY
 from .weight_types import WeightType, integer_type, normalize_group_size
 
 MARLIN_FORMAT_VERSION = 1
@@ -18,7 +19,7 @@ _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}  # checkpoint_format -> how zero point
 class Scheme:
     """What holds for all quantized layers of a checkpoint.
 
-    fmt: one of formats.FORMATS; group_size: -1 or inputs per scale; act_order: layers carry a group
+    fmt: one of formats.FORMATS, or "marlin-24" (sparse_format); group_size: -1 or inputs per scale; act_order: layers carry a group
     index; gptq_version: 1 (zero points stored minus one) or 2; modules: path of every quantized
     layer -> (inputs, outputs).
     """
@@ -57,11 +58,12 @@ def quantization_config(
         "sym": wtype.symmetric,
         "meta": dict(meta or {}),
     }
-    if scheme.fmt == "marlin":
+    if scheme.fmt in ("marlin", SPARSE_FORMAT):
         return {
             "quant_method": "marlin",
             "format_version": MARLIN_FORMAT_VERSION,
             **common,
+            **({"sparsity": SPARSITY} if scheme.fmt == SPARSE_FORMAT else {}),
             "modules": {name: list(sizes) for name, sizes in scheme.modules.items()},
         }
     if scheme.fmt == "gptq":
@@ -123,7 +125,8 @@ def scheme_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         raise CheckpointError(
             f"quant_method={method!r} cannot be read here; known: {', '.join(readers)}"
         )
-    suffix = "." + CODE_SUFFIX[method]
+    sparse = method == "marlin" and config.get("sparsity") is not None
+    suffix = "." + CODE_SUFFIX[SPARSE_FORMAT if sparse else method]
     packed = {n.removesuffix(suffix): s for n, s in shapes.items() if n.endswith(suffix)}
     if not packed:
         raise CheckpointError(
@@ -154,8 +157,11 @@ def _read_marlin(config: Mapping[str, Any], packed: Shapes) -> Scheme:
             f"quantization_config lists {len(modules)} quantized modules, the tensors hold "
             f"{len(packed)}; they differ in {different[:3]}"
         )
+    sparsity = config.get("sparsity")
+    if sparsity not in (None, SPARSITY):
+        raise CheckpointError(f"sparsity={sparsity!r} is not read; known: {SPARSITY}")
     return Scheme(
-        "marlin",
+        SPARSE_FORMAT if sparsity else "marlin",
         integer_type(config["bits"], config["sym"]),
         config["group_size"],
         config["desc_act"],
