@@ -18,6 +18,7 @@ from marlin_kernel.weight_types import GROUP_SIZES
 from .config import DTYPES, WBITS, QuantizeConfig, load_recipe, resolve
 from .distributed import launched_by_torchrun, leave
 from .run import run
+from .sparsity import SPARSITIES
 from .texts import documents
 
 # evaluate(config, packed folder or None, quantization report or None): prints what it finds
@@ -63,9 +64,21 @@ def parser() -> argparse.ArgumentParser:
         )
 
     what = top.add_argument_group("what to make")
-    flag(what, "--wbits", "bits per weight; 16 only evaluates", type=int, choices=WBITS)
+    flag(
+        what,
+        "--wbits",
+        "bits per weight; 16 only evaluates, or prunes with --sparsity",
+        type=int,
+        choices=WBITS,
+    )
     flag(what, "--groupsize", "inputs per scale; -1: one per column", type=int, choices=GROUP_SIZES)
     switch(what, "--sym", "symmetric grid; --no-sym stores zero points")
+    flag(
+        what,
+        "--sparsity",
+        "2:4: two weights of every four inputs become zero; with --nearest the smallest",
+        choices=SPARSITIES,
+    )
     flag(what, "--save", "folder for the packed checkpoint", metavar="OUT")
     flag(what, "--format", "layout of the packed tensors", choices=FORMATS)
     switch(what, "--overwrite", "replace a checkpoint that is already at OUT")
@@ -155,7 +168,7 @@ def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
         evaluate = None  # random weights
     if evaluate is not None:
         _check_evaluation_text(config)
-    if config.wbits == 16:
+    if config.wbits == 16 and not config.sparsity:
         if evaluate is not None:
             evaluate(config, None, None)
         return
@@ -192,7 +205,8 @@ def _summarize(report: dict[str, Any], out: Path | None) -> None:
     worst = sorted(report["layers"], key=lambda row: -row["relative_error"])[:3]
     mean = sum(row["relative_error"] for row in report["layers"]) / len(report["layers"])
     print(
-        f"\nquantized {totals['parameters_quantized'] / 1e6:,.1f} M weights in "
+        f"\n{'pruned' if report['config']['wbits'] == 16 else 'quantized'} "
+        f"{totals['parameters_quantized'] / 1e6:,.1f} M weights in "
         f"{totals['seconds']:.0f} s (forward {totals['seconds_forward']:.0f}, Hessians "
         f"{totals['seconds_hessian']:.0f}, solver {totals['seconds_solve']:.0f}); peak memory "
         f"{totals['peak_host_bytes'] / 2**30:.2f} GiB"

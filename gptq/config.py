@@ -11,9 +11,11 @@ import yaml
 
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import FORMATS
+from marlin_kernel.sparse_format import SPARSE_FORMAT
 from marlin_kernel.weight_types import GROUP_SIZES, WeightType, integer_type
 
 from .grid import GridOptions
+from .sparsity import SPARSITIES
 from .solver import SolverOptions
 
 WBITS = (4, 8, 16)
@@ -36,6 +38,7 @@ class QuantizeConfig:
     wbits: int = 16
     groupsize: int = 128
     sym: bool = True
+    sparsity: str | None = None
     format: str = "marlin"
     # method
     nearest: bool = False
@@ -68,6 +71,8 @@ class QuantizeConfig:
         _choice("wbits", self.wbits, WBITS)
         _choice("groupsize", self.groupsize, GROUP_SIZES)
         _choice("format", self.format, FORMATS)
+        if self.sparsity is not None:
+            _choice("sparsity", self.sparsity, SPARSITIES)
         if self.dtype is not None:
             _choice("dtype", self.dtype, DTYPES)
         _at_least("nsamples", self.nsamples, 1)
@@ -96,17 +101,28 @@ class QuantizeConfig:
                     f"from_config={self.from_config!r} with wbits=16: random weights have nothing "
                     "to evaluate; add --wbits 4"
                 )
-            if self.save:
+            if self.save and not self.sparsity:
                 raise ConfigError(
                     f"save={self.save!r} with wbits=16: there is nothing to pack; add --wbits 4"
                 )
-            return
+            if not self.sparsity:
+                return
         if self.asymmetric and not self.true_sequential and not self.nearest:
             raise ConfigError(
                 "asymmetric calibration corrects each stage for the quantized stages before it, "
                 "which needs true_sequential; add --true-sequential, or --no-asymmetric"
             )
+        if self.sparsity and self.wbits != 16 and not self.sym:
+            raise ConfigError(
+                f"sparsity={self.sparsity!r} with sym=False: a pruned weight is the zero of a "
+                "symmetric grid; add --sym"
+            )
         moves_groups = self.act_order and not self.static_groups and not self.nearest
+        if self.sparsity and moves_groups:
+            raise ConfigError(
+                f"sparsity={self.sparsity!r} counts consecutive inputs, which act_order without "
+                "static_groups tears apart; add --static-groups"
+            )
         if moves_groups and self.format == "compressed-tensors":
             raise ConfigError(
                 "act_order without static_groups stores a group index per input, which "
@@ -115,8 +131,14 @@ class QuantizeConfig:
             )
 
     @property
-    def weight_type(self) -> WeightType:
-        return integer_type(self.wbits, self.sym)
+    def weight_type(self) -> WeightType | None:
+        """Type of the codes; None with 16 bits, whose weights are not rounded."""
+        return None if self.wbits == 16 else integer_type(self.wbits, self.sym)
+
+    @property
+    def stored_format(self) -> str:
+        """Format of the tensors: Marlin has a 2:4 form of its own."""
+        return SPARSE_FORMAT if self.sparsity and self.format == "marlin" else self.format
 
     @property
     def moves_groups(self) -> bool:
@@ -145,6 +167,7 @@ class QuantizeConfig:
             sweeps=self.sweeps,
             asymmetric=self.asymmetric,
             target_damp=self.target_damp,
+            sparsity=self.sparsity,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from marlin_kernel import formats, reference
 from marlin_kernel.errors import ConfigError, MarlinError
 from marlin_kernel.formats import LayerSpec, QuantizedLinear
 from marlin_kernel.layer import Layer
+from marlin_kernel.sparse_format import SPARSE_FORMAT
 from marlin_kernel.weight_types import normalize_group_size
 
 from .config import QuantizeConfig
 from .models import StreamedModel
 from .solver import SolverOptions, solve
+from .sparsity import check_inputs
 
 _SOLVER_MATRICES = 6  # H, its damped copy, R, U, and two temporaries of the factorization, float32
 _MIB = 1 << 20
@@ -43,13 +46,16 @@ class Plan:
 
     def rows(self, config: QuantizeConfig, model: StreamedModel) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
-        wtype = config.weight_type.name
+        wtype = "16 bits" if config.weight_type is None else config.weight_type.name
+        wtype += f", {config.sparsity} sparse" if config.sparsity else ""
         group = "one per column" if config.groupsize == -1 else str(config.groupsize)
         method = "round to nearest" if config.nearest else _method(config)
         device = model.device.type
         rows = [
             ("quantized", f"{self.linears} linears, {self.parameters / 1e6:,.1f} M weights"),
-            ("type", f"{wtype}, group size {group}, format {config.format}"),
+            ("type", wtype)
+            if config.weight_type is None
+            else ("type", f"{wtype}, group size {group}, format {config.stored_format}"),
             ("method", method),
             ("calibration", f"{self.samples} samples, {self.tokens:,} tokens of {config.dataset}"),
             ("compute", f"{device}, {str(model.dtype).removeprefix('torch.')}"),
@@ -119,8 +125,13 @@ def plan(
 
 
 def _packed_bytes(k: int, n: int, config: QuantizeConfig) -> int:
+    if config.weight_type is None:
+        return 2 * k * n
     g = normalize_group_size(config.groupsize, k)
     spec = LayerSpec(k, n, config.weight_type, g, config.moves_groups and g < k, False)
+    if config.stored_format == SPARSE_FORMAT:
+        stored = formats.tensor_shapes(SPARSE_FORMAT, spec).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
     shape = spec.packed
     return (
         shape.k_padded * shape.n_padded * spec.weight_type.bits // 8
@@ -206,6 +217,11 @@ def rehearse(
     k, n = linears[name]
     options = config.solver_options()
     wtype = config.weight_type
+    if config.sparsity:
+        for linear, (inputs, _) in linears.items():
+            check_inputs(inputs, linear)
+    if wtype is None:
+        return
     for inputs, outputs in set(linears.values()):
         if config.format != "marlin" and config.groupsize > inputs:
             raise ConfigError(
@@ -215,7 +231,7 @@ def rehearse(
             )
         group = normalize_group_size(config.groupsize, inputs)
         spec = LayerSpec(inputs, outputs, wtype, group, config.moves_groups and group < inputs)
-        formats.check_exportable(config.format, spec)
+        formats.check_exportable(config.stored_format, spec)
     quantized = {f"{linear}.weight" for linear in linears}
     for other in model.tensors:
         if other not in quantized:
@@ -223,6 +239,7 @@ def rehearse(
     weight = model.tensor(f"{name}.weight")
     identity = torch.eye(k, device=model.device)
     nearest = SolverOptions(wtype, config.groupsize, grid=options.grid, nearest=True)
+    nearest = replace(nearest, sparsity=config.sparsity)
     solution = solve(weight, identity, nearest, name=name)[0]
     layer = QuantizedLinear.of(
         solution.codes.cpu(), solution.scales.cpu(), wtype, config.groupsize,
@@ -231,9 +248,9 @@ def rehearse(
     version = 1 if wtype.symmetric else 2
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "layer.safetensors"
-        save_file(formats.write(layer, config.format, gptq_version=version), file)
+        save_file(formats.write(layer, config.stored_format, gptq_version=version), file)
         stored = load_file(file)
-    loaded = formats.read(stored, config.format, layer.spec, gptq_version=version)
+    loaded = formats.read(stored, config.stored_format, layer.spec, gptq_version=version)
     x = torch.randn(3, k, device=model.device, dtype=model.dtype)
     served = Layer.from_quantized(loaded).to(model.device).prepare(model.dtype)
     expected = reference.matmul(x, solution.weight())

@@ -37,7 +37,7 @@ class SolverOptions:
     become zero, chosen inside the update (`sparsity`; by magnitude with `nearest`).
     """
 
-    wtype: WeightType
+    wtype: WeightType | None  # None: weights are pruned and not rounded
     group_size: int
     grid: GridOptions = field(default_factory=GridOptions)
     blocksize: int = 128
@@ -77,7 +77,8 @@ class Statistics:
 @dataclass(frozen=True)
 class Solution:
     """codes uint8 [K, N]; scales float32 [G, N] with fp16 values; zeros float32 [G, N];
-    g_idx int64 [K]: group of each input (``k // group_size`` unless act-order moved the groups)."""
+    g_idx int64 [K]: group of each input (``k // group_size`` unless act-order moved the groups).
+    Weights that were only pruned are float32 codes of one group with the scale 1."""
 
     codes: Tensor
     scales: Tensor
@@ -206,6 +207,8 @@ def solve_columns(
         if options.asymmetric and (shift is not None or lack is not None):
             w = w + _target_move(w, safe, shift, lack, options.target_damp)
 
+    if options.wtype is None:
+        return _pruned(w, original, h, factor, order, int(dead.sum()), options)
     update = fused_solver.update if _fused(w, options) else _update
     contiguous = order is None or options.static_groups
     groups = torch.arange(k, device=w.device) // g  # group of each input, or of each place in order
@@ -231,6 +234,29 @@ def solve_columns(
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
     found = codes.to(torch.uint8), scales, zeros, groups, measures
     return Columns(*found, damping, retries, int(dead.sum()))
+
+
+def _pruned(
+    w: Tensor,
+    original: Tensor,
+    h: Tensor,
+    factor: Factor,
+    order: Tensor | None,
+    dead: int,
+    options: SolverOptions,
+) -> Columns:
+    """Pruning without rounding: the weights themselves, as codes of one group with the scale 1."""
+    k, n = w.shape
+    if options.nearest:
+        codes = sparsity.keep_largest(w)
+    else:
+        codes = sparsity.prune(w, factor, order, options.blocksize)
+    scales, zeros = torch.ones(1, n, device=w.device), torch.zeros(1, n, device=w.device)
+    groups = torch.zeros(k, dtype=torch.int64, device=w.device)
+    measures = _measure(original, w, h, codes, scales, zeros, groups, options)
+    return Columns(
+        codes, scales, zeros, groups, measures, factor.damping, factor.retries, dead
+    )
 
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:
@@ -496,6 +522,10 @@ def _measure(
     with _tf32(h):
         loss = (error * (h @ error)).sum(0) / 2
         energy = (original * (h @ original)).sum(0) / 2
+    if options.wtype is None:
+        ratio = torch.ones_like(scales)
+        weight = original.square().sum(0)
+        return torch.stack([loss, energy, moved, weight, ratio.sum(0), torch.zeros_like(loss)])
     g = normalize_group_size(options.group_size, k)
     grouped = torch.nn.functional.pad(original, (0, 0, 0, -k % g)).reshape(-1, g, n)
     full = unclipped_scales(grouped, options.wtype, options.grid.signed)

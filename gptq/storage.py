@@ -194,19 +194,27 @@ def write_checkpoint(
     Nothing appears at `out` before it is complete.
     """
     wtype = config.weight_type
-    scheme = Scheme(
-        config.format,
-        wtype,
-        config.groupsize,
-        act_order=config.moves_groups,
-        gptq_version=1 if wtype.symmetric else 2,  # v1 cannot express a zero point of 0
-    )
+    scheme = None  # pruned weights are plain tensors
+    if wtype is not None:
+        scheme = Scheme(
+            config.stored_format,
+            wtype,
+            config.groupsize,
+            act_order=config.moves_groups,
+            gptq_version=1 if wtype.symmetric else 2,  # v1 cannot express a zero point of 0
+        )
     linears = set(model.quantizable())
     with CheckpointWriter(out, scheme, overwrite=config.overwrite) as writer:
         quantized: set[str] = set()
+        pruned_names: set[str] = set()
         for index in range(model.num_layers):
             for name, t in finished.load(index)[0].items():
                 bias = f"{name}.bias"
+                if wtype is None:
+                    pruned = t["codes"].T.to(model.storage).contiguous()
+                    writer.add(f"{name}.weight", pruned)
+                    pruned_names.add(f"{name}.weight")
+                    continue
                 writer.add_layer(
                     name,
                     QuantizedLinear.of(
@@ -222,7 +230,9 @@ def write_checkpoint(
                 quantized.add(name)
         prefixes = tuple(f"{name}." for name in quantized)
         for name in model.tensors:
-            if not name.startswith(prefixes) and not name.endswith("rotary_emb.inv_freq"):
+            if name in pruned_names or name.startswith(prefixes):
+                continue
+            if not name.endswith("rotary_emb.inv_freq"):
                 writer.add(name, model.stored(name))
         for name in TOKENIZER_FILES:
             if (model.folder / name).is_file():

@@ -90,13 +90,13 @@ class CheckpointWriter:
     def __init__(
         self,
         out_dir: str | os.PathLike[str],
-        scheme: Scheme,
+        scheme: Scheme | None,
         *,
         overwrite: bool = False,
         max_shard_bytes: int = _GIB,
     ) -> None:
         """scheme: format and grid of the layers to come (its `modules` are filled in by
-        `add_layer`).
+        `add_layer`); None for a folder of plain tensors.
 
         overwrite: replace a checkpoint that is already at `out_dir`; max_shard_bytes: of one
         safetensors file. Raises ConfigError if `out_dir` exists and must not be replaced.
@@ -104,7 +104,7 @@ class CheckpointWriter:
         self.out = Path(out_dir).absolute()
         self.overwrite = overwrite
         check_target(self.out, overwrite)
-        self.scheme = replace(scheme, modules={})
+        self.scheme = None if scheme is None else replace(scheme, modules={})
         self._max_shard_bytes = max_shard_bytes
         self._hashes: dict[str, str] = {}
         self._specs: dict[str, LayerSpec] = {}
@@ -197,18 +197,17 @@ class CheckpointWriter:
             self._write_shard()
         self._name_shards()
         meta = {"quantizer": [f"marlin_kernel:{__version__}"], **(meta or {})}
-        quantization = quantization_config(self.scheme, ignore=ignore, meta=meta)
-        self._write_json("config.json", {**config, "quantization_config": quantization})
-        if self.scheme.fmt == "gptq":
+        scheme, quantization = self.scheme, None
+        if scheme is not None:
+            quantization = quantization_config(scheme, ignore=ignore, meta=meta)
+            config = {**config, "quantization_config": quantization}
+        self._write_json("config.json", config)
+        if scheme is not None and scheme.fmt == "gptq":
             self._write_json("quantize_config.json", quantization)
         manifest = {
             "format_version": MANIFEST_VERSION,
             "tool": f"marlin_kernel {__version__}",
-            "format": self.scheme.fmt,
-            "weight_type": self.scheme.weight_type.name,
-            "group_size": self.scheme.group_size,
-            "act_order": self.scheme.act_order,
-            "padding": PADDING_RULE,
+            **self._scheme_facts(),
             "layers": {name: self._layer_facts(spec) for name, spec in self._specs.items()},
             "source": dict(source or {}),
             "settings": dict(settings or {}),
@@ -224,6 +223,17 @@ class CheckpointWriter:
         check_target(self.out, self.overwrite)
         _put_in_place(self._folder, self.out)
         return self.out
+
+    def _scheme_facts(self) -> dict[str, Any]:
+        if self.scheme is None:
+            return {"format": "plain"}
+        return {
+            "format": self.scheme.fmt,
+            "weight_type": self.scheme.weight_type.name,
+            "group_size": self.scheme.group_size,
+            "act_order": self.scheme.act_order,
+            "padding": PADDING_RULE,
+        }
 
     def _layer_facts(self, spec: LayerSpec) -> dict[str, Any]:
         padded = self.scheme.fmt == "marlin"
