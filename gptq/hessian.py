@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 # Width of a stripe of H: only stripes on or above the diagonal are computed. Narrow stripes save
 # more of the lower triangle, wide ones fill the GPU's multiprocessors.
 _STRIPE = 384
-_STRIPE_GPU = 2048
+_STRIPE_GPU = 1024
 _MAX_RETRIES = 16
-_LEAF = 512  # triangles up to this size are inverted by one library call
+_LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the library
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -104,23 +104,33 @@ class Factor:
 def invert_upper(r: Tensor) -> Tensor:
     """Inverse of an upper triangular float32 [K, K], with a third of the work of K solves.
 
-    Halves recursively: the inverse of [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]].
+    Blocks on the diagonal are inverted together; then, from small to large, the inverse of
+    [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]].
     """
-    u = torch.zeros(r.shape, device=r.device)
-    _invert_into(r, u)
-    return u
-
-
-def _invert_into(r: Tensor, u: Tensor) -> None:
     k = r.shape[0]
-    if k <= _LEAF:
-        u.copy_(torch.linalg.solve_triangular(r, torch.eye(k, device=r.device), upper=True))
-        return
-    half = k // 2 // _LEAF * _LEAF or k // 2
-    _invert_into(r[:half, :half], u[:half, :half])
-    _invert_into(r[half:, half:], u[half:, half:])
-    product = r[:half, half:] @ u[half:, half:]
-    torch.matmul(u[:half, :half], product, out=u[:half, half:]).neg_()
+    u = torch.zeros(r.shape, device=r.device)
+    leaf = _LEAF_GPU if r.is_cuda else _LEAF
+    whole = k // leaf
+    blocks = [slice(i * leaf, (i + 1) * leaf) for i in range(whole)]
+    if whole:
+        eye = torch.eye(leaf, device=r.device).expand(whole, leaf, leaf)
+        diagonal = torch.stack([r[b, b] for b in blocks])
+        inverses = torch.linalg.solve_triangular(diagonal, eye, upper=True)
+        for block, inverse in zip(blocks, inverses, strict=True):
+            u[block, block] = inverse
+    if k % leaf:
+        rest = slice(whole * leaf, k)
+        eye = torch.eye(k % leaf, device=r.device)
+        u[rest, rest] = torch.linalg.solve_triangular(r[rest, rest], eye, upper=True)
+    size = leaf
+    while size < k:
+        for start in range(0, k - size, 2 * size):
+            middle, end = start + size, min(start + 2 * size, k)
+            product = r[start:middle, middle:end] @ u[middle:end, middle:end]
+            corner = u[start:middle, middle:end]
+            torch.matmul(u[start:middle, start:middle], product, out=corner).neg_()
+        size *= 2
+    return u
 
 
 def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:

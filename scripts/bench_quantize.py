@@ -1,12 +1,20 @@
 """Time and memory of quantizing one model, against the work that cannot be avoided.
 
-The floor is two forward passes over the calibration tokens (one feeds the statistics, one carries
-the quantized activations on) plus the Hessian products 2 X Xᵀ, both timed here in the same process
-before the quantizer runs. Peak memory is counted over an interpreter that has torch loaded.
-
     python scripts/bench_quantize.py MODEL --dataset c4_sample.txt --nsamples 32 --seqlen 1024
 
-Writes bench_quantize.json into --out.
+A real model, through the whole pipeline. The floor is two forward passes over the calibration
+tokens (one feeds the statistics, one carries the quantized activations on) plus the Hessian
+products 2 X Xᵀ, both timed in the same process. Peak memory is counted over an interpreter that has
+torch loaded. Writes bench_quantize.json into --out.
+
+    python scripts/bench_quantize.py --from_config configs/bench/llama2-7b.json \\
+        --config configs/quantize/marlin.yaml --true-sequential --reference
+
+A shape with random weights and tokens on a GPU, from the first to the last layer (or the first
+--layers of them), finished layers written to disk. The floor is the counted FLOPs over the rates of
+matrix products measured in the same process. --reference also times one layer's linears with the
+solver in plain torch, and counts where the codes differ. Under torchrun, processes share the work.
+Writes bench_quantize_<shape>_<recipe>[...].json.
 """
 
 from __future__ import annotations
@@ -16,7 +24,10 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -27,10 +38,24 @@ from gptq.run import peak_host, reset_peak_host  # noqa: E402
 
 BASE_BYTES = peak_host()  # an interpreter with torch loaded
 
-from gptq.config import load_recipe, resolve  # noqa: E402
+from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
+from gptq.distributed import join, leave  # noqa: E402
 from gptq.hessian import Hessian  # noqa: E402
-from gptq.models import Stages, StreamedModel, resolve_source  # noqa: E402
-from gptq.run import choose_device, choose_dtype, environment, run  # noqa: E402
+from gptq.models import Stages, StreamedModel, config_folder, resolve_source  # noqa: E402
+from gptq.run import (  # noqa: E402
+    STEP_TOKENS,
+    choose_device,
+    choose_dtype,
+    environment,
+    random_samples,
+    run,
+)
+from gptq.sequential import Walker  # noqa: E402
+from gptq.solver import solve  # noqa: E402
+from gptq.storage import BackgroundWriter, FinishedLayers  # noqa: E402
+from scripts.gpu_timing import circumstances  # noqa: E402
+
+# ---- a real model --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -46,7 +71,7 @@ def forward_seconds(model: StreamedModel, count: int, length: int) -> float:
         began = time.perf_counter()
         for i, x in enumerate(hidden):
             hidden[i] = stages.forward(x, arguments)
-        _wait(model.device)
+        wait(model.device)
         spent += time.perf_counter() - began
     return spent
 
@@ -56,45 +81,38 @@ def hessian_seconds(
     model: StreamedModel, count: int, length: int, layers: int, asymmetric: bool
 ) -> float:
     """Products of all layers' statistics; `layers` are timed and scaled up to the model."""
-    stages = [
-        (model.skeleton.get_submodule(f"{model.layer_name(0)}.{stage[0]}"), stage)
-        for stage in model.family.stages
-    ]
     spent = 0.0
-    for linear, stage in stages:
-        k = linear.in_features
-        added = asymmetric and stage[0].endswith(("o_proj", "down_proj"))
+    for number, stage in enumerate(model.family.stages):
+        linear = model.skeleton.get_submodule(f"{model.layer_name(0)}.{stage[0]}")
+        k, n = linear.in_features, linear.out_features
         x = torch.randn(length, k, device=model.device, dtype=model.dtype)
-        y = torch.randn_like(x) if asymmetric else None
-        r = torch.randn(length, linear.out_features, device=model.device) if added else None
-        h = Hessian(k, model.device, asymmetric=asymmetric)
-        h.add(x, y, r)
+        extra = {}
+        adds = model.family.adds_to_residual(number)
+        weight = torch.randn(n, k, device=model.device, dtype=model.dtype)
+        if asymmetric and adds:
+            extra["lack"] = torch.randn(length, n, device=model.device, dtype=model.dtype)
+        elif asymmetric:
+            extra["delta"] = torch.randn_like(x)
+        h = Hessian(k, model.device)
+        h.add(x, **extra)
         began = time.perf_counter()
         for _ in range(layers):
             for _ in range(count):
-                h.add(x, y, r)
-        _wait(model.device)
+                if "lack" in extra:
+                    extra["lack"] = torch.nn.functional.linear(x, weight)
+                h.add(x, **extra)
+        wait(model.device)
         spent += time.perf_counter() - began
     return spent / layers * model.num_layers
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder, hub name or GGUF file")
-    parser.add_argument("--config", default=str(ROOT / "configs/quantize/default.yaml"))
-    parser.add_argument("--dataset", default="pydoc")
-    parser.add_argument("--nsamples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--groupsize", type=int, default=64)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
-    args = parser.parse_args()
-
+def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Quantize args.model. Returns the name of the result's file and the result."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "checkpoint": args.model, "dataset": args.dataset, "nsamples": args.nsamples,
@@ -121,6 +139,7 @@ def main() -> None:
         "command": f"python scripts/bench_quantize.py {Path(args.model).name} --dataset "
         f"{Path(args.dataset).name} --nsamples {args.nsamples} --seqlen {args.seqlen} "
         f"--groupsize {args.groupsize} --config {Path(args.config).name}",
+        "commit": circumstances("", args)["commit"],
         "environment": report["environment"] | environment(device),
         "settings": config.fingerprint(),
         "calibration_tokens": tokens,
@@ -139,15 +158,232 @@ def main() -> None:
         "ratio_with_target_products": totals["seconds"] / floor_full,
         "peak_bytes_over_torch": max(peak - BASE_BYTES, 0),
     }
+    return "bench_quantize.json", result
+
+
+# ---- a shape -------------------------------------------------------------------------------------
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a square matrix product, best of five."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(6):
+        wait(device)
+        began = time.perf_counter()
+        a @ a
+        wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def floor_of_layer(
+    model: StreamedModel, config: QuantizeConfig, tokens: int, seqlen: int
+) -> dict[str, float]:
+    """Seconds that a layer's necessary FLOPs take at measured rates.
+
+    forward: one pass, with half of the attention's products (causal); hessian: one triangle;
+    factor: Cholesky and the triangle's inverse; update: GPTQ's error feedback; clipping: one
+    triangle per factor tried. With asymmetric calibration, two forwards and the target's products.
+    """
+    half, single = product_rate(model.device, model.dtype, 8192), None
+    single = product_rate(model.device, torch.float32, 4096)
+    prefix = model.layer_name(0)
+    forward = hessian = target = factor = update = clipping = 0.0
+    starts = 2 if config.signed_scales and config.sym else 1
+    for number, stage in enumerate(model.family.stages):
+        linears = [model.skeleton.get_submodule(f"{prefix}.{path}") for path in stage]
+        k, n = linears[0].in_features, sum(linear.out_features for linear in linears)
+        forward += 2 * tokens * k * n
+        hessian += tokens * k * k
+        adds = model.family.adds_to_residual(number)
+        target += 2 * tokens * k * (2 * n if adds else k)
+        factor += 2 * k**3 / 3
+        update += k * k * n
+        clipping += 0 if config.no_clip else k * n * 128 * config.clip_steps * starts
+    forward += 2 * tokens * seqlen * model.config.hidden_size
+    streams = 2 if config.asymmetric else 1
+    return {
+        "half_precision_flops_per_second": half,
+        "float32_flops_per_second": single,
+        "forward": streams * forward / half,
+        "hessian": (hessian + (target if config.asymmetric else 0)) / half,
+        "factor": factor / single,
+        "update": update / single,
+        "clipping": clipping / single,
+    }
+
+
+@torch.no_grad()
+def against_reference(model: StreamedModel, config: QuantizeConfig) -> dict[str, Any]:
+    """All linears of layer 0 on Hessians of random inputs: the kernels against plain torch."""
+    options = config.solver_options()
+    layer = model.layer(0)
+    draw = torch.Generator(model.device).manual_seed(0)
+    rows = []
+    for stage in model.family.stages:
+        weight = torch.cat([layer.get_submodule(path).weight for path in stage])
+        n, k = weight.shape
+        h = Hessian(k, model.device)
+        energy = torch.rand(k, device=model.device, generator=draw) + 0.1
+        for _ in range(4):
+            x = torch.randn(8192, k, device=model.device, generator=draw)
+            h.add(((x + 0.5 * x.roll(1, 1)) * energy).to(model.dtype))
+        matrix = h.matrix()
+        seconds, solutions = [], []
+        for fused in (True, False):
+            for _ in range(2 if fused else 1):  # the kernels once to warm up
+                wait(model.device)
+                began = time.perf_counter()
+                found = solve(weight, matrix, replace(options, fused=fused), tokens=h.tokens)[0]
+                wait(model.device)
+                spent = time.perf_counter() - began
+            seconds.append(spent)
+            solutions.append(found)
+        different = solutions[0].codes != solutions[1].codes
+        losses = [loss_of(weight, s, matrix) for s in solutions]
+        rows.append({
+            "linears": list(stage), "inputs": k, "outputs": n,
+            "seconds": seconds[0], "seconds_torch": seconds[1],
+            "outputs_with_a_tie": int(different.any(0).sum()),
+            "ties_per_code": float(different.any(0).sum()) / (k * n),
+            "codes_behind_ties": float(different.float().mean()),
+            "relative_loss_difference": abs(losses[0] / losses[1] - 1),
+        })  # fmt: skip
+    total = [sum(row[key] for row in rows) for key in ("seconds", "seconds_torch")]
+    return {"seconds": total[0], "seconds_torch": total[1], "speedup": total[1] / total[0],
+            "stages": rows}  # fmt: skip
+
+
+def loss_of(weight: torch.Tensor, solution: Any, h: torch.Tensor) -> float:
+    """``(Q - W) H (Q - W)ᵀ`` summed over outputs, float32 products, float64 sum."""
+    error = solution.weight() - weight.float().T
+    return float((error * (h @ error)).double().sum())
+
+
+def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
+    """Quantize a model of the shape args.from_config. Processes but the first return None."""
+    flags = {
+        "from_config": args.from_config, "nsamples": args.nsamples, "seqlen": args.seqlen,
+        "groupsize": args.groupsize, "device": args.device, "wbits": 4,
+        "true_sequential": args.true_sequential, "offload_activations": args.offload_activations,
+    }  # fmt: skip
+    config = resolve(load_recipe(args.config), flags)
+    device = choose_device(config)
+    workers = join(device)
+    folder = config_folder(config.from_config)
+    dtype = choose_dtype(config, folder, device)
+    model = StreamedModel(folder, dtype, device, random_seed=config.seed)
+    samples, probe = random_samples(config, args.seqlen, model.config.vocab_size)
+    layers = min(args.layers or model.num_layers, model.num_layers)
+    tokens = args.nsamples * args.seqlen
+    first = workers.rank == 0
+
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        finished = FinishedLayers(Path(scratch) / "layers", "benchmark", None)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_host()
+        setup = time.perf_counter()
+        walker = Walker(
+            model,
+            samples[workers.rank :: workers.count],
+            config.solver_options(),
+            true_sequential=config.true_sequential,
+            probe=probe,
+            step_tokens=STEP_TOKENS if device.type == "cuda" else 1,
+            offload=config.offload_activations,
+            workers=workers,
+        )
+        wait(device)
+        began = time.perf_counter()
+        each = []
+        with BackgroundWriter(finished, device) if first else nullcontext() as writer:
+            for index in range(layers):
+                start = time.perf_counter()
+                results = walker.quantize_layer(index, lambda path: None)
+                if writer is not None:
+                    with walker.timed("io"):
+                        writer.save(index, results, [])
+                each.append(time.perf_counter() - start)
+                if first:
+                    print(f"layer {index}: {each[-1]:.3f} s", flush=True)
+        wait(device)
+        seconds = time.perf_counter() - began
+        errors = [result.solution.statistics.relative_error for result in results]
+        del results
+    clock = walker.clock
+    peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    result = {
+        "command": "python scripts/bench_quantize.py " + " ".join(shown(a) for a in sys.argv[1:]),
+        "commit": circumstances("", args)["commit"],
+        "environment": environment(device),
+        "settings": config.fingerprint(),
+        "processes": workers.count,
+        "layers": layers,
+        "layers_of_model": model.num_layers,
+        "calibration_tokens": tokens,
+        "seconds": seconds,
+        "seconds_before_the_first_layer": began - setup,
+        "seconds_of_each_layer": each,
+        "seconds_of_the_first_process": {
+            "forward": clock.forward, "hessian": clock.hessian, "solve": clock.solve,
+            "io_waited_for": clock.io,
+        },
+        "peak_device_bytes": peak_device,
+        "peak_host_bytes": peak_host(),
+        "relative_errors_of_the_last_layer": errors,
+    }  # fmt: skip
+    del walker
+    if first:
+        result["floor_of_a_layer"] = floor_of_layer(model, config, tokens, args.seqlen)
+        if args.reference:
+            result["solver_against_torch"] = against_reference(model, config)
+    parts = [Path(args.from_config).stem, Path(args.config).stem]
+    parts += ["offload"] if args.offload_activations else []
+    parts += [f"{workers.count}gpus"] if workers.count > 1 else []
+    parts += ["twopass"] if not config.true_sequential else []
+    name = "_".join(parts)
+    return f"bench_quantize_{name}.json", result if first else None
+
+
+def shown(argument: str) -> str:
+    """A command's word without the folders of this machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", help="folder, hub name or GGUF file")
+    parser.add_argument("--from_config", help="shape to quantize with random weights")
+    parser.add_argument("--config", default=str(ROOT / "configs/quantize/default.yaml"))
+    parser.add_argument("--dataset", default="pydoc")
+    parser.add_argument("--nsamples", type=int, help="default: 32, with --from_config 128")
+    parser.add_argument("--seqlen", type=int, help="default: 1024, with --from_config 2048")
+    parser.add_argument("--groupsize", type=int, help="default: 64, with --from_config 128")
+    parser.add_argument("--true-sequential", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--offload_activations", action="store_true")
+    parser.add_argument("--layers", type=int, help="of the shape, from the first on")
+    parser.add_argument("--reference", action="store_true", help="time the solver in torch too")
+    parser.add_argument("--scratch", help="folder for the finished layers")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    args = parser.parse_args()
+    if (args.model is None) == (args.from_config is None):
+        parser.error("give a model, or --from_config CONFIG.json")
+    shape = args.from_config is not None
+    args.nsamples = args.nsamples or (128 if shape else 32)
+    args.seqlen = args.seqlen or (2048 if shape else 1024)
+    args.groupsize = args.groupsize or (128 if shape else 64)
+    name, result = bench_shape(args) if shape else bench_model(args)
+    leave()
+    if result is None:
+        return
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "bench_quantize.json"
+    path = args.out / name
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for key, value in result["seconds"].items():
-        print(f"{key:<30} {value:8.1f} s")
-    print(f"{'quantize / floor':<30} {result['ratio']:8.2f}")
-    print(f"{'quantize / floor with targets':<30} {result['ratio_with_target_products']:8.2f}")
-    print(f"{'peak memory over torch':<30} {result['peak_bytes_over_torch'] / 1e9:8.2f} GB")
-    print(path)
+    print(json.dumps({k: v for k, v in result.items() if k not in ("environment", "settings")}))
+    print(path.name)
 
 
 if __name__ == "__main__":

@@ -322,3 +322,33 @@ def test_overflowing_activations_name_their_layer(tmp_path):
     model.layer = lambda index: layer
     with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.down_proj.*overflow.*--dtype"):
         walk.quantize_layer(0, lambda path: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_offloaded_activations_give_the_same_bits(llama, asymmetric):
+    """Copies beside the computation must neither come late nor be overwritten early."""
+    options = replace(OPTIONS, asymmetric=asymmetric)
+    found = []
+    for offload in (False, True):
+        model = StreamedModel(llama, torch.float16, torch.device("cuda"))
+        samples = token_samples(count=64, length=60)
+        walk = Walker(model, samples, options, step_tokens=100, offload=offload)
+        found.append(quantize(walk))
+        hidden = [x.cpu() for x in walk.hidden]
+        found.append(hidden)
+    for name, solution in found[0].items():
+        assert torch.equal(solution.codes, found[2][name].codes)
+    assert all(map(torch.equal, found[1], found[3]))
+
+
+@pytest.mark.gpu
+def test_the_gpu_walk_agrees_with_the_cpu(llama):
+    """float16 activations, tensor-core sums and the kernels: nearly the same errors."""
+    options = replace(OPTIONS, asymmetric=True)
+    gpu = StreamedModel(llama, torch.float16, torch.device("cuda"))
+    found = quantize(Walker(gpu, SAMPLES, options, step_tokens=100))
+    wanted = quantize(walker(llama, options))
+    for name, solution in found.items():
+        error = wanted[name].statistics.relative_error
+        assert solution.statistics.relative_error == pytest.approx(error, rel=0.05, abs=1e-3), name
