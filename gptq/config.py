@@ -15,8 +15,8 @@ from marlin_kernel.sparse_format import SPARSE_FORMAT
 from marlin_kernel.weight_types import GROUP_SIZES, WeightType, integer_type
 
 from .grid import GridOptions
-from .sparsity import SPARSITIES
 from .solver import SolverOptions
+from .sparsity import SPARSITIES
 
 WBITS = (4, 8, 16)
 DTYPES = ("float32", "float16", "bfloat16")

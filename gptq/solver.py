@@ -254,9 +254,7 @@ def _pruned(
     scales, zeros = torch.ones(1, n, device=w.device), torch.zeros(1, n, device=w.device)
     groups = torch.zeros(k, dtype=torch.int64, device=w.device)
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
-    return Columns(
-        codes, scales, zeros, groups, measures, factor.damping, factor.retries, dead
-    )
+    return Columns(codes, scales, zeros, groups, measures, factor.damping, factor.retries, dead)
 
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from gptq import sparsity
+from gptq.cli import main
 from gptq.hessian import factorize
+from gptq.sequential import Walker
 from gptq.solver import SolverOptions, solve
+from marlin_kernel.checkpoint import open_checkpoint, packed_scheme, read_layer
 from marlin_kernel.errors import ConfigError
+from marlin_kernel.hf import load_model
 from marlin_kernel.sparse import positions_2_4
 from marlin_kernel.weight_types import weight_type
+from tests.gptq_models import write_source, write_text
 
 U4 = weight_type("uint4b8")
 
@@ -107,3 +114,100 @@ def test_inputs_must_come_in_quads() -> None:
     weight, h = layer(k=62)
     with pytest.raises(ConfigError, match="q_proj: 62 inputs are no multiple of 4"):
         solve(weight, h, SolverOptions(U4, -1, sparsity="2:4"), name="q_proj")
+
+
+# ---- end to end ----
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    write_source(folder)
+    write_text(folder / "calibration.txt")
+    return folder
+
+
+def quantize(source: Path, out: Path, *flags: str) -> int:
+    few = ["--groupsize", "32", "--nsamples", "8", "--seqlen", "32", "--sparsity", "2:4"]
+    text = ["--dataset", str(source / "calibration.txt"), "--save", str(out)]
+    return main([str(source), *few, *text, *flags])
+
+
+def logits(folder: Path, **options: bool) -> torch.Tensor:
+    model = load_model(folder, dtype=torch.float32, **options)
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None] * 11 % 200, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
+        ("--wbits", "4"),
+        ("--wbits", "8", "--nearest"),
+        ("--wbits", "4", "--no-act-order", "--groupsize", "-1"),
+        ("--wbits", "4", "--format", "gptq"),
+    ),
+    ids=" ".join,
+)
+def test_checkpoint_is_sparse_and_loads(flags, source, tmp_path) -> None:
+    assert quantize(source, tmp_path / "out", *flags) == 0
+    checkpoint = open_checkpoint(tmp_path / "out")
+    scheme = packed_scheme(checkpoint)
+    assert scheme.fmt == ("gptq" if "gptq" in flags else "marlin-24")
+    model = load_model(source, dtype=torch.float32)
+    for name in scheme.modules:
+        weight = read_layer(checkpoint, scheme, name).dequantize().T.contiguous()
+        positions_2_4(weight)
+        model.get_submodule(name).weight.data = weight
+    with torch.no_grad():
+        expected = model(torch.arange(3, 40)[None] * 11 % 200, use_cache=False).logits
+    served = logits(tmp_path / "out", verify=True)
+    assert float((served - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("flags", ((), ("--nearest",)), ids=str)
+def test_pruning_alone_writes_a_plain_checkpoint(flags, source, tmp_path) -> None:
+    assert quantize(source, tmp_path / "out", "--wbits", "16", *flags) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    checkpoint, original = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
+    assert set(checkpoint) == set(original)
+    for name in checkpoint:
+        if "proj" in name:
+            positions_2_4(checkpoint[name])
+            kept = checkpoint[name] != 0
+            moved = (checkpoint[name] != original[name])[kept].any()
+            assert bool(moved) != bool(flags)  # only the update moves what stays
+        else:
+            assert torch.equal(checkpoint[name], original[name])
+    assert bool(logits(tmp_path / "out").isfinite().all())
+
+
+def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
+    assert quantize(source, tmp_path / "whole", "--wbits", "4") == 0
+    real, calls = Walker.quantize_layer, []
+
+    def stop_at_the_second(self, *arguments):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Walker, "quantize_layer", stop_at_the_second)
+    assert quantize(source, tmp_path / "out", "--wbits", "4") == 130
+    monkeypatch.undo()
+    assert quantize(source, tmp_path / "out", "--wbits", "4", "--resume") == 0
+    whole, resumed = open_checkpoint(tmp_path / "whole"), open_checkpoint(tmp_path / "out")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        (("--wbits", "4", "--no-sym"), "add --sym"),
+        (("--wbits", "4", "--no-static-groups"), "add --static-groups"),
+    ),
+)
+def test_settings_that_cannot_work(flags, message, source, tmp_path, capsys) -> None:
+    assert quantize(source, tmp_path / "out", *flags) == 2
+    assert message in capsys.readouterr().err
