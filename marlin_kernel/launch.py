@@ -16,6 +16,7 @@ import ctypes
 import functools
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -326,25 +327,29 @@ def workspace(index: int, stream: int, partial_bytes: int, counters: int) -> Wor
 def _lasting_workspace(index: int, partial_bytes: int, counters: int) -> Workspace:
     """Memory that outlives captures.
 
-    Captured graphs, and torch.compile's pools for graphs, take over what is allocated on the stream
-    that they work on, and refuse what stays allocated there. Hence a stream of its own.
+    Captured graphs take over what is allocated on the stream that they capture, torch.compile's
+    pools for graphs what is allocated by their thread, and both refuse what stays allocated. Hence
+    a thread and a stream of its own.
     """
-    driver = _driver()
-    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # lets us synchronize
-    what = "cuThreadExchangeStreamCaptureMode"
-    mode = _check(driver.cuThreadExchangeStreamCaptureMode(mode), what)
-    try:
-        stream = _allocation_stream(index)
-        with torch.cuda.stream(stream):
+
+    def allocate() -> Workspace:
+        driver = _driver()
+        with torch.cuda.device(index), torch.cuda.stream(_allocation_stream(index)):
+            # captures of other threads must not forbid to allocate and to wait
+            mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+            _check(
+                driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode"
+            )
             device = torch.device("cuda", index)
             made = Workspace(
                 torch.empty(partial_bytes, dtype=torch.uint8, device=device),
                 torch.zeros(counters, dtype=torch.int32, device=device),
             )
-        stream.synchronize()
-    finally:
-        _check(driver.cuThreadExchangeStreamCaptureMode(mode), what)
-    return made
+            _allocation_stream(index).synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
 
 
 @functools.cache
