@@ -9,7 +9,7 @@ describes the Marlin tensors; the others follow GPTQModel (``gptq`` v1, v2) and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .errors import CheckpointError, ConfigError
 from .layout import PackedShape, packed_shape, permute_columns, unpermute_columns, words_shape
 from .packing import check_codes, pack, pack_rows, unpack, unpack_rows
 from .sparse_format import SPARSE_FORMAT
-from .weight_types import WeightType, normalize_group_size
+from .weight_types import INTEGER_TYPES, WeightType, normalize_group_size
 
 FORMATS = ("marlin", "gptq", "compressed-tensors")
 SCALE_DTYPE = torch.float16
@@ -38,7 +38,9 @@ class LayerSpec:
     """What must be known to give a layer's tensors their shapes.
 
     k, n: inputs and outputs; weight_type: row of the type table; group_size: inputs per scale, or
-    k; act_order: inputs are assigned to groups by a stored index; bias: the layer has one.
+    k; act_order: inputs are assigned to groups by a stored index; bias: the layer has one;
+    shard_groups: the layer is a shard of K of an act-order layer that has so many groups, and holds
+    any number of inputs of each (k_full=False).
     """
 
     k: int
@@ -47,24 +49,34 @@ class LayerSpec:
     group_size: int
     act_order: bool = False
     bias: bool = False
+    shard_groups: int | None = None
+
+    @property
+    def k_full(self) -> bool:
+        """Groups are whole: each has group_size inputs, but for the last one."""
+        return self.shard_groups is None
 
     @property
     def groups(self) -> int:
-        return -(-self.k // self.group_size)
+        return self.shard_groups or -(-self.k // self.group_size)
 
     @property
     def packed(self) -> PackedShape:
-        return packed_shape(self.k, self.n, self.group_size)
+        if self.k_full:
+            return packed_shape(self.k, self.n, self.group_size)
+        return replace(packed_shape(self.k, self.n, -1), groups=self.groups)
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A linear layer as integers: weight[k, n] = scales[j, n] * (codes[k, n] - zeros[j, n]).
+    """A linear layer as codes: weight[k, n] = scales[j, n] * (value(codes[k, n]) - zeros[j, n]).
 
-    codes: uint8 [K, N], natural row order. scales: float16 [G, N], G = ceil(K / group_size), may be
-    negative. zeros: uint8 [G, N], or None for a symmetric type (zero point = its bias). g_idx:
-    int32 [K], group of each input, or None for ``k // group_size``. bias: float [N] or None.
-    group_size is normalised: K for one group. `QuantizedLinear.of` builds one from looser
+    codes: uint8 [K, N], natural row order. scales: [G, N] in the type's dtype
+    (reference.SCALE_DTYPES), G = ceil(K / group_size), may be negative. zeros: uint8 or (HQQ)
+    float16 [G, N], or None for types that store none. g_idx: int32 [K], group of each input, or
+    None for ``k // group_size``. bias: float [N] or None. group_size is normalised: K for one
+    group. global_scale: float32 [1], only for types that have one. shard_groups: G of a shard of an
+    act-order layer (LayerSpec). `QuantizedLinear.of` and `quantize` build one from looser
     arguments.
     """
 
@@ -75,15 +87,18 @@ class QuantizedLinear:
     bias: Tensor | None
     weight_type: WeightType
     group_size: int
+    global_scale: Tensor | None = None
+    shard_groups: int | None = None
 
     def __post_init__(self) -> None:
         spec = self.spec
         expected = {
             "codes": (self.codes, (spec.k, spec.n), torch.uint8),
-            "scales": (self.scales, (spec.groups, spec.n), SCALE_DTYPE),
-            "zeros": (self.zeros, (spec.groups, spec.n), torch.uint8),
+            "scales": (self.scales, (spec.groups, spec.n), scale_dtype(self.weight_type)),
+            "zeros": (self.zeros, (spec.groups, spec.n), zero_dtype(self.weight_type)),
             "g_idx": (self.g_idx, (spec.k,), torch.int32),
             "bias": (self.bias, (spec.n,), None),
+            "global_scale": (self.global_scale, (1,), torch.float32),
         }
         for name, (tensor, shape, dtype) in expected.items():
             if tensor is None:
@@ -97,6 +112,19 @@ class QuantizedLinear:
         if (self.zeros is None) != self.weight_type.symmetric:
             need = "takes no zeros" if self.weight_type.symmetric else "needs zeros"
             raise ConfigError(f"weight_type {self.weight_type.name} {need}")
+        if (self.global_scale is not None) != self.weight_type.global_scale:
+            need = "needs" if self.weight_type.global_scale else "takes no"
+            raise ConfigError(f"weight_type {self.weight_type.name} {need} global_scale")
+
+    @classmethod
+    def quantize(
+        cls, weight: Tensor, weight_type: WeightType, group_size: int, bias: Tensor | None = None
+    ) -> QuantizedLinear:
+        """Round a float weight [K, N] to nearest (reference.quantize_stored). bias: [N] or None."""
+        q = reference.quantize_stored(weight, weight_type, group_size)
+        group_size = normalize_group_size(group_size, weight.shape[0])
+        args = (q.codes, q.scales, q.zeros, None, bias, weight_type, group_size, q.global_scale)
+        return cls(*args)
 
     @classmethod
     def of(
@@ -109,19 +137,25 @@ class QuantizedLinear:
         zeros: Tensor | None = None,
         g_idx: Tensor | None = None,
         bias: Tensor | None = None,
+        global_scale: Tensor | None = None,
+        shard_groups: int | None = None,
     ) -> QuantizedLinear:
         """Build from any dtypes, changing no value.
 
-        codes: integers [K, N]; scales: float [G, N] that fp16 can hold; zeros: integer values [G,
-        N] of any dtype (a symmetric type accepts its constant zero point and drops it); g_idx:
-        integers [K] (dropped when it is ``k // group_size``); group_size: -1 for one group; bias:
-        [N]. Raises ConfigError if a value would change.
+        codes: integers [K, N]; scales: [G, N], float values that fp16 can hold, or in the dtype of
+        the type; zeros: values [G, N] of any dtype, integers unless the type's are floats (a
+        symmetric integer type accepts its constant zero point and drops it); g_idx: integers [K]
+        (dropped when it is ``k // group_size``); group_size: -1 for one group; bias: [N];
+        global_scale: one float, any shape; shard_groups: G of a shard of an act-order layer.
+        Raises ConfigError if a value would change.
         """
         check_codes(codes, weight_type)
         group_size = normalize_group_size(group_size, codes.shape[0])
-        if zeros is not None:
+        if zeros is not None and weight_type.zeros == "float":
+            zeros = _exact(zeros, "zeros")
+        elif zeros is not None:
             zeros = _integers(zeros, weight_type)
-            if weight_type.symmetric:
+            if weight_type.bias is not None:
                 if bool((zeros != weight_type.bias).any()):
                     raise ConfigError(
                         f"zeros span {int(zeros.min())}..{int(zeros.max())}; {weight_type.name} "
@@ -130,23 +164,26 @@ class QuantizedLinear:
                 zeros = None
         if g_idx is not None:
             g_idx = g_idx.to(torch.int32)
-            if torch.equal(g_idx, _natural_groups(g_idx, group_size)):
+            if shard_groups is None and torch.equal(g_idx, _natural_groups(g_idx, group_size)):
                 g_idx = None
         return cls(
             codes.to(torch.uint8),
-            _exact_scales(scales),
+            _exact_scales(scales) if weight_type.scale == "float16" else scales.detach(),
             zeros,
             g_idx,
             None if bias is None else bias.detach(),
             weight_type,
             group_size,
+            None if global_scale is None else global_scale.detach().float().reshape(1),
+            shard_groups,
         )
 
     @property
     def spec(self) -> LayerSpec:
         k, n = self.codes.shape
         act_order, bias = self.g_idx is not None, self.bias is not None
-        return LayerSpec(k, n, self.weight_type, self.group_size, act_order, bias)
+        facts = (self.weight_type, self.group_size, act_order, bias, self.shard_groups)
+        return LayerSpec(k, n, *facts)
 
     @property
     def group_index(self) -> Tensor:
@@ -158,14 +195,20 @@ class QuantizedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as `dtype` [K, N] (the transpose of a torch.nn.Linear weight)."""
         return reference.dequantize(
-            self.codes, self.scales, self.zeros, self.weight_type, self.group_index, dtype
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.weight_type,
+            self.group_index,
+            dtype,
+            self.global_scale,
         )
 
     def to(self, device: torch.device | str) -> QuantizedLinear:
         """The same layer on another device."""
-        tensors = (self.codes, self.scales, self.zeros, self.g_idx, self.bias)
-        moved = (None if tensor is None else tensor.to(device) for tensor in tensors)
-        return QuantizedLinear(*moved, self.weight_type, self.group_size)
+        names = ("codes", "scales", "zeros", "g_idx", "bias", "global_scale")
+        held = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: v.to(device) for k, v in held.items() if v is not None})
 
 
 def _natural_groups(like: Tensor, group_size: int) -> Tensor:
@@ -185,16 +228,30 @@ def _integers(values: Tensor, wtype: WeightType) -> Tensor:
     return rounded.to(torch.uint8)
 
 
-def _exact_scales(scales: Tensor) -> Tensor:
-    """Scales as float16. Subnormal ones may move by half of the smallest fp16 step, 2**-25."""
-    stored = scales.detach().to(SCALE_DTYPE)
-    error = (stored.float() - scales.float()).abs()
-    if scales.numel() and not bool((error <= 2.0**-25).all()):  # also catches NaN and Inf
+def _exact(values: Tensor, name: str) -> Tensor:
+    """As float16. Subnormal numbers may move by half of the smallest fp16 step, 2**-25."""
+    stored = values.detach().to(SCALE_DTYPE)
+    error = (stored.float() - values.float()).abs()
+    if values.numel() and not bool((error <= 2.0**-25).all()):  # also catches NaN and Inf
         raise ConfigError(
-            f"scales of dtype {scales.dtype} lose up to {float(error.max()):.3g} as {SCALE_DTYPE}; "
+            f"{name} of dtype {values.dtype} lose up to {float(error.max()):.3g} as {SCALE_DTYPE}; "
             "codes must be chosen against stored scales: apply reference.round_scales first"
         )
     return stored
+
+
+def _exact_scales(scales: Tensor) -> Tensor:
+    return _exact(scales, "scales")
+
+
+def scale_dtype(wtype: WeightType) -> torch.dtype:
+    """dtype of the stored scales of a type."""
+    return reference.SCALE_DTYPES[wtype.scale]
+
+
+def zero_dtype(wtype: WeightType) -> torch.dtype:
+    """dtype of the zero points of a type that stores them."""
+    return torch.float16 if wtype.zeros == "float" else torch.uint8
 
 
 # ---- shapes --------------------------------------------------------------------------------------
@@ -213,10 +270,14 @@ def tensor_shapes(fmt: str, spec: LayerSpec) -> dict[str, Stored]:
         p = spec.packed
         shapes = {
             "B": (words_shape(p.k_padded, p.n_padded, wtype), torch.int32),
-            "s": ((p.groups, p.n_padded), SCALE_DTYPE),
+            "s": ((p.groups, p.n_padded), scale_dtype(wtype)),
         }
-        if not wtype.symmetric:
+        if wtype.zeros == "integer":
             shapes["z"] = ((p.groups, p.n_padded // factor), torch.int32)
+        elif wtype.zeros == "float":
+            shapes["z"] = ((p.groups, p.n_padded), torch.float16)
+        if wtype.global_scale:
+            shapes["global_scale"] = ((1,), torch.float32)
         if spec.act_order:
             shapes["g_idx"] = ((k,), torch.int32)
     elif fmt == SPARSE_FORMAT:
@@ -249,6 +310,13 @@ def check_exportable(fmt: str, spec: LayerSpec) -> None:
     if fmt == SPARSE_FORMAT:
         sparse_format.check_spec(spec)
         return
+    if spec.weight_type.name not in INTEGER_TYPES:
+        raise ConfigError(
+            f"format {fmt!r} is written for integer types, not {spec.weight_type.name}; use "
+            "--format marlin"
+        )
+    if not spec.k_full:
+        raise ConfigError(f"format {fmt!r} holds whole layers, not shards of K; write the layer")
     if spec.k % spec.group_size:
         raise ConfigError(
             f"group_size={spec.group_size} does not divide the {spec.k} inputs; format {fmt!r} "
@@ -342,7 +410,9 @@ def _write_marlin(layer: QuantizedLinear) -> dict[str, Tensor]:
     spec, wtype, shape = layer.spec, layer.weight_type, layer.spec.packed
     codes = layer.codes
     extra = {}
-    if layer.g_idx is not None:
+    if not spec.k_full:
+        extra["g_idx"] = layer.group_index
+    elif layer.g_idx is not None:
         order = torch.argsort(layer.g_idx, stable=True)
         if not torch.equal(layer.g_idx[order], _natural_groups(order, layer.group_size)):
             raise ConfigError(
@@ -355,10 +425,19 @@ def _write_marlin(layer: QuantizedLinear) -> dict[str, Tensor]:
     pad_groups = shape.groups - spec.groups
     # Padding weighs exactly zero: scale 0 where a whole group or column is added, and codes equal
     # to the zero point everywhere.
-    scales = torch.nn.functional.pad(layer.scales, (0, pad_n, 0, pad_groups))
+    # (HQQ: a fractional zero point has no code; there padding relies on activations being zero.)
+    scales = layer.scales
+    if scales.dtype == torch.float8_e4m3fn:  # which torch cannot pad
+        scales = scales.view(torch.uint8)
+    scales = torch.nn.functional.pad(scales, (0, pad_n, 0, pad_groups)).view(layer.scales.dtype)
     zeros = layer.zeros
     codes = torch.nn.functional.pad(codes, (0, pad_n, 0, pad_k), value=wtype.midpoint)
-    if zeros is not None:
+    if layer.global_scale is not None:
+        extra["global_scale"] = layer.global_scale
+    if wtype.zeros == "float":
+        zeros = torch.nn.functional.pad(zeros, (0, pad_n, 0, pad_groups))
+        extra["z"] = permute_columns(zeros, grouped=shape.groups > 1)
+    elif zeros is not None:
         zeros = torch.nn.functional.pad(zeros, (0, pad_n, 0, pad_groups), value=wtype.midpoint)
         groups = torch.arange(spec.k, shape.k_padded, device=codes.device) // spec.group_size
         codes[spec.k :] = zeros[groups.clamp(max=shape.groups - 1)]
@@ -375,10 +454,14 @@ def _read_marlin(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLin
     codes = unpack(tensors["B"], wtype)[: spec.k, : spec.n]
     scales = unpermute_columns(tensors["s"], grouped=shape.groups > 1)[: spec.groups, : spec.n]
     zeros = None
-    if not wtype.symmetric:
+    if wtype.zeros == "integer":
         zeros = unpack_rows(tensors["z"], wtype.bits, shape.n_padded)[: spec.groups, : spec.n]
+    elif wtype.zeros == "float":
+        zeros = unpermute_columns(tensors["z"], shape.groups > 1)[: spec.groups, : spec.n]
     g_idx = None
-    if spec.act_order:
+    if not spec.k_full:
+        g_idx = tensors["g_idx"]
+    elif spec.act_order:
         g_idx = tensors["g_idx"]
         natural = torch.empty_like(codes)
         natural[torch.argsort(g_idx, stable=True)] = codes
@@ -391,6 +474,8 @@ def _read_marlin(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLin
         zeros=zeros,
         g_idx=g_idx,
         bias=tensors["bias"] if spec.bias else None,
+        global_scale=tensors.get("global_scale"),
+        shard_groups=spec.shard_groups,
     )
 
 

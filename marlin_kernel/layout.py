@@ -94,15 +94,33 @@ def scale_order(grouped: bool) -> Tensor:
     return torch.tensor([2 * i + t for i in range(4) for t in (0, 1, 8, 9, 16, 17, 24, 25)])
 
 
+@cache
+def zero_order(bits: int) -> Tensor:
+    """int64 permutation of 64 columns: order of integer zero points in the kernels' layout.
+
+    A lane reads the eight of the columns ``lane // 4 + 8 * j`` in one word (4 bits) or two. 4 bits:
+    nibble j is that of row tile j's first eight columns, nibble j + 4 that of its other eight, so
+    that one mask finds both; 8 bits: in order of j.
+    """
+    if bits == 8:
+        return scale_order(True)
+    columns = [16 * (p % 4) + 8 * (p // 4) for p in range(8)]
+    return torch.tensor([i + c for i in range(8) for c in columns])
+
+
 def permute_columns(values: Tensor, grouped: bool) -> Tensor:
     """[G, N] in natural column order -> the stored order. N must be a multiple of 64."""
     order = scale_order(grouped).to(values.device)
+    if values.dtype == torch.float8_e4m3fn:  # which torch cannot index everywhere
+        return permute_columns(values.view(torch.uint8), grouped).view(values.dtype)
     return values.reshape(-1, order.numel())[:, order].reshape(values.shape).contiguous()
 
 
 def unpermute_columns(values: Tensor, grouped: bool) -> Tensor:
     """Inverse of `permute_columns`."""
     order = torch.argsort(scale_order(grouped)).to(values.device)
+    if values.dtype == torch.float8_e4m3fn:
+        return unpermute_columns(values.view(torch.uint8), grouped).view(values.dtype)
     return values.reshape(-1, order.numel())[:, order].reshape(values.shape).contiguous()
 
 

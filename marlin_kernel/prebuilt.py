@@ -20,8 +20,6 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from marlin_kernel import kernel_configs, sm80_configs
 from marlin_kernel.compiler import KernelSource
 from marlin_kernel.errors import ConfigError
@@ -169,18 +167,18 @@ def kernel_combination(c: Combination) -> Combination:
 def _source(family: str, c: Combination, config: Sm80Config | KernelConfig) -> KernelSource:
     if family == "sm90":
         return config.source(c.activation, c.group_size)
-    return config.source(getattr(torch, c.activation), max(c.group_size, 0))
+    return config.source(sm80_configs.kernel_types(c))
 
 
 def _sm80_choices(
     arch: str, c: Combination, batch_invariant: bool, shapes: tuple[tuple[int, int], ...]
 ) -> tuple[Choice, ...]:
     choices: list[Choice] = []
-    group_size = max(c.group_size, 0)
+    types = sm80_configs.kernel_types(c)
     for limit in SHARED_LIMITS[arch]:
         rows: list[Choice] = []
         for tokens in (*range(1, 257), 1 << 30):
-            config = sm80_configs.select_config(tokens, group_size, limit, batch_invariant)
+            config = sm80_configs.select_config(tokens, types, limit, batch_invariant)
             if rows and rows[-1].config == config:
                 rows.pop()
             rows.append(Choice(0, 0, tokens, config))

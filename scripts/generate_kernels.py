@@ -331,7 +331,7 @@ def kernel_row(v: Variant, config: Sm80Config | DecodeConfig | GemmConfig) -> st
         family = "SM80"
         tile = (config.tile_m, config.tile_n, config.tile_k)
         rest = (config.output_warps, 0, 0, 0)
-        shared_bytes = config.shared_bytes(max(group_size, 0))
+        shared_bytes = config.shared_bytes(sm80_configs.kernel_types(v.combination))
     elif isinstance(config, DecodeConfig):
         family = "SM90_DECODE"
         tile = (config.max_tokens, TILE_N * config.warps_n, TILE_K)

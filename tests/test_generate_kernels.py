@@ -377,19 +377,22 @@ def test_sm80_launches_as_python_does(
     processors, limit, per_processor = DEVICES[capability]
     arch = f"sm_{capability[0]}{capability[1]}"
     for k, n, g in ((4096, 4096, 128), (1000, 300, 32), (8192, 57344, 64), (576, 960, -1)):
-        shape, group_size = layout.packed_shape(k, n, g), max(g, 0)
+        shape = layout.packed_shape(k, n, g)
+        types = sm80_configs.kernel_types(_plain_combination(g))
         for m in (1, 8, 9, 16, 17, 33, 64, 128, 129, 1000, 8192):
-            config = sm80_configs.select_config(m, group_size, limit, batch_invariant)
-            fitting = per_processor // (config.shared_bytes(group_size) + 1024)
+            config = sm80_configs.select_config(m, types, limit, batch_invariant)
+            fitting = per_processor // (config.shared_bytes(types) + 1024)
             blocks = processors * max(1, min(config.blocks_per_sm, fitting))
-            need = sm80_configs.geometry(config, m, n, shape.k_padded, blocks, batch_invariant)
+            need = sm80_configs.geometry(
+                config, types, m, n, shape.k_padded, blocks, batch_invariant
+            )
             plan = chosen(library, capability, k, n, g, m, batch_invariant)
             source = prebuilt._source("sm80", _plain_combination(g), config)
             assert library.key_of(plan.kernel).decode() == compiler.source_key(source, arch)
             assert (plan.grid_x, plan.grid_y, plan.cluster) == (need.grid, 1, 1)
             assert (plan.threads, plan.shared_bytes) == (
                 config.threads,
-                config.shared_bytes(group_size),
+                config.shared_bytes(types),
             )
             assert (plan.splits, plan.in_turn) == (need.splits, need.in_turn)
             assert (plan.partial_bytes, plan.counter_bytes) == (
@@ -502,11 +505,15 @@ def test_kernel_arguments_lie_as_the_kernels_read_them(generated: Path, tmp_path
     assert outputs[0] == outputs[1] != ""
 
 
-SM80_PROBLEM = "sm80::Problem<__half>"
+SM80_PROBLEM = (
+    "sm80::Problem<sm80::TileConfig<weights::uint4b8, __half, __half, 8, 1, 4, 1, 128, 4, false, "
+    "128, false, false>>"
+)
 SM90_PROBLEM = "sm90::Problem<__half>"
 FIELDS = {
     "sm80": (
-        *("activations", "weights", "scales", "bias", "output", "partials", "arrivals"),
+        *("activations", "weights", "scales", "zeros", "permutation", "token_scales"),
+        *("global_scale", "bias", "output", "partials", "arrivals"),
         *("row_stride", "m", "n", "k", "n_padded", "k_padded", "splits", "in_turn"),
     ),
     "sm90": (

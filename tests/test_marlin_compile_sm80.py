@@ -5,24 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from marlin_kernel import compiler
-from marlin_kernel.compiler import Cubin
-from marlin_kernel.sm80_configs import CONFIGS, SCALARS, Sm80Config, select_config
+from marlin_kernel.compiler import Cubin, KernelSource
+from marlin_kernel.sm80_configs import (
+    SHARED_LIMITS,
+    KernelTypes,
+    Sm80Config,
+    all_kernel_types,
+    configs,
+    kernels,
+    select_config,
+)
+from marlin_kernel.validity import ARCHITECTURES
 from tests.compiling import REGISTERS, needs_nvrtc, own_cache, sass  # noqa: F401 (fixture)
 
-# Shared memory that a block may have, in bytes.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10}
-
-
 pytestmark = needs_nvrtc
+CAPABILITY = {arch: capability for capability, arch in ARCHITECTURES.items()}
 
 
-def check(config: Sm80Config, dtype: torch.dtype, group_size: int, arch: str) -> Cubin:
+def check(config: Sm80Config, types: KernelTypes, arch: str) -> Cubin:
     """Compile; assert that nothing spills and that the blocks meant to share an SM can."""
-    cubin = compiler.compile_kernel(config.source(dtype, group_size), arch)
-    assert cubin.stack_bytes == 0, f"{config} spills {cubin.stack_bytes} bytes for {arch}"
+    cubin = compiler.compile_kernel(config.source(types), arch)
+    assert cubin.stack_bytes == 0, f"{config} {types} spills {cubin.stack_bytes} B for {arch}"
     assert cubin.registers * config.threads * config.blocks_per_sm <= REGISTERS
     return cubin
 
@@ -33,36 +38,67 @@ def name_of(value: object) -> str:
     return str(value)
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_no_spills(config: Sm80Config, arch: str) -> None:
-    check(config, torch.float16, 128, arch)
-    check(config, torch.bfloat16, 32, arch)
+def sampled(arch: str) -> list[tuple[KernelTypes, Sm80Config]]:
+    """One kernel of every third pair of types, another third for each architecture.
+
+    The slow test compiles everything.
+    """
+    pairs: dict[tuple[str, str], list[tuple[KernelTypes, Sm80Config]]] = {}
+    for types, row in kernels(CAPABILITY[arch]):
+        pairs.setdefault((types.weight_type, types.activation), []).append((types, row))
+    turn = list(ARCHITECTURES.values()).index(arch)
+    largest = {pair: members[-1 - 7 * turn % len(members)] for pair, members in pairs.items()}
+    return list(largest.values())[turn % 3 :: 3]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES.values())
+def test_no_spills(arch: str) -> None:
+    for types, row in sampled(arch):
+        check(row, types, arch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("dtype", SCALARS)
-@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
-def test_every_specialisation(group_size: int, dtype: torch.dtype, arch: str) -> None:
-    for config in CONFIGS:
-        check(config, dtype, group_size, arch)
+@pytest.mark.parametrize("arch", ARCHITECTURES.values())
+def test_every_specialisation(arch: str) -> None:
+    work = [(row.source(types), arch) for types, row in kernels(CAPABILITY[arch])]
+    for i, cubin in compiler.compile_all(work, 2):
+        assert not isinstance(cubin, Exception), cubin
+        assert cubin.stack_bytes == 0, work[i]
+    for types, row in kernels(CAPABILITY[arch]):
+        check(row, types, arch)
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_preparation_of_activations_compiles(arch: str) -> None:
+    header = "sm80/activations.cuh"
+    for expression in ("gather_activations<8>", "quantize_activations<__half, int8_t>"):
+        cubin = compiler.compile_kernel(KernelSource(header, f"sm80::{expression}"), arch)
+        assert cubin.stack_bytes == 0
+    fp8 = "sm80::quantize_activations<__nv_bfloat16, float8_e4m3>"
+    assert compiler.compile_kernel(KernelSource(header, fp8), "sm_90a").stack_bytes == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES.values())
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_selection_fits_the_gpu(arch: str, batch_invariant: bool) -> None:
-    for group_size in (0, 32, 64, 128):
+    for types in all_kernel_types(CAPABILITY[arch]):
         tiles = []
-        for m in range(1, 300):
-            config = select_config(m, group_size, SHARED_LIMIT[arch], batch_invariant)
-            assert config.shared_bytes(group_size) <= SHARED_LIMIT[arch]
+        for m in (*range(1, 132), 299, 100000):
+            config = select_config(m, types, SHARED_LIMITS[arch], batch_invariant)
+            assert config.shared_bytes(types) <= SHARED_LIMITS[arch]
+            assert config in configs(types, batch_invariant)
             tiles.append(config.tile_m)
-        assert tiles[0] == 8 and tiles[63] >= 64
-        assert all(m <= tile for m, tile in zip(range(1, 65), tiles, strict=False))
+        assert tiles[0] == 8 and tiles == sorted(tiles)
 
 
 def test_tensor_cores_and_asynchronous_copies(tmp_path: Path) -> None:
-    text = sass(check(CONFIGS[0], torch.float16, 128, "sm_80"), tmp_path / "kernel.cubin")
+    types = KernelTypes()
+    text = sass(check(configs(types)[0], types, "sm_80"), tmp_path / "kernel.cubin")
     assert "HMMA.16816.F32" in text and "LDGSTS" in text and "LDSM" in text
     assert "LDL" not in text and "STL" not in text
+    types = KernelTypes(activation="int8")
+    text = sass(check(configs(types)[0], types, "sm_80"), tmp_path / "kernel.cubin")
+    assert "IMMA.16832.S8.S8" in text
+    types = KernelTypes(sm75=True)
+    text = sass(check(configs(types)[0], types, "sm_75"), tmp_path / "kernel.cubin")
+    assert "HMMA.1688.F32" in text and "LDGSTS" not in text

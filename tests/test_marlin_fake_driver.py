@@ -117,8 +117,9 @@ for m in (1, 8, 16, 17, 128, 1000):
         a = tensor(0x100, m, k, stride=1008)
         operands = (a, tensor(0x200), tensor(0x300, 8, n_padded), tensor(0x400), tensor(0x500))
         sizes = (k, n, k_padded, n_padded, 128)
-        config = sm80_configs.select_config(m, 128, SHARED, batch_invariant)
-        source = config.source(torch.float16, 128)
+        types = sm80_configs.KernelTypes()
+        config = sm80_configs.select_config(m, types, SHARED, batch_invariant)
+        source = config.source(types)
         for call in range(2):
             count, record.shared_limit = record.count, 0
             known = source in [s for s, _ in compiled]
@@ -126,17 +127,18 @@ for m in (1, 8, 16, 17, 128, 1000):
             assert record.count == count + 1
             if not known:
                 assert compiled[-1] == (source, ARCH)
-                assert record.shared_limit == config.shared_bytes(128) <= SHARED
+                assert record.shared_limit == config.shared_bytes(types) <= SHARED
         plan = asked[-1]
         assert tuple(record.grid) == (plan.grid, 1, 1)
         assert 0 < plan.grid <= SMS * config.blocks_per_sm
         assert tuple(record.block) == (config.threads, 1, 1)
-        assert record.shared_bytes == config.shared_bytes(128)
+        assert record.shared_bytes == config.shared_bytes(types)
         assert record.stream == STREAM
         assert record.attributes == 0, "the kernel does not wait for its predecessor by itself"
-        fields = struct.unpack_from("<7Qq7i", bytes(record.arguments))
-        assert fields[:8] == (0x100, 0x200, 0x300, 0x400, 0x500, 0x6000, 0x7000, 1008)
-        assert fields[8:] == (m, n, k, n_padded, k_padded, plan.splits, plan.in_turn)
+        fields = struct.unpack_from("<11Qq7i", bytes(record.arguments))
+        assert fields[:7] == (0x100, 0x200, 0x300, 0, 0, 0, 0)
+        assert fields[7:12] == (0x400, 0x500, 0x6000, 0x7000, 1008)
+        assert fields[12:] == (m, n, k, n_padded, k_padded, plan.splits, plan.in_turn)
         assert (plan.splits > 0) == batch_invariant
 assert len(compiled) == len(set(compiled)), "a kernel is loaded once"
 """

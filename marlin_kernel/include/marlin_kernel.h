@@ -683,7 +683,8 @@ marlin_status marlin_plan_gemm(marlin_runtime* rt, const marlin_problem* problem
 
 /* Kernel arguments: csrc/sm80/tile_config.cuh and csrc/sm90/problem.cuh (a test compares them). */
 typedef struct {
-  const void *activations, *weights, *scales, *bias;
+  const void *activations, *weights, *scales, *zeros, *permutation, *token_scales, *global_scale;
+  const void* bias;
   void *output, *partials, *arrivals;
   long long row_stride;
   int m, n, k, n_padded, k_padded, splits, in_turn;
@@ -756,6 +757,7 @@ marlin_status marlin_gemm(const marlin_runtime* rt, const marlin_plan* plan,
     sm80.activations = x->a;
     sm80.weights = x->weights;
     sm80.scales = x->scales;
+    sm80.zeros = sm80.permutation = sm80.token_scales = sm80.global_scale = NULL;
     sm80.bias = x->bias;
     sm80.output = x->out;
     sm80.partials = x->partials;

@@ -21,6 +21,11 @@ using uint64_t = unsigned long long;
 
 constexpr int kWarpSize = 32;
 
+// A byte that holds a float8_e4m3fn.
+struct float8_e4m3 {
+  uint8_t bits;
+};
+
 template <class A, class B>
 constexpr bool kIsSame = false;
 template <class A>

@@ -54,6 +54,22 @@ __device__ __forceinline__ float4 load_l2(const float4* address) {
   return v;
 }
 
+// The same of 8 bytes.
+__device__ __forceinline__ uint2 load_l2(const uint2* address) {
+  uint2 v;
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];\n"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+// st.global.cg: 8 bytes into L2.
+__device__ __forceinline__ void store_l2(uint2* address, uint2 v) {
+  asm volatile("st.global.cg.v2.u32 [%0], {%1, %2};\n" ::"l"(address), "r"(v.x), "r"(v.y)
+               : "memory");
+}
+
 // st.global.cg: 16 bytes into L2.
 __device__ __forceinline__ void store_l2(float4* address, float4 v) {
   asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(address), "f"(v.x), "f"(v.y),

@@ -1,6 +1,6 @@
-// C[M, N] = A[M, K] W[K, N] (+ bias): fp16/bf16 activations, symmetric 4-bit weights, mma.sync and
-// cp.async. Runs on sm_80 and everything newer. The grid may have any size; see partition.cuh for
-// who does what.
+// C[M, N] = A[M, K] W[K, N] (+ bias) by mma.sync and cp.async, for every type of weights and
+// activations. Runs on sm_80 and everything newer, and on sm_75 with copies through registers. The
+// grid may have any size; see partition.cuh for who does what.
 #pragma once
 
 #include "ptx/barrier.cuh"
@@ -47,7 +47,7 @@ class LoadCursor {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::THREADS, 1)
-    gemm_w4a16(const __grid_constant__ Problem<typename Config::Scalar> problem) {
+    gemm(const __grid_constant__ Problem<Config> problem) {
   SharedStorage<Config>& shared = ptx::shared_memory<SharedStorage<Config>>();
   const Partition partition(ceil_div(problem.m, Config::TILE_M),
                             ceil_div(problem.n, Config::TILE_N),
@@ -84,7 +84,9 @@ __global__ void __launch_bounds__(Config::THREADS, 1)
       stage = stage == Config::STAGES - 1 ? 0 : stage + 1;
     }
     reduce_in_block<Config>(shared, place, acc);
-    if (place.warp_k == 0 && reduction.complete(unit, acc)) epilogue.write(unit, acc);
+    if (place.warp_k > 0) continue;
+    if constexpr (Config::REDUCE_HALF) epilogue.scale(unit, acc);
+    if (reduction.complete(unit, acc)) epilogue.write(unit, acc);
   }
   ptx::cp_async_wait<0>();
 }

@@ -19,6 +19,36 @@ __device__ __forceinline__ void add(float (&sum)[4], const float4& v) {
   sum[3] += v.w;
 }
 
+// A fragment of sums on its way between blocks: four fp32 or four fp16.
+template <bool HALF>
+struct Exchanged {
+  using Bits = float4;
+  static __device__ __forceinline__ Bits pack(const float (&v)[4]) {
+    return float4{v[0], v[1], v[2], v[3]};
+  }
+  static __device__ __forceinline__ float4 unpack(const Bits& v) { return v; }
+};
+
+template <>
+struct Exchanged<true> {
+  using Bits = uint2;
+  static __device__ __forceinline__ Bits pack(const float (&v)[4]) {
+    return uint2{pair(v[0], v[1]), pair(v[2], v[3])};
+  }
+  static __device__ __forceinline__ float4 unpack(const Bits& v) {
+    const __half2 low = *reinterpret_cast<const __half2*>(&v.x);
+    const __half2 high = *reinterpret_cast<const __half2*>(&v.y);
+    const float2 a = __half22float2(low), b = __half22float2(high);
+    return float4{a.x, a.y, b.x, b.y};
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t pair(float x, float y) {
+    const __half2 h(Element<__half>::from_float(x), Element<__half>::from_float(y));
+    return *reinterpret_cast<const uint32_t*>(&h);
+  }
+};
+
 // Fragment `index` (row tile major) of the accumulators.
 template <class Config>
 __device__ __forceinline__ float (&fragment(Accumulators<Config>& acc, int index))[4] {
@@ -57,11 +87,12 @@ __device__ __forceinline__ void reduce_in_block(SharedStorage<Config>& shared,
 // accumulators now hold the whole sum, which this warp must write out.
 template <class Config>
 class BlockReduction {
-  using Scalar = typename Config::Scalar;
-  static constexpr int LOADS = Config::WARP_M < 64 ? 16 : 4;  // of 16 bytes, under way at once
+  using Exchange = Exchanged<Config::REDUCE_HALF>;
+  using Bits = typename Exchange::Bits;
+  static constexpr int LOADS = Config::WARP_M < 64 ? 16 : 4;  // of one fragment, under way at once
 
  public:
-  __device__ BlockReduction(const Problem<Scalar>& p, const Partition& partition,
+  __device__ BlockReduction(const Problem<Config>& p, const Partition& partition,
                             const WarpPlace<Config>& place)
       : p_(p), partition_(partition), place_(place) {}
 
@@ -72,18 +103,18 @@ class BlockReduction {
 
  private:
   // First fragment of this thread in a slot.
-  __device__ __forceinline__ float4* slot(const Unit& u, int part) const {
+  __device__ __forceinline__ Bits* slot(const Unit& u, int part) const {
     const long long number = partition_.slot(u, part, blockIdx.x);
-    return p_.partials +
+    return static_cast<Bits*>(p_.partials) +
            (number * Config::OUTPUT_WARPS + place_.output_warp()) * Config::FRAGMENTS * WARP +
            place_.lane;
   }
 
-  __device__ __forceinline__ void store(float4* to, Accumulators<Config>& acc) {
+  __device__ __forceinline__ void store(Bits* to, Accumulators<Config>& acc) {
 #pragma unroll
     for (int i = 0; i < Config::FRAGMENTS; ++i) {
       const float(&v)[4] = fragment(acc, i);
-      ptx::store_l2(to + i * WARP, float4{v[0], v[1], v[2], v[3]});
+      ptx::store_l2(to + i * WARP, Exchange::pack(v));
     }
   }
 
@@ -95,17 +126,17 @@ class BlockReduction {
     constexpr int AT_ONCE = Config::FRAGMENTS < LOADS / COUNT ? Config::FRAGMENTS : LOADS / COUNT;
 #pragma unroll
     for (int first = 0; first < Config::FRAGMENTS; first += AT_ONCE) {
-      float4 v[COUNT][AT_ONCE];
+      Bits v[COUNT][AT_ONCE];
 #pragma unroll
       for (int p = 0; p < COUNT; ++p) {
-        const float4* from = slot(u, part + p) + first * WARP;
+        const Bits* from = slot(u, part + p) + first * WARP;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) v[p][i] = ptx::load_l2(from + i * WARP);
       }
 #pragma unroll
       for (int p = 0; p < COUNT; ++p)
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) add(fragment(acc, first + i), v[p][i]);
+        for (int i = 0; i < AT_ONCE; ++i) add(fragment(acc, first + i), Exchange::unpack(v[p][i]));
     }
   }
 
@@ -118,7 +149,7 @@ class BlockReduction {
 
   // All parts come to this very thread one after the other: the slot carries the sum so far.
   __device__ __forceinline__ bool complete_in_turn(const Unit& u, Accumulators<Config>& acc) {
-    float4* carry = slot(u, 0);
+    Bits* carry = slot(u, 0);
     if (u.part > 0) add_parts<1>(u, 0, acc);
     if (u.part == u.parts - 1) return true;
     store(carry, acc);
@@ -141,7 +172,7 @@ class BlockReduction {
     return true;
   }
 
-  const Problem<Scalar>& p_;
+  const Problem<Config>& p_;
   const Partition& partition_;
   const WarpPlace<Config>& place_;
 };

@@ -12,6 +12,8 @@ inline int shuffle(int value, int lane) { return emu::shuffle(value, lane); }
 inline void device_fence() {}
 inline int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 inline float4 load_l2(const float4* address) { return *address; }
+inline uint2 load_l2(const uint2* address) { return *address; }
+inline void store_l2(uint2* address, uint2 v) { *address = v; }
 inline void store_l2(float4* address, float4 v) { *address = v; }
 
 }  // namespace ptx

@@ -1,0 +1,29 @@
+// Conversions of fp32 to bytes, to nearest, ties to even.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
+#pragma once
+
+#include "common/types.cuh"
+
+namespace ptx {
+
+// cvt.rni.sat.s8.f32, four times: values to int8, the first in the lowest byte.
+__device__ __forceinline__ uint32_t pack_bytes(const float (&v)[4], int8_t) {
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int byte;
+    asm("cvt.rni.sat.s8.f32 %0, %1;\n" : "=r"(byte) : "f"(v[i]));
+    word |= (byte & 0xff) << (8 * i);
+  }
+  return word;
+}
+
+// cvt.rn.satfinite.e4m3x2.f32, twice (sm_89 and newer): values to e4m3.
+__device__ __forceinline__ uint32_t pack_bytes(const float (&v)[4], float8_e4m3) {
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(low) : "f"(v[1]), "f"(v[0]));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(high) : "f"(v[3]), "f"(v[2]));
+  return low | static_cast<uint32_t>(high) << 16;
+}
+
+}  // namespace ptx
