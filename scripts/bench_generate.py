@@ -13,8 +13,9 @@ with a static cache, and the greedy choice of the next token. Variants of it:
     compile        torch.compile(mode="reduce-overhead") of the whole step
     compile_graph  torch.compile of the whole step, captured once in a CUDA graph
 
-A time is the median over --repeats runs of --new_tokens consecutive steps that follow a prompt of
---context tokens. Prefill is timed eagerly, for one sequence.
+--attention and --pdl set how attention is computed and how torch.compile's kernels are launched,
+for all models alike. A time is the median over --repeats runs of --new_tokens consecutive steps
+that follow a prompt of --context tokens. Prefill is timed eagerly, for one sequence.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 import yaml
 from gpu_timing import circumstances
 from torch import Tensor, nn
@@ -45,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 MODELS = ("plain", "packed", "unfused")
 VARIANTS = ("eager", "graph", "compile", "compile_graph")
+ATTENTION = ("sdpa", "efficient", "cudnn", "math")
 LARGEST_DIFFERENCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits, |a - b| / |b|
 SCALE = 0.02 / 4.6  # weights of standard deviation 0.02 from codes spread evenly over -8..7
 
@@ -55,6 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.layers:
         sizes["num_hidden_layers"] = options.layers
     config = AutoConfig.for_model(**sizes)
+    set_up_torch(config, options)
     report: dict[str, Any] = {
         "circumstances": circumstances("scripts/bench_generate.py", options),
         "rows": [],
@@ -71,6 +76,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return report
 
 
+def set_up_torch(config: PretrainedConfig, options: argparse.Namespace) -> None:
+    """What is the same for all models: kernels of attention, launches of compiled kernels."""
+    torch._inductor.config.triton.enable_pdl = options.pdl
+    # compiled graphs are kept on disk under keys that do not know of the choices below
+    torch._inductor.config.fx_graph_cache = False
+    torch._functorch.config.enable_autograd_cache = False
+    config._attn_implementation = "sdpa"
+    if options.attention != "sdpa":
+        cuda = torch.backends.cuda
+        cuda.enable_flash_sdp(False)
+        cuda.enable_mem_efficient_sdp(options.attention == "efficient")
+        cuda.enable_cudnn_sdp(options.attention == "cudnn")
+        cuda.enable_math_sdp(options.attention == "math")
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -84,6 +104,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--new_tokens", type=int, default=64, help="decode steps of one run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=2048, help="tokens; 0: do not time prefill")
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION,
+        default="sdpa",
+        help="sdpa: torch chooses the kernel; efficient, cudnn, math: that kernel of torch's",
+    )
+    parser.add_argument(
+        "--pdl",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile's kernels start while their predecessors end",
+    )
     parser.add_argument("--group_size", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--device", default="cuda")
