@@ -3,8 +3,8 @@
 Interface, as in `launch`: supports, convert_layout, gemm; and `quantize_activations` for
 activations of 8 bits.
 
-Blocks that share an output tile add up in a workspace in global memory. It belongs to this module,
-one for each device and stream; its counters are zero before and after every launch.
+Blocks that share an output tile add up in a workspace in global memory (`launch.workspace`), one
+for each device and stream; its counters are zero before and after every launch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import struct
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,44 +87,9 @@ def _blocks(index: int, config: Sm80Config, types: KernelTypes) -> int:
     return properties.multi_processor_count * max(1, min(config.blocks_per_sm, fitting))
 
 
-@dataclass(frozen=True)
-class _Workspace:
-    partials: Tensor  # uint8
-    counters: Tensor  # int32, zero whenever no kernel runs
-
-
-_workspaces: dict[tuple[int, ...], _Workspace] = {}
-_workspace_lock = threading.Lock()
-
-
-def _workspace(index: int, stream: int, need: Geometry) -> _Workspace:
-    """The workspace of a stream, at least as large as needed.
-
-    Memory allocated while a CUDA graph is captured belongs to that graph, and its zeroing becomes a
-    node of the graph: it is kept apart, for the calls of the same capture.
-    """
-    key: tuple[int, ...] = (index, stream)
-    if torch.cuda.is_current_stream_capturing():
-        driver = launch._driver()
-        status = launch._check(driver.cuStreamGetCaptureInfo(stream), "cuStreamGetCaptureInfo")
-        key = (index, stream, int(status[1]))
-    with _workspace_lock:
-        found = _workspaces.get(key)
-        if (
-            found is None
-            or found.partials.numel() < need.partial_bytes
-            or found.counters.numel() < need.counters
-        ):
-            if len(key) == 3:  # earlier captures are over, or about to be
-                for old in [k for k in _workspaces if len(k) == 3 and k[2] != key[2]]:
-                    del _workspaces[old]
-            device = torch.device("cuda", index)
-            sizes = (0, 0) if found is None else (found.partials.numel(), found.counters.numel())
-            found = _workspaces[key] = _Workspace(
-                torch.empty(max(sizes[0], need.partial_bytes), dtype=torch.uint8, device=device),
-                torch.zeros(max(sizes[1], need.counters), dtype=torch.int32, device=device),
-            )
-        return found
+def _workspace(index: int, stream: int, need: Geometry) -> launch.Workspace:
+    """The workspace of a stream, at least as large as needed."""
+    return launch.workspace(index, stream, need.partial_bytes, need.counters)
 
 
 class _ThreadPlans(threading.local):

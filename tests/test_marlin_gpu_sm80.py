@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not _runs_here(), reason="needs a GPU of compute capability 8.0 or newer"),
 ]
 if _runs_here():
-    from marlin_kernel import sm80_path
+    from marlin_kernel import launch, sm80_path
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -114,7 +114,7 @@ def name_of(value: object) -> str:
 
 def counters_are_zero() -> bool:
     torch.cuda.synchronize()
-    return all(not w.counters.any() for w in sm80_path._workspaces.values())
+    return all(not w.counters.any() for w in launch._workspaces.values())
 
 
 @pytest.mark.parametrize("config", CONFIGS if _runs_here() else (), ids=name_of)
