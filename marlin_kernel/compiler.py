@@ -33,13 +33,14 @@ import struct
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from marlin_kernel.errors import MarlinError
 
-SOURCE_ROOT = Path(__file__).parent / "csrc"
+SOURCE_ROOT = (Path(__file__).parent / "csrc").resolve()
 # Where prebuilt cubins are looked for: in an installed package, and in a checkout.
 PREBUILT_PLACES = (
     Path(__file__).parent / "cubins",
@@ -57,7 +58,7 @@ class CompileError(MarlinError, RuntimeError):
 class KernelSource:
     """One kernel to compile: the header that defines it and the C++ expression that names it."""
 
-    header: str  # relative to csrc, for example "sm90/decode.cuh"
+    header: str  # relative to csrc, for example "sm90/decode.cuh" or "../../gptq/csrc/search.cuh"
     expression: str  # for example "sm90::decode_kernel<sm90::DecodeConfig<__half, 128, ...>>"
 
 
@@ -113,7 +114,8 @@ def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> C
 
 def source_key(source: KernelSource, arch: str) -> str:
     """Hash of everything but the compiler that decides the machine code of `source` for `arch`."""
-    parts = (_sources_digest(), source.header, source.expression, arch, *_options(arch))
+    digest = _sources_digest((SOURCE_ROOT / source.header).resolve().parent)
+    parts = (digest, source.header, source.expression, arch, *_options(arch))
     return _hash(*parts)
 
 
@@ -148,8 +150,9 @@ def compile_all(
     # Processes, because NVRTC compiles one kernel at a time in each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with context.Pool(jobs) as pool:
-        yield from pool.imap_unordered(_compile_one, tasks)
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for done in as_completed([pool.submit(_compile_one, task) for task in tasks]):
+            yield done.result()
 
 
 def _compile_one(
@@ -247,12 +250,15 @@ def _compiler_fingerprint() -> str:
     return f"nvrtc {version} headers {digest.hexdigest()}"
 
 
-@functools.lru_cache(maxsize=1)
-def _sources_digest() -> str:
+@functools.lru_cache(maxsize=8)
+def _sources_digest(folder: Path) -> str:
+    """Hash of all of csrc and, for headers of another package, of their folder."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCE_ROOT.rglob("*.cuh")):
-        digest.update(str(path.relative_to(SOURCE_ROOT)).encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
+    roots = [SOURCE_ROOT] if folder.is_relative_to(SOURCE_ROOT) else [SOURCE_ROOT, folder]
+    for root in roots:
+        for path in sorted(root.rglob("*.cuh")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0")
+            digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

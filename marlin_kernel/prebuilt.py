@@ -4,41 +4,40 @@
 line of `compiler` builds them. Rules that keep the number low:
 
 1. Each valid combination of types is served by one family: sm90 on sm_90a where it can, else sm80.
-2. sm80: only rows that the selection returns for some number of tokens on some GPU of the
-   architecture (one for few tokens, one for many, one between, and those for little shared memory).
-3. sm90: only configurations that the selection returns for a grid of layer shapes and numbers of
+2. Combinations share kernels where only a launch differs: act-order for many tokens gathers the
+   activations before the product, a shard of an act-order layer is an ordinary layer with groups of
+   32, one group with zero points is repeated groups (sm80_configs.kernel_types).
+3. sm80: only rows that the selection returns for some number of tokens on some GPU of the
+   architecture: one for few tokens, one for many, some between, those for little shared memory.
+4. sm90: only configurations that the selection returns for a grid of layer shapes and numbers of
    tokens (`GRID`, `TOKENS`, the tuned shapes, and shapes that the caller adds). With other shapes
    the package may select one outside of it, which is then compiled at first use; `complete` lists
    every configuration that exists.
-4. Combinations that differ only in what a launch passes (act-order gathers activations before the
-   product) share kernels.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from marlin_kernel import kernel_configs, sm80_configs
 from marlin_kernel.compiler import KernelSource
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import KernelConfig
-from marlin_kernel.sm80_configs import Sm80Config
+from marlin_kernel.sm80_configs import GATHER_TOKENS, KernelTypes, Sm80Config, kernel_types
 from marlin_kernel.validity import ARCHITECTURES, Combination, combinations
 
 # Shared memory in bytes that a block may have, over all GPUs that run code of an architecture.
-SHARED_LIMITS = {
-    "sm_80": (163 << 10, 99 << 10),  # A100, and sm_86 and sm_89 that run its code
-    "sm_86": (99 << 10,),
-    "sm_89": (99 << 10,),
-    "sm_90a": (227 << 10,),
-    "sm_120": (99 << 10,),
-}
+SHARED_LIMITS = {arch: (limit,) for arch, limit in sm80_configs.SHARED_LIMITS.items()}
+SHARED_LIMITS["sm_80"] += SHARED_LIMITS["sm_86"]  # which runs the code of sm_80
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _INPUTS = (512, 1024, 2048, 4096, 8192, 14336, 28672)
 _OUTPUTS = (512, 1024, 2048, 4096, 8192, 16384, 28672, 57344)
 GRID = tuple((k, n) for k in _INPUTS for n in _OUTPUTS)
+ANY = 1 << 30  # tokens without limit
+
+Config = Sm80Config | KernelConfig
 
 
 @dataclass(frozen=True)
@@ -48,31 +47,34 @@ class Choice:
     k: int
     n: int
     tokens: int
-    config: Sm80Config | KernelConfig
+    config: Config
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Kernels of one combination of types on one architecture.
+    """Kernels for one set of types on one architecture.
 
-    arch: "sm_80", ...; family: "sm80" or "sm90"; batch_invariant: a row's bits do not depend on the
-    number of tokens; choices: in the order they are to be tried.
+    arch: "sm_80", ...; family: "sm80" or "sm90"; types: what they are compiled for;
+    batch_invariant: a row's bits do not depend on the number of tokens; choices: in the order they
+    are to be tried.
     """
 
     arch: str
     family: str
-    combination: Combination
+    types: KernelTypes
     batch_invariant: bool
     choices: tuple[Choice, ...]
 
     @property
-    def configs(self) -> tuple[Sm80Config | KernelConfig, ...]:
+    def configs(self) -> tuple[Config, ...]:
         """Without repetition, in order of first use."""
         return tuple(dict.fromkeys(choice.config for choice in self.choices))
 
-    def source(self, config: Sm80Config | KernelConfig) -> KernelSource:
+    def source(self, config: Config) -> KernelSource:
         """What to compile for one of `configs`."""
-        return _source(self.family, self.combination, config)
+        if self.family == "sm80":
+            return config.source(self.types)
+        return config.source(self.types.activation, self.types.group_size or -1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Specialization:
     """One kernel to build: what, for which architecture, and for which types."""
 
     arch: str
-    combination: Combination
+    types: KernelTypes
     source: KernelSource
 
 
@@ -109,25 +111,21 @@ def variants(arch: str, shapes: Iterable[tuple[int, int]] = ()) -> list[Variant]
 
     Raises ConfigError for an unknown architecture.
     """
-    found: dict[tuple[Combination, bool], Variant] = {}
+    found: dict[tuple[str, KernelTypes, bool], Variant] = {}
     extra = tuple(shapes)
     for combination in combinations(_capability(arch)):
-        family = family_of(combination, arch)
-        if family is None:
-            continue
-        kernels = kernel_combination(combination)
-        for batch_invariant in (False, True):
-            if (kernels, batch_invariant) not in found:
-                choices = _CHOICES[family](arch, kernels, batch_invariant, extra)
-                found[kernels, batch_invariant] = Variant(
-                    arch, family, kernels, batch_invariant, choices
-                )
+        for family, types in kernels_of(combination, arch):
+            for batch_invariant in (False, True):
+                key = (family, types, batch_invariant)
+                if key not in found:
+                    choices = _choices(arch, *key, extra)
+                    found[key] = Variant(arch, *key, choices)
     return list(found.values())
 
 
 def missing(arch: str) -> list[Combination]:
     """Valid combinations on `arch` that no kernel serves."""
-    return [c for c in combinations(_capability(arch)) if family_of(c, arch) is None]
+    return [c for c in combinations(_capability(arch)) if not kernels_of(c, arch)]
 
 
 def specializations(
@@ -138,46 +136,58 @@ def specializations(
     shapes: as in `variants`; complete: every configuration, also those that are hardly ever chosen.
     Raises ConfigError for an unknown architecture.
     """
-    kernels: dict[KernelSource, Specialization] = {}
-    for variant in variants(arch, shapes):
-        configs = _all_configs(variant) if complete else variant.configs
-        for config in configs:
-            source = variant.source(config)
-            kernels.setdefault(source, Specialization(arch, variant.combination, source))
-    return list(kernels.values())
+    return kernels_to_build(variants(arch, shapes), complete=complete)
 
 
-# ---- the two families ----------------------------------------------------------------------------
+def kernels_to_build(
+    variants: Sequence[Variant], *, complete: bool = False
+) -> list[Specialization]:
+    """Kernels of some variants, each once; complete: as in `specializations`."""
+    found: dict[tuple[str, KernelSource], Specialization] = {}
+    for v in variants:
+        for config in _all_configs(v) if complete else v.configs:
+            source = v.source(config)
+            found.setdefault((v.arch, source), Specialization(v.arch, v.types, source))
+    return list(found.values())
 
 
-def family_of(c: Combination, arch: str) -> str | None:
-    """The family that serves a combination on `arch`, or None."""
-    if c.reduction != "float32" or not c.k_full or c.weight_type.name != "uint4b8":
-        return None
-    if c.activation not in ("float16", "bfloat16") or arch not in SHARED_LIMITS:
-        return None
-    return "sm90" if arch == "sm_90a" else "sm80"
+# ---- the families --------------------------------------------------------------------------------
 
 
-def kernel_combination(c: Combination) -> Combination:
-    """The combination whose kernels serve `c`."""
-    return Combination(c.weight_type, c.activation, c.output, c.group_size)
+def kernels_of(c: Combination, arch: str) -> list[tuple[str, KernelTypes]]:
+    """(family, types) of the kernels that serve a combination on `arch`."""
+    if (
+        arch == "sm_90a"
+        and c.weight_type.name == "uint4b8"
+        and c.activation in kernel_configs.SCALARS
+        and c.k_full
+        and c.reduction == "float32"
+    ):
+        return [("sm90", KernelTypes("uint4b8", c.activation, c.output, max(c.group_size, 0)))]
+    if arch not in SHARED_LIMITS:
+        return []
+    gathered = (True, False) if c.act_order else (False,)
+    sm75 = arch == "sm_75"
+    return [("sm80", kernel_types(c, permuted=permuted, sm75=sm75)) for permuted in gathered]
 
 
-def _source(family: str, c: Combination, config: Sm80Config | KernelConfig) -> KernelSource:
-    if family == "sm90":
-        return config.source(c.activation, c.group_size)
-    return config.source(sm80_configs.kernel_types(c))
-
-
-def _sm80_choices(
-    arch: str, c: Combination, batch_invariant: bool, shapes: tuple[tuple[int, int], ...]
+def _choices(
+    arch: str,
+    family: str,
+    types: KernelTypes,
+    batch_invariant: bool,
+    shapes: tuple[tuple[int, int], ...],
 ) -> tuple[Choice, ...]:
+    if family == "sm90":
+        return _sm90_choices(types.group_size or -1, batch_invariant, shapes)
     choices: list[Choice] = []
-    types = sm80_configs.kernel_types(c)
+    last = GATHER_TOKENS if types.permuted else ANY
+    borders = sorted(
+        {min(tokens, last) for tokens, _ in sm80_configs.choices(types, batch_invariant)}
+    )
     for limit in SHARED_LIMITS[arch]:
         rows: list[Choice] = []
-        for tokens in (*range(1, 257), 1 << 30):
+        for tokens in borders:
             config = sm80_configs.select_config(tokens, types, limit, batch_invariant)
             if rows and rows[-1].config == config:
                 rows.pop()
@@ -187,7 +197,7 @@ def _sm80_choices(
 
 
 @functools.cache
-def _sm90_choices_of_group(
+def _sm90_choices(
     group_size: int, batch_invariant: bool, shapes: tuple[tuple[int, int], ...]
 ) -> tuple[Choice, ...]:
     choices: list[Choice] = []
@@ -205,22 +215,13 @@ def _sm90_choices_of_group(
             if rows and rows[-1].config == config:
                 rows.pop()
             rows.append(Choice(k, n, tokens, config))
-        rows.append(Choice(k, n, 1 << 30, rows.pop().config))
+        rows.append(Choice(k, n, ANY, rows.pop().config))
         choices += rows
     return tuple(choices)
 
 
-def _sm90_choices(
-    arch: str, c: Combination, batch_invariant: bool, shapes: tuple[tuple[int, int], ...]
-) -> tuple[Choice, ...]:
-    return _sm90_choices_of_group(c.group_size, batch_invariant, shapes)
-
-
-_CHOICES = {"sm80": _sm80_choices, "sm90": _sm90_choices}
-
-
-def _all_configs(variant: Variant) -> tuple[Sm80Config | KernelConfig, ...]:
+def _all_configs(variant: Variant) -> tuple[Config, ...]:
     if variant.family == "sm80":
         return variant.configs
-    group_size = variant.combination.group_size
+    group_size = variant.types.group_size or -1
     return tuple(c for c in kernel_configs.supported_configs() if c.fits(1, 64, group_size))

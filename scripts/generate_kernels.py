@@ -36,9 +36,8 @@ from tqdm import tqdm
 from marlin_kernel import layout, prebuilt, sm80_configs
 from marlin_kernel.compiler import INDEX, CompileError, compile_all, source_key, write_index
 from marlin_kernel.errors import ConfigError
-from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig, GemmConfig
-from marlin_kernel.prebuilt import Choice, Specialization, Variant
-from marlin_kernel.sm80_configs import Sm80Config
+from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig
+from marlin_kernel.prebuilt import Choice, Config, Specialization, Variant
 from marlin_kernel.validity import ACTIVATIONS
 from marlin_kernel.weight_types import WEIGHT_TYPES
 
@@ -58,19 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options.output.mkdir(parents=True, exist_ok=True)
     shapes = layer_shapes()
-    variants: list[Variant] = []
-    kernels: list[Specialization] = []
-    for arch in dict.fromkeys(arches):
-        mine = [v for v in prebuilt.variants(arch, shapes) if wanted(v, options)]
-        complete = prebuilt.specializations(arch, complete=True) if options.complete else []
-        variants += mine
-        kernels += specializations_of(mine)
-        known = {kernel.source for kernel in kernels if kernel.arch == arch}
-        combinations = {v.combination for v in mine}
-        kernels += [k for k in complete if k.source not in known and k.combination in combinations]
+    arches = list(dict.fromkeys(arches))
+    variants = [v for arch in arches for v in prebuilt.variants(arch, shapes) if wanted(v, options)]
+    kernels = prebuilt.kernels_to_build(variants, complete=options.complete)
     files = {**source_files(kernels), SELECTOR: selector(variants)}
     changed = write_files(options.output, files)
-    for arch in dict.fromkeys(arches):
+    for arch in arches:
         report(arch, [k for k in kernels if k.arch == arch], files)
     print(f"{len(kernels)} kernels in {len(files) - 1} files, {changed} written: {options.output}")
     return compile_kernels(kernels, options) if options.compile else 0
@@ -101,22 +93,12 @@ def layer_shapes() -> list[tuple[int, int]]:
 
 
 def wanted(variant: Variant, options: argparse.Namespace) -> bool:
-    c = variant.combination
+    types = variant.types
     return (
-        (options.types is None or c.weight_type.name in options.types)
-        and (options.activations is None or c.activation in options.activations)
-        and (options.group_sizes is None or c.group_size in options.group_sizes)
+        (options.types is None or types.weight_type in options.types)
+        and (options.activations is None or types.activation in options.activations)
+        and (options.group_sizes is None or (types.group_size or -1) in options.group_sizes)
     )
-
-
-def specializations_of(variants: Iterable[Variant]) -> list[Specialization]:
-    """Kernels of some variants, each once."""
-    found = {}
-    for v in variants:
-        for config in v.configs:
-            source = v.source(config)
-            found.setdefault((v.arch, source), Specialization(v.arch, v.combination, source))
-    return list(found.values())
 
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -124,9 +106,9 @@ def specializations_of(variants: Iterable[Variant]) -> list[Specialization]:
 
 def file_name(kernel: Specialization) -> str:
     """Of the source that instantiates a kernel, such as sm80_kernel_float16_u4b8_float16.cu."""
-    c = kernel.combination
+    types = kernel.types
     arch = kernel.arch.replace("_", "").rstrip("a")
-    return f"{arch}_kernel_{c.activation}_{c.weight_type.short}_{c.output}.cu"
+    return f"{arch}_kernel_{types.activation}_{types.weight.short}_{types.output}.cu"
 
 
 def source_files(kernels: Iterable[Specialization]) -> dict[str, str]:
@@ -139,11 +121,11 @@ def source_files(kernels: Iterable[Specialization]) -> dict[str, str]:
 
 def source_file(kernels: Sequence[Specialization]) -> str:
     """Explicit instantiations of kernels that share architecture and types."""
-    c = kernels[0].combination
+    types = kernels[0].types
     lines = [
         f"// {MARK}",
-        f"// {kernels[0].arch}: {c.activation} activations, {c.weight_type.name} weights, "
-        f"{c.output} output. Compile for {kernels[0].arch}",
+        f"// {kernels[0].arch}: {types.activation} activations, {types.weight_type} weights, "
+        f"{types.output} output. Compile for {kernels[0].arch}",
         "// with -std=c++17 (nvcc: --expt-relaxed-constexpr) and -I marlin_kernel/csrc.",
     ]
     lines += [f'#include "{header}"' for header in sorted({k.source.header for k in kernels})]
@@ -219,7 +201,7 @@ enum {{ MARLIN_FAMILY_SM80, MARLIN_FAMILY_SM90_DECODE, MARLIN_FAMILY_SM90_GEMM }
 typedef struct {{
   int family, threads;
   int tile_m, tile_n, tile_k;        /* tokens, features and inputs that a block takes at a time */
-  int output_warps, split, cluster, tail;
+  int counters_per_tile, split, cluster, tail;
   int blocks_per_processor;
   int shared_bytes;                  /* without the activations of the small-batch kernel */
   const char* key;                   /* in index.txt */
@@ -240,7 +222,7 @@ typedef struct {{
   marlin_dtype activation;
   marlin_weight_type weight;
   marlin_dtype output;
-  int group_size, batch_invariant;
+  int group_size, reduce_half, batch_invariant;
   int first_kernel, kernel_count;
   const marlin_choice* choices;
   int choice_count;
@@ -261,17 +243,18 @@ def selector(variants: Sequence[Variant]) -> str:
     kernel_rows: list[str] = []
     variant_rows: list[str] = []
     choice_lists: dict[tuple[tuple[int, int, int, int], ...], str] = {}
-    for v in variants:
-        c = v.combination
+    for v in selectable(variants):
+        types = v.types
         numbers = {config: i for i, config in enumerate(v.configs)}
         choices = tuple(choice_row(choice, numbers) for choice in v.choices)
         name = choice_lists.setdefault(choices, f"marlin_choices_{len(choice_lists)}")
         row = (
             arches.index(v.arch),
-            enumerator(c.activation),
-            enumerator(c.weight_type.name, "WEIGHT"),
-            enumerator(c.output),
-            c.group_size,
+            enumerator(types.activation),
+            enumerator(types.weight_type, "WEIGHT"),
+            enumerator(types.output),
+            types.group_size or -1,
+            int(types.reduce_half),
             int(v.batch_invariant),
             len(kernel_rows),
             len(numbers),
@@ -306,6 +289,22 @@ def selector(variants: Sequence[Variant]) -> str:
     )
 
 
+def selectable(variants: Iterable[Variant]) -> list[Variant]:
+    """Variants that the C header offers: one family for each set of types.
+
+    Kernels that gather activations are left out (its callers gather), and so are those that read
+    the weights in another order than the family that comes first for the same types.
+    """
+    families: dict[tuple[str, str, str, str, int], str] = {}
+    chosen = []
+    for v in variants:
+        t = v.types
+        key = (v.arch, t.activation, t.weight_type, t.output, t.group_size)
+        if not t.permuted and families.setdefault(key, v.family) == v.family:
+            chosen.append(v)
+    return chosen
+
+
 def enumerator(name: str, kind: str = "") -> str:
     """C name of a type: MARLIN_FLOAT16, MARLIN_WEIGHT_UINT4B8."""
     return "_".join(filter(None, ("MARLIN", kind, name.upper())))
@@ -325,13 +324,13 @@ def arch_row(arch: str) -> str:
     return f'  {{"{arch}", {digits[:-1]}, {digits[-1]}, {int(arch.endswith("a"))}}},'
 
 
-def kernel_row(v: Variant, config: Sm80Config | DecodeConfig | GemmConfig) -> str:
-    group_size = v.combination.group_size
-    if isinstance(config, Sm80Config):
+def kernel_row(v: Variant, config: Config) -> str:
+    group_size = v.types.group_size or -1
+    if v.family == "sm80":
         family = "SM80"
         tile = (config.tile_m, config.tile_n, config.tile_k)
         rest = (config.output_warps, 0, 0, 0)
-        shared_bytes = config.shared_bytes(sm80_configs.kernel_types(v.combination))
+        shared_bytes = config.shared_bytes(v.types)
     elif isinstance(config, DecodeConfig):
         family = "SM90_DECODE"
         tile = (config.max_tokens, TILE_N * config.warps_n, TILE_K)
@@ -340,7 +339,7 @@ def kernel_row(v: Variant, config: Sm80Config | DecodeConfig | GemmConfig) -> st
     else:
         family = "SM90_GEMM"
         tile = (config.tokens, TILE_N * config.columns, TILE_K * config.stage_tiles)
-        rest = (0, config.split, int(config.cluster), int(config.tail))
+        rest = (2, config.split, int(config.cluster), int(config.tail))
         shared_bytes = config.storage_bytes(group_size)
     numbers = (config.threads, *tile, *rest, config.blocks_per_sm, shared_bytes)
     key = source_key(v.source(config), v.arch)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,8 +17,9 @@ from marlin_kernel.compiler import CompileError
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import QuantizedLinear, write
 from marlin_kernel.kernel_configs import DecodeConfig
-from marlin_kernel.validity import ACTIVATIONS, ARCHITECTURES, combinations
+from marlin_kernel.validity import ACTIVATIONS, ARCHITECTURES, Combination, combinations
 from marlin_kernel.weight_types import WEIGHT_TYPES, weight_type
+from scripts import generate_kernels as generator
 from tests.compiling import needs_nvrtc, own_cache  # noqa: F401 (fixture)
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,17 +33,6 @@ DEVICES = {  # multiprocessors, shared memory of a block and of a multiprocessor
     (8, 9): (128, 99 << 10, 100 << 10),
     (9, 0): (132, 227 << 10, 228 << 10),
 }
-
-
-def _generator() -> ModuleType:
-    path = REPOSITORY / "scripts" / "generate_kernels.py"
-    spec = importlib.util.spec_from_file_location("generate_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-generator = _generator()
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +49,19 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("arch", ARCHITECTURES.values())
 def test_every_valid_combination_is_served_or_reported(arch: str) -> None:
     capability = next(c for c, a in ARCHITECTURES.items() if a == arch)
-    served = {v.combination for v in prebuilt.variants(arch)}
+    served = {(v.family, v.types) for v in prebuilt.variants(arch)}
     missing = set(prebuilt.missing(arch))
     for c in combinations(capability):
-        assert c in missing or prebuilt.kernel_combination(c) in served, str(c)
+        kernels = prebuilt.kernels_of(c, arch)
+        assert (c in missing) == (not kernels) and set(kernels) <= served, str(c)
 
 
 def test_pruned_kernels_are_part_of_all() -> None:
     few = {k.source for k in prebuilt.specializations("sm_90a")}
     everything = {k.source for k in prebuilt.specializations("sm_90a", complete=True)}
-    assert few < everything and len(few) < len(everything) / 2
+    assert few < everything
+    of_sm90 = [len([s for s in part if s.header.startswith("sm90/")]) for part in (few, everything)]
+    assert 0 < of_sm90[0] < of_sm90[1] / 2
 
 
 def test_names_and_contents(generated: Path) -> None:
@@ -103,10 +94,21 @@ def test_only_changes_are_written(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert own.name in remaining and all(n.startswith(("sm80", "my")) for n in remaining)
 
 
-def test_missing_architectures_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    generator.main(["7.5", "--output", str(tmp_path)])
+def test_missing_kernels_and_architectures_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels_of = prebuilt.kernels_of
+
+    def few(c: Combination, arch: str) -> list:
+        known = arch != "sm_75" and c.weight_type.name == "uint4b8"
+        return kernels_of(c, arch) if known else []
+
+    monkeypatch.setattr(prebuilt, "kernels_of", few)
+    assert generator.main(["7.5,8.0", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert prebuilt.missing("sm_75") and "sm_75: " in printed and "kernel" in printed
+    assert "sm_75: no kernel of this project runs there" in printed
+    assert "sm_80: valid combinations without a kernel" in printed and "x uint8b128 (" in printed
+    assert "x uint4b8 (" not in printed
     assert generator.main(["7.0", "--output", str(tmp_path)]) == 2
     assert "'7.0' is not one of 7.5, 8.0" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="'sm_70' is not one of"):
@@ -175,7 +177,7 @@ def test_a_checkout_finds_its_own_build(tmp_path: Path, monkeypatch: pytest.Monk
 def test_failures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (kernel,) = some_kernels("sm_80", 1)
     broken = prebuilt.Specialization(
-        "sm_80", kernel.combination, compiler.KernelSource(kernel.source.header, "nothing::at_all")
+        "sm_80", kernel.types, compiler.KernelSource(kernel.source.header, "nothing::at_all")
     )
     options = generator.parse(["8.0", "--output", str(tmp_path), "--jobs", "1"])
     assert generator.compile_kernels([broken], options) == 1
@@ -216,7 +218,10 @@ class Device(ctypes.Structure):
 class Problem(ctypes.Structure):
     _fields_ = [
         ("layer", Layer),
-        *((name, ctypes.c_int) for name in ("activation", "output", "m", "batch_invariant")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("activation", "output", "m", "reduce_half", "batch_invariant")
+        ),
     ]
 
 
@@ -358,7 +363,7 @@ def test_repacking_in_c_equals_python(
 def chosen(
     library: ctypes.CDLL, capability: tuple[int, int], k: int, n: int, g: int, m: int, bi: bool
 ) -> Plan:
-    problem = Problem(layer("uint4b8", k, n, g), ACTIVATIONS.index("float16"), 0, m, bi)
+    problem = Problem(layer("uint4b8", k, n, g), ACTIVATIONS.index("float16"), 0, m, 0, bi)
     problem.output = ACTIVATIONS.index("float16")
     plan = Plan()
     status = library.marlin_choose(
@@ -377,17 +382,15 @@ def test_sm80_launches_as_python_does(
     processors, limit, per_processor = DEVICES[capability]
     arch = f"sm_{capability[0]}{capability[1]}"
     for k, n, g in ((4096, 4096, 128), (1000, 300, 32), (8192, 57344, 64), (576, 960, -1)):
-        shape = layout.packed_shape(k, n, g)
-        types = sm80_configs.kernel_types(_plain_combination(g))
+        shape, types = layout.packed_shape(k, n, g), sm80_configs.KernelTypes(group_size=max(g, 0))
         for m in (1, 8, 9, 16, 17, 33, 64, 128, 129, 1000, 8192):
             config = sm80_configs.select_config(m, types, limit, batch_invariant)
             fitting = per_processor // (config.shared_bytes(types) + 1024)
             blocks = processors * max(1, min(config.blocks_per_sm, fitting))
-            need = sm80_configs.geometry(
-                config, types, m, n, shape.k_padded, blocks, batch_invariant
-            )
+            sizes = (m, n, shape.k_padded, blocks)
+            need = sm80_configs.geometry(config, types, *sizes, batch_invariant)
             plan = chosen(library, capability, k, n, g, m, batch_invariant)
-            source = prebuilt._source("sm80", _plain_combination(g), config)
+            source = config.source(types)
             assert library.key_of(plan.kernel).decode() == compiler.source_key(source, arch)
             assert (plan.grid_x, plan.grid_y, plan.cluster) == (need.grid, 1, 1)
             assert (plan.threads, plan.shared_bytes) == (
@@ -401,10 +404,6 @@ def test_sm80_launches_as_python_does(
             )
 
 
-def _plain_combination(group_size: int) -> prebuilt.Combination:
-    return prebuilt.Combination(weight_type("uint4b8"), group_size=group_size)
-
-
 @needs_gcc
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_sm90_launches_as_python_does(library: ctypes.CDLL, batch_invariant: bool) -> None:
@@ -416,7 +415,7 @@ def test_sm90_launches_as_python_does(library: ctypes.CDLL, batch_invariant: boo
                 m, k_tiles, column_tiles, g, batch_invariant=batch_invariant
             )
             plan = chosen(library, (9, 0), k, n, g, m, batch_invariant)
-            source = prebuilt._source("sm90", _plain_combination(g), config)
+            source = config.source("float16", g)
             assert library.key_of(plan.kernel).decode() == compiler.source_key(source, "sm_90a")
             assert plan.threads == config.threads
             assert plan.shared_bytes == config.shared_bytes(m, k_tiles, g)
@@ -448,13 +447,13 @@ def test_c_errors_name_the_rule(library: ctypes.CDLL) -> None:
         return library.marlin_error().decode()
 
     good = layer("uint4b8", 256, 256, 128)
-    assert "m=0" in refused(Problem(good, 0, 0, 0, 0), device((8, 0)))
+    assert "m=0" in refused(Problem(good, 0, 0, 0, 0, 0), device((8, 0)))
     assert "capability 7.5" in refused(
-        Problem(good, 0, 0, 1, 0), Device(7, 5, 40, 1 << 16, 1 << 16)
+        Problem(good, 0, 0, 1, 0, 0), Device(7, 5, 40, 1 << 16, 1 << 16)
     )
     odd = layer("uint4b8", 256, 256, 48)
     assert "group_size=48 is not allowed for uint4b8" in refused(
-        Problem(odd, 0, 0, 1, 0), device((8, 0))
+        Problem(odd, 0, 0, 1, 0, 0), device((8, 0))
     )
     codes = torch.full((256, 256), 16, dtype=torch.uint8)
     scales = torch.ones(2, 256).half()
@@ -505,10 +504,8 @@ def test_kernel_arguments_lie_as_the_kernels_read_them(generated: Path, tmp_path
     assert outputs[0] == outputs[1] != ""
 
 
-SM80_PROBLEM = (
-    "sm80::Problem<sm80::TileConfig<weights::uint4b8, __half, __half, 8, 1, 4, 1, 128, 4, false, "
-    "128, false, false>>"
-)
+SM80_TYPES = "weights::uint4b8, __half, __half, 8, 1, 4, 1, 128, 4, false, 128, false, false"
+SM80_PROBLEM = f"sm80::Problem<sm80::TileConfig<{SM80_TYPES}>>"
 SM90_PROBLEM = "sm90::Problem<__half>"
 FIELDS = {
     "sm80": (

@@ -1,5 +1,5 @@
-// Multiplies with 4-bit weights through the C header alone, and compares with a sum over the same
-// numbers on the CPU. docs/embedding.md says how to build and run it:
+// Multiplies with 4-bit and 8-bit weights through the C header alone, and compares with a sum over
+// the same numbers on the CPU. docs/embedding.md says how to build and run it:
 //
 //     gemm build/kernels/cubins [K N GROUP_SIZE]
 //
@@ -30,10 +30,11 @@ void check(marlin_status status, const char* what) {
 // The driver calls of this example, found at run time, so that it links on machines without a
 // driver.
 struct Driver {
-#define DRIVER_CALLS(X)                                                                    \
-  X(cuInit)                                                                                \
-  X(cuDeviceGet) X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent) X(cuMemAlloc) X(cuMemFree) \
-      X(cuMemcpyHtoD) X(cuMemcpyDtoH) X(cuMemsetD8) X(cuCtxSynchronize)
+#define DRIVER_CALLS(X)                                                                     \
+  X(cuInit)                                                                                 \
+  X(cuDeviceGet)                                                                            \
+  X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent) X(cuMemAlloc) X(cuMemFree) X(cuMemcpyHtoD) \
+      X(cuMemcpyDtoH) X(cuMemsetD8) X(cuCtxSynchronize)
 #define DECLARE(name) decltype(&name) call_##name;
   DRIVER_CALLS(DECLARE)
 
@@ -105,20 +106,21 @@ struct Layer {
   std::vector<std::uint32_t> repacked_weights;
   std::vector<std::uint16_t> repacked_scales;
 
-  Layer(const marlin_device& device, int k, int n, int group_size)
-      : shape{MARLIN_WEIGHT_UINT4B8, k, n, group_size}, weights(std::size_t(k) * n) {
+  Layer(const marlin_device& device, marlin_weight_type type, int k, int n, int group_size)
+      : shape{type, k, n, group_size}, weights(std::size_t(k) * n) {
     const int group = group_size < 0 ? k : group_size;
     const int groups = (k + group - 1) / group;
     std::vector<std::uint16_t> scales(std::size_t(groups) * n);
     for (auto& scale : scales) scale = to_half((1 + random_number() % 64) / 1024.f);
-    // As a GPTQ checkpoint holds it: 8 codes along k in a word, zero point 8.
-    std::vector<std::uint32_t> qweight(std::size_t((k + 7) / 8) * n);
+    // As a GPTQ checkpoint holds it: codes along k in a word, the middle code means zero.
+    const int bits = marlin_weight_infos[type].bits, factor = 32 / bits;
+    std::vector<std::uint32_t> qweight(std::size_t((k + factor - 1) / factor) * n);
     for (int i = 0; i < k; ++i)
       for (int j = 0; j < n; ++j) {
-        const std::uint32_t code = random_number() % 16;
-        qweight[std::size_t(i / 8) * n + j] |= code << (4 * (i % 8));
-        weights[std::size_t(i) * n + j] =
-            (static_cast<int>(code) - 8) * from_half(scales[std::size_t(i / group) * n + j]);
+        const std::uint32_t code = random_number() % (1 << bits);
+        qweight[std::size_t(i / factor) * n + j] |= code << (bits * (i % factor));
+        weights[std::size_t(i) * n + j] = (static_cast<int>(code) - (1 << (bits - 1))) *
+                                          from_half(scales[std::size_t(i / group) * n + j]);
       }
     marlin_sizes sizes;
     check(marlin_layer_sizes(&shape, &sizes), "marlin_layer_sizes");
@@ -155,6 +157,15 @@ double relative_error(const std::vector<std::uint16_t>& out, const std::vector<s
   return std::sqrt(difference / total);
 }
 
+marlin_problem problem_of(const marlin_layer& layer, int m, bool batch_invariant) {
+  marlin_problem problem = {};
+  problem.layer = layer;
+  problem.activation = problem.output = MARLIN_FLOAT16;
+  problem.m = m;
+  problem.batch_invariant = batch_invariant;
+  return problem;
+}
+
 double multiply(const Driver& driver, marlin_runtime* runtime, const Layer& layer, int m,
                 bool batch_invariant) {
   const int k = layer.shape.k, n = layer.shape.n;
@@ -162,7 +173,7 @@ double multiply(const Driver& driver, marlin_runtime* runtime, const Layer& laye
   for (auto& x : a) x = to_half((static_cast<int>(random_number() % 33) - 16) / 16.f);
   for (auto& x : bias) x = to_half((static_cast<int>(random_number() % 33) - 16) / 4.f);
 
-  const marlin_problem problem = {layer.shape, MARLIN_FLOAT16, MARLIN_FLOAT16, m, batch_invariant};
+  const marlin_problem problem = problem_of(layer.shape, m, batch_invariant);
   marlin_plan plan;
   check(marlin_plan_gemm(runtime, &problem, &plan), "marlin_plan_gemm");
   const Buffer weights(driver, layer.repacked_weights.size() * 4, layer.repacked_weights.data());
@@ -171,21 +182,25 @@ double multiply(const Driver& driver, marlin_runtime* runtime, const Layer& laye
       biases(driver, bias.size() * 2, bias.data());
   const Buffer results(driver, out.size() * 2), counters(driver, plan.counter_bytes);
   const Buffer partials(driver, plan.partial_bytes);
-  const marlin_operands operands = {activations.get(), k,
-                                    weights.get(),     scales.get(),
-                                    biases.get(),      results.get(),
-                                    counters.get(),    partials.get()};
+  marlin_operands operands = {};
+  operands.a = activations.get();
+  operands.row_stride = k;
+  operands.weights = weights.get();
+  operands.scales = scales.get();
+  operands.bias = biases.get();
+  operands.out = results.get();
+  operands.counters = counters.get();
+  operands.partials = partials.get();
   for (int repeat = 0; repeat < 3; ++repeat)  // counters are zero again after each
     check(marlin_gemm(runtime, &plan, &operands, nullptr), "marlin_gemm");
   check(driver.call_cuCtxSynchronize(), "cuCtxSynchronize");
   check(driver.call_cuMemcpyDtoH(out.data(), results.address(), out.size() * 2), "cuMemcpyDtoH");
   const double error = relative_error(out, a, bias, layer, m);
   std::printf(
-      "m=%4d k=%d n=%d group_size=%d batch_invariant=%d: kernel %d, %ux%u blocks of %u threads, "
-      "relative "
-      "error %.5f\n",
-      m, k, n, layer.shape.group_size, batch_invariant, plan.kernel, plan.grid_x, plan.grid_y,
-      plan.threads, error);
+      "%s m=%4d k=%d n=%d group_size=%d batch_invariant=%d: kernel %d, %ux%u blocks of %u "
+      "threads, relative error %.5f\n",
+      marlin_weight_infos[layer.shape.type].name, m, k, n, layer.shape.group_size, batch_invariant,
+      plan.kernel, plan.grid_x, plan.grid_y, plan.threads, error);
   return error;
 }
 
@@ -205,15 +220,27 @@ int main(int count, char** arguments) {
 
   const int k = count == 5 ? std::atoi(arguments[2]) : 1024;
   const int n = count == 5 ? std::atoi(arguments[3]) : 768;
-  const Layer layer(*marlin_get_device(runtime), k, n, count == 5 ? std::atoi(arguments[4]) : 128);
-  double worst = 0;
-  for (const int m : {1, 2, 7, 16, 33, 64, 100, 300})
-    for (const bool batch_invariant : {false, true}) {
-      const double error = multiply(driver, runtime, layer, m, batch_invariant);
-      if (!(error <= worst)) worst = error;  // also if it is not a number
+  const int group_size = count == 5 ? std::atoi(arguments[4]) : 128;
+  const marlin_device& gpu = *marlin_get_device(runtime);
+  int compared = 0;
+  bool good = true;
+  for (const marlin_weight_type type : {MARLIN_WEIGHT_UINT4B8, MARLIN_WEIGHT_UINT8B128}) {
+    const marlin_problem probe = problem_of({type, k, n, group_size}, 1, false);
+    marlin_plan plan;
+    if (marlin_choose(&gpu, &probe, &plan) == MARLIN_NO_KERNEL) {
+      std::printf("left out: %s\n", marlin_error());
+      continue;
     }
+    const Layer layer(gpu, type, k, n, group_size);
+    for (const int m : {1, 2, 7, 16, 33, 64, 100, 300})
+      for (const bool batch_invariant : {false, true}) {
+        const double error = multiply(driver, runtime, layer, m, batch_invariant);
+        good = good && error < 1e-3;  // float16 outputs round by up to 0.0005
+        ++compared;
+      }
+  }
   marlin_close(runtime);
-  const bool good = worst < 1e-3;  // float16 outputs round by up to 0.0005
+  if (compared == 0) fail("nothing to compare", "generate kernels of uint4b8 with float16");
   std::printf("%s\n", good ? "all results agree" : "RESULTS DIFFER");
   return good ? 0 : 1;
 }

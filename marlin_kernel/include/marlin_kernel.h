@@ -65,6 +65,7 @@ typedef struct {
   marlin_layer layer;
   marlin_dtype activation, output;
   int m;               /* tokens, positive */
+  int reduce_half;     /* nonzero: blocks that share a tile exchange sums in float16 */
   int batch_invariant; /* nonzero: the bits of a row do not depend on m */
 } marlin_problem;
 
@@ -91,6 +92,11 @@ typedef struct {
   void* out;            /* [m, n] in the output type, contiguous */
   void* counters;       /* counter_bytes of the plan, or NULL if that is 0 */
   void* partials;       /* partial_bytes of the plan, 16-byte aligned, or NULL if that is 0 */
+  /* Only for the types that have them, as marlin_kernel/sm80_layout.py orders them, else NULL. For
+   * 8-bit activations `a` is [m, k_padded], every 16 of a row in the order of its K_ORDER. */
+  const void* zeros;         /* zero points */
+  const float* token_scales; /* [m], of 8-bit activations */
+  const float* global_scale; /* [1] */
 } marlin_operands;
 
 /* What went wrong last in this thread. */
@@ -322,7 +328,8 @@ static int marlin_lay_out_sm80(const marlin_device* device, const marlin_kernel*
   const int columns = marlin_ceil_div(n, kernel->tile_n);
   const long long tiles = (long long)marlin_ceil_div(m, kernel->tile_m) * columns;
   const int k_tiles = marlin_ceil_div(plan->k_padded, kernel->tile_k);
-  const long long slot_bytes = (long long)kernel->tile_m * kernel->tile_n * 4;
+  const long long slot_bytes =
+      (long long)kernel->tile_m * kernel->tile_n * (plan->problem.reduce_half ? 2 : 4);
   long long grid, slots, counters;
   if (plan->problem.batch_invariant) {
     plan->splits =
@@ -332,13 +339,13 @@ static int marlin_lay_out_sm80(const marlin_device* device, const marlin_kernel*
     const long long parts = plan->in_turn ? tiles : tiles * plan->splits;
     grid = parts < blocks ? parts : blocks;
     slots = plan->in_turn ? grid : parts;
-    counters = plan->in_turn ? 0 : tiles * kernel->output_warps;
+    counters = plan->in_turn ? 0 : tiles * kernel->counters_per_tile;
   } else {
     const long long shares = tiles * k_tiles * kernel->tile_k / MARLIN_SM80_MIN_K;
     grid = shares < 1 ? 1 : shares < blocks ? shares : blocks;
     if (2 * grid * grid * k_tiles > 0xffffffffLL) return 0; /* the kernel's 32-bit partition */
     slots = 2 * grid;
-    counters = 2 * grid * kernel->output_warps;
+    counters = 2 * grid * kernel->counters_per_tile;
   }
   plan->grid_x = (unsigned)grid;
   plan->grid_y = 1;
@@ -382,7 +389,7 @@ static int marlin_lay_out_sm90(const marlin_device* device, const marlin_kernel*
   if (kernel->split > 1 && !kernel->cluster) {
     plan->partial_bytes =
         (size_t)((tiles - whole) * kernel->split) * kernel->tile_n * kernel->tile_m * 4;
-    plan->counter_bytes = (size_t)(2 * (tiles - whole)) * 4;
+    plan->counter_bytes = (size_t)(kernel->counters_per_tile * (tiles - whole)) * 4;
   }
   return 1;
 }
@@ -528,10 +535,12 @@ marlin_status marlin_repack(const marlin_device* device, const marlin_layer* lay
 #define MARLIN_STRING(x) #x
 #define MARLIN_SYMBOL(x) \
   MARLIN_STRING(x) /* expands cuda.h's renaming, as in cuMemAlloc -> cuMemAlloc_v2 */
-#define MARLIN_DRIVER_CALLS(X)                                                      \
-  X(cuCtxGetDevice)                                                                 \
-  X(cuDeviceGetAttribute) X(cuGetErrorString) X(cuModuleLoadData) X(cuModuleUnload) \
-      X(cuModuleGetFunction) X(cuFuncSetAttribute) X(cuLaunchKernelEx)
+#define MARLIN_DRIVER_CALLS(X)                                                       \
+  X(cuCtxGetDevice)                                                                  \
+  X(cuDeviceGetAttribute)                                                            \
+  X(cuGetErrorString)                                                                \
+  X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) \
+      X(cuLaunchKernelEx)
 
 struct marlin_runtime {
   void* library;
@@ -726,6 +735,7 @@ marlin_status marlin_gemm(const marlin_runtime* rt, const marlin_plan* plan,
                           const marlin_operands* x, CUstream stream) {
   const marlin_problem* p = &plan->problem;
   const int family = marlin_kernels[plan->kernel].family;
+  const int eight_bit = p->activation == MARLIN_INT8 || p->activation == MARLIN_FLOAT8_E4M3FN;
   marlin_sm80_problem sm80;
   marlin_sm90_problem sm90;
   CUtensorMap map;
@@ -739,6 +749,11 @@ marlin_status marlin_gemm(const marlin_runtime* rt, const marlin_plan* plan,
     return marlin_fail(MARLIN_INVALID,
                        "a, weights, scales and out must be set, and row_stride=%lld at least k=%d",
                        x->row_stride, p->layer.k);
+  if (eight_bit != (x->token_scales != NULL))
+    return marlin_fail(MARLIN_INVALID, "token_scales come with 8-bit activations, and only then");
+  if (marlin_weight_infos[p->layer.type].symmetric != (x->zeros == NULL))
+    return marlin_fail(MARLIN_INVALID, "zeros come with %s only if it stores zero points",
+                       marlin_weight_infos[p->layer.type].name);
   if ((plan->counter_bytes > 0 && x->counters == NULL) ||
       (plan->partial_bytes > 0 && x->partials == NULL))
     return marlin_fail(MARLIN_INVALID, "this plan needs %zu bytes of counters and %zu of partials",
@@ -757,7 +772,10 @@ marlin_status marlin_gemm(const marlin_runtime* rt, const marlin_plan* plan,
     sm80.activations = x->a;
     sm80.weights = x->weights;
     sm80.scales = x->scales;
-    sm80.zeros = sm80.permutation = sm80.token_scales = sm80.global_scale = NULL;
+    sm80.zeros = x->zeros;
+    sm80.permutation = NULL;
+    sm80.token_scales = x->token_scales;
+    sm80.global_scale = x->global_scale;
     sm80.bias = x->bias;
     sm80.output = x->out;
     sm80.partials = x->partials;
@@ -765,7 +783,7 @@ marlin_status marlin_gemm(const marlin_runtime* rt, const marlin_plan* plan,
     sm80.row_stride = x->row_stride;
     sm80.m = p->m;
     sm80.n = p->layer.n;
-    sm80.k = p->layer.k;
+    sm80.k = eight_bit ? plan->k_padded : p->layer.k;
     sm80.n_padded = plan->n_padded;
     sm80.k_padded = plan->k_padded;
     sm80.splits = plan->splits;

@@ -1,0 +1,518 @@
+"""Time every kind of low-bit product against torch.matmul, on the layer shapes of real models.
+
+    python scripts/benchmark_marlin.py --models Llama-2-7B Llama-2-70B/TP4 --batch-sizes 1 16 256
+    python scripts/benchmark_marlin.py --types uint4b8 --limit-group-size 128 --json out.json
+    python scripts/benchmark_marlin.py --dry-run          # what would be timed; needs no GPU
+
+Sweeps weight types x activations x group sizes x act-order x k_full x reductions (every valid
+combination of marlin_kernel/validity.py that a kernel serves on this GPU) x layer shapes x batch
+sizes. MODEL/TPn takes the shard of one of n GPUs: N / n of layers split by columns, K / n of layers
+split by rows. Options given as --limit-... keep only the values listed.
+
+Every result is compared with float64 before it is timed. Times are torch.utils.benchmark's
+blocked_autorange over replays of a CUDA graph, in which every launch reads another copy of the
+weights (--rotate-mb in all, so that none comes from the L2 cache); with --no-graph calls are timed
+as a program makes them. Speed-ups are over torch.matmul with FP16 weights, the faster of [K, N] and
+[N, K] transposed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.utils.benchmark as benchmark
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from marlin_kernel import backends, launch, prebuilt, reference, sm80_layout, sm80_path
+from marlin_kernel.errors import ConfigError
+from marlin_kernel.formats import QuantizedLinear, write
+from marlin_kernel.validity import (
+    ACTIVATIONS,
+    OUTPUTS,
+    REDUCTIONS,
+    Combination,
+    combinations,
+    violated_rule,
+)
+from marlin_kernel.weight_types import WEIGHT_TYPES
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "configs" / "bench" / "marlin.yaml"
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# ||out - reference|| / ||reference|| by the dtypes of output and reduction: that of one rounding of
+# the output and one of each weight is about a third of it
+ERROR_LIMITS = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3}
+CHECKED_TOKENS = 512
+BASELINE, REPACK = "torch.matmul", "repack"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer: K inputs, N outputs; name: where it comes from."""
+
+    name: str
+    k: int
+    n: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns the process exit status."""
+    options = parse(arguments)
+    try:
+        shapes = [s for s in layer_shapes(options.models) if kept(s, options)]
+        cases = list(wanted_combinations(options))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not shapes or not cases:
+        print("nothing is left to time; loosen the --limit options", file=sys.stderr)
+        return 2
+    if options.dry_run:
+        for shape in shapes:
+            print(f"{shape.name}: K={shape.k} N={shape.n}, M={options.batch_sizes}")
+        print("\n".join(map(str, cases)))
+        print(f"{len(shapes)} shapes x {len(options.batch_sizes)} batch sizes x {len(cases)} types")
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device; --dry-run lists what would be timed", file=sys.stderr)
+        return 2
+    report = {"circumstances": circumstances(), "rows": [], "skipped": []}
+    for shape in shapes:
+        bench_shape(shape, cases, options, report)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report, indent=1))
+    for line in dict.fromkeys(report["skipped"]):
+        print(f"skipped: {line}")
+    if options.plot:
+        plot(report["rows"], options.plot)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = {"type": int, "choices": (0, 1), "nargs": "+"}
+    parser.add_argument("--models", nargs="+", default=["Llama-2-7B"], help="NAME or NAME/TPn")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--limit-k", nargs="+", type=int, help="inputs")
+    parser.add_argument("--limit-n", nargs="+", type=int, help="outputs")
+    parser.add_argument("--limit-group-size", nargs="+", type=int, help="-1: one group")
+    parser.add_argument("--limit-num-bits", nargs="+", type=int, help="bits of a weight")
+    parser.add_argument("--limit-act-order", **flag)
+    parser.add_argument("--limit-k-full", **flag)
+    parser.add_argument("--types", nargs="+", choices=WEIGHT_TYPES, default=list(WEIGHT_TYPES))
+    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
+    parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=["float16"])
+    parser.add_argument("--reductions", nargs="+", choices=REDUCTIONS, default=list(REDUCTIONS))
+    parser.add_argument("--json", type=Path, help="write every row to this file")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG file (needs matplotlib)")
+    parser.add_argument("--dry-run", action="store_true", help="list the cases and stop")
+    parser.add_argument("--min-run-time", type=float, default=0.1, help="seconds per case")
+    parser.add_argument(
+        "--rotate-mb", type=int, default=400, help="copies of the weights, together"
+    )
+    parser.add_argument("--no-graph", action="store_true", help="time calls, not graph replays")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return parser.parse_args(arguments)
+
+
+# ---- what to time --------------------------------------------------------------------------------
+
+
+def layer_shapes(models: Sequence[str]) -> list[Shape]:
+    """Layers of the models, equal sizes once. Raises ConfigError for a model that is not known."""
+    table = yaml.safe_load(MODELS.read_text())["models"]
+    found: dict[tuple[int, int], Shape] = {}
+    for text in models:
+        match = re.fullmatch(r"(.+?)(?:/TP(\d+))?", text)
+        name, shards = match[1], int(match[2] or 1)
+        if name not in table:
+            raise ConfigError(
+                f"model {name!r} is not in {MODELS.name}; choose from {', '.join(table)}, "
+                "with /TPn for one of n tensor-parallel shards"
+            )
+        for layer, (k, n, split) in table[name].items():
+            whole = k if split == "K" else n
+            if shards < 1 or whole % shards:
+                raise ConfigError(
+                    f"{text}: {layer} has {split}={whole}, which {shards} GPUs cannot share equally"
+                )
+            size = (k // shards, n) if split == "K" else (k, n // shards)
+            found.setdefault(size, Shape(f"{text} {layer}", *size))
+    return list(found.values())
+
+
+def kept(shape: Shape, options: argparse.Namespace) -> bool:
+    return _among(shape.k, options.limit_k) and _among(shape.n, options.limit_n)
+
+
+def wanted_combinations(options: argparse.Namespace) -> Iterator[Combination]:
+    """Valid combinations that the options leave. Raises ConfigError for an unknown group size."""
+    known = sorted({g for t in WEIGHT_TYPES.values() for g in t.group_sizes})
+    for value in options.limit_group_size or ():
+        if value not in known:
+            raise ConfigError(f"--limit-group-size {value} is not one of {known}")
+    selection = {
+        "types": options.types,
+        "activations": options.activations,
+        "reductions": options.reductions,
+    }
+    for c in combinations(**selection):
+        outputs = options.outputs if c.activation not in OUTPUTS else OUTPUTS
+        if (
+            c.output in outputs
+            and _among(c.group_size, options.limit_group_size)
+            and _among(c.weight_type.bits, options.limit_num_bits)
+            and _among(int(c.act_order), options.limit_act_order)
+            and _among(int(c.k_full), options.limit_k_full)
+        ):
+            yield c
+
+
+def _among(value: int, limits: Sequence[int] | None) -> bool:
+    return limits is None or value in limits
+
+
+# ---- operands and their check --------------------------------------------------------------------
+
+
+def make_layer(c: Combination, shape: Shape, device: str) -> QuantizedLinear:
+    """A layer of random weights, rounded to the type's grid.
+
+    k_full=False: groups have any number of inputs, as in a shard of K of an act-order layer.
+    """
+    weight = torch.randn(shape.k, shape.n, device=device)
+    layer = QuantizedLinear.quantize(weight, c.weight_type, c.group_size)
+    if not c.act_order:
+        return layer
+    groups = layer.scales.shape[0]
+    if c.k_full:
+        index = layer.group_index[torch.randperm(shape.k, device=device)]
+    else:
+        index = torch.randint(0, groups, (shape.k,), device=device)
+    return QuantizedLinear.of(
+        *(layer.codes, layer.scales, c.weight_type, c.group_size),
+        g_idx=index,
+        shard_groups=None if c.k_full else groups,
+    )
+
+
+def relative_error(out: Tensor, a: Tensor, weight: Tensor) -> float:
+    """||out - ref|| / ||ref|| with ref = a @ weight in float64, a part of the columns at a time.
+
+    out: [M, N]; a: float64 [M, K]; weight: float32 [K, N].
+    """
+    difference = total = 0.0
+    for first in range(0, weight.shape[1], 4096):
+        part = slice(first, first + 4096)
+        exact = a @ weight[:, part].double()
+        difference += (out[:, part].double() - exact).square().sum().item()
+        total += exact.square().sum().item()
+    return math.sqrt(difference / total)
+
+
+class Product:
+    """Products with one layer on one device, over copies of its weights.
+
+    The family of kernels is the one that the package would choose; on the CPU weights are
+    dequantized. A layer is prepared once, as after loading.
+    """
+
+    def __init__(self, c: Combination, layer: QuantizedLinear, copies: int) -> None:
+        """copies: of the prepared weights, for `__call__` to choose from."""
+        self.c, self.layer, self.device = c, layer, layer.codes.device
+        self.family = family_of(c, self.device)
+        self.spec = layer.spec
+        self.stored = write(layer, "marlin", act_order=self.spec.act_order)
+        held = self.repack()
+        self.held = [held]
+        for _ in range(copies - 1):
+            self.held.append(tuple(t.clone() if isinstance(t, Tensor) else t for t in held))
+
+    def repack(self) -> tuple:
+        """What is done once after loading: the on-disk tensors in the order of the kernels."""
+        spec = self.spec
+        if self.family == "cpu":
+            return (self.layer.dequantize(_dtype(self.c.output)),)
+        if self.family == "sm90":
+            perm = None
+            if spec.act_order:
+                perm = torch.argsort(self.stored["g_idx"], stable=True)
+            order = (spec.k, spec.n, self._group_size(), _dtype(self.c.activation))
+            return (*launch.convert_layout(self.stored["B"], self.stored["s"], *order), perm)
+        t = sm80_layout.kernel_tensors(self.stored, spec)
+        return (t.weights, t.scales, t.zeros, t.perm, t.global_scale, t.group_size)
+
+    def activations(self, a: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """float32 [M, K] as the kernel takes it: values, token scales, and what they stand for.
+
+        The last as float64, of the first CHECKED_TOKENS only.
+        """
+        if self.c.activation in OUTPUTS:
+            x = a.to(_dtype(self.c.activation))
+            return x, None, x[:CHECKED_TOKENS].double()
+        codes, scales = reference.quantize_activations(a, _dtype(self.c.activation))
+        exact = codes[:CHECKED_TOKENS].double() * scales[:CHECKED_TOKENS].double()[:, None]
+        if self.family == "cpu":
+            return (codes.float() * scales[:, None]).to(_dtype(self.c.output)), None, exact
+        k_padded = self.held[0][0].shape[0] * 16
+        return sm80_layout.kernel_activations(codes, k_padded), scales, exact
+
+    def __call__(self, a: Tensor, token_scales: Tensor | None, copy: int = 0) -> Tensor:
+        """a, token_scales: from `activations`. Returns [M, N] in the output dtype."""
+        spec, shape = self.spec, self.spec.packed
+        if self.family == "cpu":
+            return a @ self.held[copy][0]
+        out = torch.empty(a.shape[0], spec.n, dtype=_dtype(self.c.output), device=self.device)
+        if self.family == "sm90":
+            weights, scales, perm = self.held[copy]
+            x = a if perm is None else a.index_select(1, perm)
+            sizes = (spec.k, spec.n, shape.k_padded, shape.n_padded, self._group_size())
+            launch.gemm(x, weights, scales, None, out, *sizes)
+            return out
+        weights, scales, zeros, perm, global_scale, group_size = self.held[copy]
+        k_padded = weights.shape[0] * 16
+        k = k_padded if token_scales is not None else spec.k
+        sizes = (k, spec.n, k_padded, shape.n_padded, group_size)
+        sm80_path.gemm(
+            *(a, weights, scales, None, out, *sizes),
+            weight_type=self.c.weight_type.name,
+            zeros=zeros,
+            perm=perm,
+            token_scales=token_scales,
+            global_scale=global_scale,
+            reduce_half=self.c.reduction == "float16",
+        )
+        return out
+
+    def _group_size(self) -> int:
+        return backends.kernel_group_size(self.spec.group_size, self.spec.k)
+
+
+def family_of(c: Combination, device: torch.device) -> str:
+    """The family of kernels that serves a combination. Raises ConfigError if there is none."""
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    rule = violated_rule(c, f"{major}.{minor}")
+    if rule is not None:
+        raise ConfigError(f"{c}: {rule}")
+    kernels = prebuilt.kernels_of(c, prebuilt.architecture(f"{major}.{minor}"))
+    if not kernels:
+        raise ConfigError(f"{c}: no kernel serves it on capability {major}.{minor}")
+    return kernels[0][0]
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def timed(
+    calls: Sequence[Callable[[], object]], labels: dict[str, str], options: argparse.Namespace
+) -> benchmark.Measurement:
+    """Time of one of `calls`, which are run one after the other."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    if options.device == "cuda" and not options.no_graph:
+        run_once = run
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            run_once()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run_once()
+        run = graph.replay
+    timer = benchmark.Timer("run()", globals={"run": run}, **labels)
+    measured = timer.blocked_autorange(min_run_time=options.min_run_time)
+    return benchmark.Measurement(
+        measured.number_per_run * len(calls), measured.raw_times, measured.task_spec
+    )
+
+
+def copies_of(nbytes: int, options: argparse.Namespace) -> int:
+    if options.device == "cpu" or options.no_graph:
+        return 1
+    return max(2, -(-options.rotate_mb * 10**6 // nbytes))
+
+
+def bench_shape(
+    shape: Shape, cases: Sequence[Combination], options: argparse.Namespace, report: dict
+) -> None:
+    """Time one shape: the baseline, then every combination; print tables, extend the report."""
+    results: list[benchmark.Measurement] = []
+    batch_sizes = sorted(options.batch_sizes)  # few first: large products heat the chip
+    activations = {
+        m: torch.randn(m, shape.k, device=options.device, dtype=torch.float32) for m in batch_sizes
+    }
+    baseline = matmul_times(shape, activations, options)
+    results += baseline.values()
+    for m, measured in baseline.items():
+        report["rows"].append(row(shape, BASELINE, m, measured, measured))
+    for c in tqdm(cases, desc=f"K={shape.k} N={shape.n}", unit="type"):
+        try:
+            measured = bench_combination(c, shape, activations, options)
+        except ConfigError as error:
+            report["skipped"].append(str(error))
+            continue
+        for m, (seconds, error) in measured.items():
+            name = str(c) if m else f"{REPACK} {c}"
+            report["rows"].append(row(shape, name, m, seconds, baseline.get(m), error))
+            results.append(seconds)
+    print(f"\n{shape.name}: K={shape.k} N={shape.n}")
+    table = benchmark.Compare(results)
+    table.trim_significant_figures()
+    table.print()
+
+
+def matmul_times(
+    shape: Shape, activations: dict[int, Tensor], options: argparse.Namespace
+) -> dict[int, benchmark.Measurement]:
+    """torch.matmul in float16, the faster of weights [K, N] and [N, K] transposed."""
+    best: dict[int, benchmark.Measurement] = {}
+    copies = copies_of(2 * shape.k * shape.n, options)
+    for transposed in (False, True):
+        size = (shape.n, shape.k) if transposed else (shape.k, shape.n)
+        weights = torch.randn(copies, *size, device=options.device, dtype=torch.float16)
+        for m, a in activations.items():
+            x = a.half()
+            views = [w.t() if transposed else w for w in weights]
+            calls = [lambda w=w, x=x: torch.matmul(x, w) for w in views]
+            measured = timed(calls, labels(shape, BASELINE, m), options)
+            if m not in best or measured.median < best[m].median:
+                best[m] = measured
+        del weights, views, calls
+    return best
+
+
+def bench_combination(
+    c: Combination, shape: Shape, activations: dict[int, Tensor], options: argparse.Namespace
+) -> dict[int, tuple[benchmark.Measurement, float]]:
+    """M -> (time, error) of a combination; M = 0: repacking.
+
+    Raises ConfigError if no kernel serves it, ArithmeticError if a result is wrong.
+    """
+    family_of(c, torch.device(options.device))
+    layer = make_layer(c, shape, options.device)
+    weight = layer.dequantize(torch.float32)
+    nbytes = layer.codes.numel() * c.weight_type.bits // 8
+    product = Product(c, layer, copies_of(nbytes, options))
+    limit = max(ERROR_LIMITS[c.output], ERROR_LIMITS[c.reduction])
+    found = {}
+    for m, a in activations.items():
+        x, token_scales, exact = product.activations(a)
+        error = relative_error(product(x, token_scales)[:CHECKED_TOKENS], exact, weight)
+        if not error < limit:
+            raise ArithmeticError(f"{c} at M={m}, K={shape.k}, N={shape.n}: error {error:.2g}")
+        calls = [partial(product, x, token_scales, i) for i in range(len(product.held))]
+        found[m] = (timed(calls, labels(shape, str(c), m), options), error)
+    eager = argparse.Namespace(**{**vars(options), "no_graph": True})
+    found[0] = (timed([product.repack], labels(shape, f"{REPACK} {c}", 0), eager), math.nan)
+    return found
+
+
+def labels(shape: Shape, name: str, m: int) -> dict[str, str]:
+    return {
+        "label": f"K={shape.k} N={shape.n}",
+        "sub_label": name,
+        "description": f"M={m}" if m else "once",
+    }
+
+
+def row(
+    shape: Shape,
+    name: str,
+    m: int,
+    measured: benchmark.Measurement,
+    baseline: benchmark.Measurement | None,
+    error: float = math.nan,
+) -> dict:
+    """One row of the JSON report; times in microseconds."""
+    us = measured.median * 1e6
+    return {
+        "layer": shape.name,
+        "k": shape.k,
+        "n": shape.n,
+        "m": m,
+        "what": name,
+        "us": us,
+        "us_iqr": measured.iqr * 1e6,
+        "speedup": None if baseline is None else baseline.median * 1e6 / us,
+        "tflops": 2 * m * shape.k * shape.n / us * 1e-6,
+        "error": None if math.isnan(error) else error,
+    }
+
+
+# ---- output --------------------------------------------------------------------------------------
+
+
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """Speed-up over torch.matmul against M, one panel per shape, one line per combination."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in rows if r["m"] and r["what"] != BASELINE]
+    sizes = list(dict.fromkeys((r["k"], r["n"]) for r in rows))
+    figure, panels = pyplot.subplots(
+        1, max(1, len(sizes)), figsize=(5 * max(1, len(sizes)), 4.5), squeeze=False, sharey=True
+    )
+    for axes, (k, n) in zip(panels[0], sizes, strict=False):
+        mine = [r for r in rows if (r["k"], r["n"]) == (k, n)]
+        for name in dict.fromkeys(r["what"] for r in mine):
+            line = [(r["m"], r["speedup"]) for r in mine if r["what"] == name]
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
+        axes.set_xscale("log", base=2)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_title(f"K={k} N={n}")
+        axes.set_xlabel("tokens (M)")
+    panels[0][0].set_ylabel("speed-up over torch.matmul in FP16")
+    panels[0][-1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def circumstances() -> dict:
+    """What the numbers depend on."""
+
+    def output_of(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        except OSError:
+            return "unknown"
+
+    query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    return {
+        "command": "scripts/benchmark_marlin.py " + " ".join(sys.argv[1:]),
+        "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""scripts/benchmark_marlin.py: what it would time, and one small sweep on the CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlin_kernel.errors import ConfigError
+from marlin_kernel.validity import combinations
+from scripts import benchmark_marlin as script
+
+SMALL = ["--models", "SmolLM2-135M", "--limit-k", "576", "--limit-n", "576"]
+
+
+def listed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    assert script.main([*arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_shards_divide_the_side_that_is_split() -> None:
+    whole = {s.name: (s.k, s.n) for s in script.layer_shapes(["Llama-2-70B"])}
+    shard = {s.name: (s.k, s.n) for s in script.layer_shapes(["Llama-2-70B/TP4"])}
+    assert whole["Llama-2-70B gate_up"] == (8192, 57344)
+    assert shard["Llama-2-70B/TP4 gate_up"] == (8192, 14336)
+    assert shard["Llama-2-70B/TP4 down"] == (7168, 8192)
+    assert shard["Llama-2-70B/TP4 o"] == (2048, 8192)
+
+
+def test_equal_layers_are_timed_once() -> None:
+    names = [s.name for s in script.layer_shapes(["Llama-2-70B", "Llama-3-70B"])]
+    assert len(names) == 4
+
+
+def test_models_and_shards_that_do_not_exist() -> None:
+    with pytest.raises(ConfigError, match="'GPT-2' is not in marlin.yaml; choose from Llama-2-7B"):
+        script.layer_shapes(["GPT-2"])
+    with pytest.raises(ConfigError, match="which 7 GPUs cannot share equally"):
+        script.layer_shapes(["Llama-2-7B/TP7"])
+
+
+def test_without_limits_every_valid_combination_is_listed(capsys: pytest.CaptureFixture) -> None:
+    printed = listed(capsys, "--outputs", "float16", "bfloat16").splitlines()
+    for c in combinations():
+        assert str(c) in printed
+
+
+def test_limits(capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--limit-group-size", "128", "--limit-num-bits", "4", "--limit-act-order", "1"]
+    printed = listed(capsys, *SMALL, *arguments, "--limit-k-full", "1", "--batch-sizes", "1", "32")
+    lines = printed.splitlines()
+    assert lines[0] == "SmolLM2-135M o: K=576 N=576, M=[1, 32]"
+    assert lines[1:-1] and all("-u4b8-" in c and "-g128-act_order" in c for c in lines[1:-1])
+    assert "shard" not in printed
+    only = listed(capsys, *SMALL, "--types", "mxfp4").splitlines()[1:-1]
+    assert only == ["bfloat16-mxfp4-bfloat16-g32"]
+
+
+def test_options_that_leave_nothing(capsys: pytest.CaptureFixture) -> None:
+    assert script.main([*SMALL, "--types", "uint8", "--limit-num-bits", "4"]) == 2
+    assert "nothing is left to time" in capsys.readouterr().err
+    assert script.main([*SMALL, "--limit-group-size", "48"]) == 2
+    assert "--limit-group-size 48 is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_gpu(capsys: pytest.CaptureFixture) -> None:
+    assert script.main(SMALL) == 2
+    assert "no CUDA device; --dry-run lists" in capsys.readouterr().err
+
+
+def test_sweep_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "results.json"
+    small = [*SMALL, "--batch-sizes", "1", "3", "--device", "cpu", "--min-run-time", "0.001"]
+    limits = ["--limit-group-size", "16", "32", "64", "--reductions", "float32"]
+    types = ["--types", "uint4b8", "uint4_hqq", "nvfp4"]
+    assert script.main([*small, *limits, *types, "--json", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "K=576 N=576" in printed and "Times are in" in printed
+    report = json.loads(output.read_text())
+    assert report["circumstances"]["torch"] == torch.__version__ and not report["skipped"]
+    names = {r["what"] for r in report["rows"]}
+    assert {"torch.matmul", "float16-u4b8-float16-g64", "int8-u4b8-float16-g32"} <= names
+    assert {"float16-u4b8-float16-g64-act_order_shard", "repack float16-nvfp4-float16-g16"} <= names
+    for r in report["rows"]:
+        assert r["us"] > 0
+        if r["m"] and r["what"] != "torch.matmul":
+            assert r["error"] < script.ERROR_LIMITS["bfloat16"] and r["speedup"] > 0
+
+
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = script.Product.__call__
+    monkeypatch.setattr(
+        script.Product, "__call__", lambda *a: multiply(*a).mul_(1.01), raising=True
+    )
+    arguments = [*SMALL, "--device", "cpu", "--batch-sizes", "2", "--types", "uint4b8"]
+    with pytest.raises(ArithmeticError, match="M=2, K=576, N=576: error 0.01"):
+        script.main([*arguments, "--limit-group-size", "64", "--min-run-time", "0.001"])
+
+
+def test_relative_error() -> None:
+    a, weight = torch.eye(3).double(), torch.ones(3, 5000)
+    assert script.relative_error(torch.ones(3, 5000), a, weight) == 0
+    assert math.isclose(script.relative_error(2 * torch.ones(3, 5000), a, weight), 1)
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"k": 64, "n": n, "m": m, "what": what, "speedup": 1.5}
+        for n in (64, 128)
+        for m in (1, 2)
+        for what in ("torch.matmul", "a", "b")
+    ]
+    script.plot(rows, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
