@@ -114,7 +114,8 @@ def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> C
 
 def source_key(source: KernelSource, arch: str) -> str:
     """Hash of everything but the compiler that decides the machine code of `source` for `arch`."""
-    digest = _sources_digest((SOURCE_ROOT / source.header).resolve().parent)
+    folder = (SOURCE_ROOT / source.header).resolve().parent
+    digest = _sources_digest(SOURCE_ROOT if folder.is_relative_to(SOURCE_ROOT) else folder)
     parts = (digest, source.header, source.expression, arch, *_options(arch))
     return _hash(*parts)
 
@@ -254,8 +255,7 @@ def _compiler_fingerprint() -> str:
 def _sources_digest(folder: Path) -> str:
     """Hash of all of csrc and, for headers of another package, of their folder."""
     digest = hashlib.sha256()
-    roots = [SOURCE_ROOT] if folder.is_relative_to(SOURCE_ROOT) else [SOURCE_ROOT, folder]
-    for root in roots:
+    for root in [SOURCE_ROOT] if folder == SOURCE_ROOT else [SOURCE_ROOT, folder]:
         for path in sorted(root.rglob("*.cuh")):
             digest.update(str(path.relative_to(root)).encode() + b"\0")
             digest.update(path.read_bytes() + b"\0")

@@ -23,7 +23,7 @@ from gptq.fused_solver import PICK, Kernel, search_kernel, search_splits, update
 from gptq.grid import GridOptions
 from gptq.solver import SolverOptions, solve
 from marlin_kernel import WEIGHT_TYPES
-from marlin_kernel.compiler import compile_kernel
+from marlin_kernel.compiler import SOURCE_ROOT, _sources_digest, compile_kernel
 from tests.compiling import REGISTERS, needs_nvrtc, own_cache  # noqa: F401 (fixture)
 
 U4B8 = WEIGHT_TYPES["uint4b8"]
@@ -48,6 +48,14 @@ def test_compiles_without_spills(arch):
         assert cubin.stack_bytes == 0, kernel
         assert cubin.registers * fused_solver._THREADS[kernel.name] <= REGISTERS
         assert kernel.shared_bytes <= LIMITS[arch]
+
+
+def test_the_cache_knows_these_sources():
+    """A cubin of an older text of the kernels must never be taken."""
+    source = update_kernel(False, LIMITS["sm_90a"]).source
+    folder = (SOURCE_ROOT / source.header).resolve().parent
+    assert folder == SOURCES.resolve()
+    assert _sources_digest(folder) != _sources_digest(SOURCE_ROOT)
 
 
 def test_no_room_is_said():
