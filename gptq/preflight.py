@@ -23,6 +23,7 @@ from marlin_kernel.weight_types import normalize_group_size
 
 from .config import QuantizeConfig
 from .models import StreamedModel
+from .sequential import STEP_TOKENS
 from .solver import SolverOptions, solve
 from .sparsity import check_inputs
 
@@ -32,7 +33,10 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and need. Bytes, parameters, tokens; seconds is an estimate."""
+    """What a run will do and need. Bytes, parameters, tokens; seconds is an estimate.
+
+    samples, tokens and bytes of memory are those of one process.
+    """
 
     linears: int
     parameters: int
@@ -43,6 +47,7 @@ class Plan:
     peak_host_bytes: int
     disk_bytes: int
     seconds: float
+    processes: int = 1
 
     def rows(self, config: QuantizeConfig, model: StreamedModel) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
@@ -51,13 +56,15 @@ class Plan:
         group = "one per column" if config.groupsize == -1 else str(config.groupsize)
         method = "round to nearest" if config.nearest else _method(config)
         device = model.device.type
+        source = "random ids" if config.from_config else config.dataset
+        each = "" if self.processes == 1 else f" in each of {self.processes} processes"
         rows = [
             ("quantized", f"{self.linears} linears, {self.parameters / 1e6:,.1f} M weights"),
             ("type", wtype)
             if config.weight_type is None
             else ("type", f"{wtype}, group size {group}, format {config.stored_format}"),
             ("method", method),
-            ("calibration", f"{self.samples} samples, {self.tokens:,} tokens of {config.dataset}"),
+            ("calibration", f"{self.samples} samples, {self.tokens:,} tokens of {source}{each}"),
             ("compute", f"{device}, {str(model.dtype).removeprefix('torch.')}"),
             ("peak host memory", f"about {_size(self.peak_host_bytes)}"),
             ("packed size", _size(self.packed_bytes)),
@@ -85,10 +92,12 @@ def plan(
     config: QuantizeConfig,
     linears: dict[str, tuple[int, int]],
     samples: Sequence[Tensor],
+    processes: int = 1,
 ) -> Plan:
     """Estimate memory, disk and time.
 
-    linears: (inputs, outputs) of every linear that will be quantized, by name. The time is the
+    linears: (inputs, outputs) of every linear that will be quantized, by name. samples: those of
+    this process, one of so many. The time is the
     counted operations over the rate of a short matrix product measured now.
     """
     tokens = 0 if config.nearest else sum(int(ids.numel()) for ids in samples)
@@ -108,8 +117,10 @@ def plan(
     unquantized = sum(_tensor_bytes(model, name) for name in model.tensors) - parameters * 2
     codes = parameters + parameters // 64 * 4
     embedding = model.config.vocab_size * hidden * element
-    memory = activations + work + embedding
     gpu = model.device.type == "cuda"
+    offloaded = activations if config.offload_activations else 0
+    in_flight = min(activations, 8 * STEP_TOKENS * widest * element * streams) if gpu else 0
+    memory = activations - offloaded + in_flight + work + embedding
     shard = min(packed + max(unquantized, 0), 1 << 30)
     return Plan(
         linears=len(linears),
@@ -118,9 +129,10 @@ def plan(
         tokens=tokens,
         packed_bytes=packed + max(unquantized, 0),
         peak_device_bytes=memory if gpu else 0,
-        peak_host_bytes=(2 * layer_parameters * 4 if gpu else memory) + 2 * shard,
+        peak_host_bytes=(2 * layer_parameters * 4 + offloaded if gpu else memory) + 2 * shard,
         disk_bytes=codes + packed + max(unquantized, 0),
         seconds=_seconds(model, config, one_layer, tokens, streams, parameters),
+        processes=processes,
     )
 
 
@@ -159,11 +171,12 @@ def _seconds(
     mean = shared / max(len(widths[::2]), 1)
     hessian = model.num_layers * 4 * tokens * mean**2 * (1 + 2 * (streams - 1))
     solve_work = 0.0 if config.nearest else parameters * mean * 8
-    columns = model.num_layers * sum(k for k, _ in layer)
-    overhead = columns * (0 if config.nearest else 2e-4) + 0.05 * model.num_layers
+    gpu = model.device.type == "cuda"
+    columns = 0 if gpu or config.nearest else model.num_layers * sum(k for k, _ in layer)
+    overhead = columns * 2e-4 + 0.05 * model.num_layers
     rate = _rate(model.device, model.dtype)
     slow = _rate(model.device, torch.float32)
-    return forward / rate + (hessian + solve_work) / slow + overhead
+    return (forward + hessian) / rate + solve_work / slow + overhead
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:

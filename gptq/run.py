@@ -28,7 +28,7 @@ from .calibration import sample_documents, sample_windows
 from .config import QuantizeConfig
 from .distributed import join, local_device
 from .models import StreamedModel, config_folder, resolve_source
-from .sequential import LinearResult, Walker
+from .sequential import STEP_TOKENS, LinearResult, Walker
 from .storage import (
     BackgroundWriter,
     FinishedLayers,
@@ -41,7 +41,6 @@ from .texts import documents
 log = logging.getLogger(__name__)
 PROBE_TOKENS = 16
 MAX_SEQLEN = 4096
-STEP_TOKENS = 8192  # that pass a layer together on a GPU: enough to fill its matrix units
 
 
 def choose_device(config: QuantizeConfig) -> torch.device:
@@ -138,7 +137,7 @@ def run(
             "raise --nsamples"
         )
 
-    planned = preflight.plan(model, config, linears, own)
+    planned = preflight.plan(model, config, linears, own, workers.count)
     if first:
         say(_table(planned.rows(config, model)))
         preflight.check_room(planned, model, out)

@@ -25,6 +25,8 @@ from .hessian import Hessian
 from .models import Stages, StreamedModel
 from .solver import Columns, Solution, SolverOptions, solve_columns
 
+STEP_TOKENS = 8192  # that pass a layer together on a GPU: enough to fill its matrix units
+
 
 @dataclass
 class Clock:

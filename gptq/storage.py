@@ -208,7 +208,8 @@ def write_checkpoint(
         quantized: set[str] = set()
         pruned_names: set[str] = set()
         for index in range(model.num_layers):
-            for name, t in finished.load(index)[0].items():
+            for name, found in finished.load(index)[0].items():
+                t = {part: tensor.to(model.device) for part, tensor in found.items()}
                 bias = f"{name}.bias"
                 if wtype is None:
                     pruned = t["codes"].T.to(model.storage).contiguous()
@@ -224,7 +225,7 @@ def write_checkpoint(
                         config.groupsize,
                         zeros=t["zeros"],
                         g_idx=t["g_idx"],
-                        bias=model.stored(bias) if bias in model.tensors else None,
+                        bias=model.stored(bias).to(model.device) if bias in model.tensors else None,
                     ),
                 )
                 quantized.add(name)
