@@ -79,10 +79,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Specialization:
-    """One kernel to build: what, for which architecture, and for which types."""
+    """One kernel to build: what, for which architecture, and for which types.
+
+    types: None for kernels that prepare activations, which many types share.
+    """
 
     arch: str
-    types: KernelTypes
+    types: KernelTypes | None
     source: KernelSource
 
 
@@ -148,7 +151,21 @@ def kernels_to_build(
         for config in _all_configs(v) if complete else v.configs:
             source = v.source(config)
             found.setdefault((v.arch, source), Specialization(v.arch, v.types, source))
+        for source in _activation_sources(v.types):
+            found.setdefault((v.arch, source), Specialization(v.arch, None, source))
     return list(found.values())
+
+
+def _activation_sources(types: KernelTypes) -> list[KernelSource]:
+    """Kernels of `sm80_path` that prepare activations for products of these types."""
+    header = "sm80/activations.cuh"
+    if types.permuted:  # few tokens; more are gathered before the product
+        return [KernelSource(header, "sm80::gather_activations<8>")]
+    if not types.eight_bit:
+        return []
+    scalar = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[types.output]
+    code = {"int8": "int8_t", "float8_e4m3fn": "float8_e4m3"}[types.activation]
+    return [KernelSource(header, f"sm80::quantize_activations<{scalar}, {code}>")]
 
 
 # ---- the families --------------------------------------------------------------------------------

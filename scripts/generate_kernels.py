@@ -106,8 +106,9 @@ def wanted(variant: Variant, options: argparse.Namespace) -> bool:
 
 def file_name(kernel: Specialization) -> str:
     """Of the source that instantiates a kernel, such as sm80_kernel_float16_u4b8_float16.cu."""
-    types = kernel.types
-    arch = kernel.arch.replace("_", "").rstrip("a")
+    arch, types = kernel.arch.replace("_", "").rstrip("a"), kernel.types
+    if types is None:
+        return f"{arch}_kernel_activations.cu"
     return f"{arch}_kernel_{types.activation}_{types.weight.short}_{types.output}.cu"
 
 
@@ -121,11 +122,16 @@ def source_files(kernels: Iterable[Specialization]) -> dict[str, str]:
 
 def source_file(kernels: Sequence[Specialization]) -> str:
     """Explicit instantiations of kernels that share architecture and types."""
-    types = kernels[0].types
+    arch, types = kernels[0].arch, kernels[0].types
+    if types is None:
+        content = "what happens to activations before a product"
+    else:
+        content = (
+            f"{types.activation} activations, {types.weight_type} weights, {types.output} output"
+        )
     lines = [
         f"// {MARK}",
-        f"// {kernels[0].arch}: {types.activation} activations, {types.weight_type} weights, "
-        f"{types.output} output. Compile for {kernels[0].arch}",
+        f"// {arch}: {content}. Compile for {arch}",
         "// with -std=c++17 (nvcc: --expt-relaxed-constexpr) and -I marlin_kernel/csrc.",
     ]
     lines += [f'#include "{header}"' for header in sorted({k.source.header for k in kernels})]

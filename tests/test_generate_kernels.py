@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import shutil
 import subprocess
@@ -12,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_kernel import compiler, kernel_configs, launch, layout, packing, prebuilt, sm80_configs
+from marlin_kernel import (
+    compiler,
+    kernel_configs,
+    launch,
+    layout,
+    packing,
+    prebuilt,
+    sm80_configs,
+    sm80_path,
+)
 from marlin_kernel.compiler import CompileError
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import QuantizedLinear, write
@@ -62,6 +72,15 @@ def test_pruned_kernels_are_part_of_all() -> None:
     assert few < everything
     of_sm90 = [len([s for s in part if s.header.startswith("sm90/")]) for part in (few, everything)]
     assert 0 < of_sm90[0] < of_sm90[1] / 2
+
+
+def test_kernels_that_prepare_activations_are_built() -> None:
+    kernels = [k.source for k in prebuilt.specializations("sm_89") if k.types is None]
+    assert {k.header for k in kernels} == {"sm80/activations.cuh"} and len(kernels) == 5
+    text = inspect.getsource(sm80_path)
+    for kernel in kernels:
+        name = kernel.expression.split("<")[0]
+        assert f'"{kernel.expression}"' in text or f'f"{name}<{{scalar}}, {{code}}>"' in text
 
 
 def test_names_and_contents(generated: Path) -> None:
@@ -341,8 +360,6 @@ def test_packing_in_c_equals_python(
 def test_repacking_in_c_equals_python(
     library: ctypes.CDLL, capability: tuple[int, int], k: int, n: int, group_size: int
 ) -> None:
-    from marlin_kernel import sm80_path
-
     shape = layout.packed_shape(k, n, group_size)
     if group_size == shape.k_padded == k:
         group_size = -1
