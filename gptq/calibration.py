@@ -85,6 +85,14 @@ class Batch:
     def tokens(self) -> int:
         return self.ids.numel() if self.valid is None else self.valid.numel()
 
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each sample."""
+        count, length = self.ids.shape
+        if self.valid is None:
+            return [length] * count
+        return torch.bincount(self.valid // length, minlength=count).tolist()
+
 
 def make_batches(samples: Sequence[Tensor], step_tokens: int) -> list[Batch]:
     """Batches of about `step_tokens` tokens, padding included; every sample in exactly one.

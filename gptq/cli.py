@@ -111,6 +111,13 @@ def parser() -> argparse.ArgumentParser:
     flag(how, "--clip_min", "smallest shrink factor", type=float)
     flag(how, "--refit", "rounds of closed-form scale refit after rounding", type=int)
     flag(how, "--sweeps", "coordinate-descent passes over the codes per refit", type=int)
+    flag(how, "--refine", "steps that learn the scales of each layer together; 0: none", type=int)
+    flag(
+        how,
+        "--refine-norms",
+        "steps that learn all scales and norm weights end to end; 0: none",
+        type=int,
+    )
     flag(how, "--blocksize", "inputs per lazy update; no effect on the result", type=int)
 
     run_group = top.add_argument_group("run")

@@ -15,6 +15,7 @@ from marlin_kernel.sparse_format import SPARSE_FORMAT
 from marlin_kernel.weight_types import GROUP_SIZES, WeightType, integer_type
 
 from .grid import GridOptions
+from .refine import RefineOptions
 from .solver import SolverOptions
 from .sparsity import SPARSITIES
 
@@ -55,6 +56,8 @@ class QuantizeConfig:
     signed_scales: bool = True
     refit: int = 1
     sweeps: int = 1
+    refine: int = 0
+    refine_norms: int = 0
     skip_gq: bool = False
     # run
     save: str | None = None
@@ -80,6 +83,8 @@ class QuantizeConfig:
         _at_least("clip_steps", self.clip_steps, 2)
         _at_least("refit", self.refit, 0)
         _at_least("sweeps", self.sweeps, 0)
+        _at_least("refine", self.refine, 0)
+        _at_least("refine_norms", self.refine_norms, 0)
         if self.seqlen is not None:
             _at_least("seqlen", self.seqlen, 2)
         if self.eval_tokens is not None:
@@ -112,6 +117,13 @@ class QuantizeConfig:
                 "asymmetric calibration corrects each stage for the quantized stages before it, "
                 "which needs true_sequential; add --true-sequential, or --no-asymmetric"
             )
+        for name in ("refine", "refine_norms"):
+            if getattr(self, name) and (self.nearest or not self.asymmetric or self.wbits == 16):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} learns scales from the unquantized model's "
+                    "activations, which only asymmetric calibration carries along; leave it out, "
+                    "or use --asymmetric with --wbits 4|8 and without --nearest"
+                )
         if self.sparsity and self.wbits != 16 and not self.sym:
             raise ConfigError(
                 f"sparsity={self.sparsity!r} with sym=False: a pruned weight is the zero of a "
@@ -169,6 +181,10 @@ class QuantizeConfig:
             target_damp=self.target_damp,
             sparsity=self.sparsity,
         )
+
+    def refine_options(self, steps: int) -> RefineOptions | None:
+        """Of a refinement of so many steps; None for 0."""
+        return RefineOptions(steps, seed=self.seed) if steps else None
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "eval": list(self.eval)}

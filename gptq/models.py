@@ -367,15 +367,32 @@ class StreamedModel:
         """Free the embedding table once all samples are embedded."""
         self.__dict__.pop("_embedding", None)
 
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """Final norm and head, as they will be stored: hidden states [..., hidden] -> logits."""
+    @property
+    def final_norm_name(self) -> str:
+        return f"{self.family.base}.{self.family.norm}.weight"
+
+    def final_norm(self) -> nn.Module:
+        """The norm before the head, as it will be stored."""
         norm = copy.deepcopy(getattr(self.base, self.family.norm))
         prefix = f"{self.family.base}.{self.family.norm}"
         _assign(norm, lambda name: self.as_stored(self.tensor(f"{prefix}.{name}")))
+        return norm
+
+    def head_weight(self) -> Tensor:
+        """Weight of the head [vocabulary, hidden], as it will be stored."""
         name = f"{self.family.head}.weight"
         if name not in self.tensors:
             name = f"{self.family.base}.{self.family.embed}.weight"
-        weight = self.as_stored(self.tensor(name))
+        return self.as_stored(self.tensor(name))
+
+    def head(self, norm_weight: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """Final norm, with another weight if given, and head, as they will be stored.
+
+        The result makes logits [..., vocabulary] of hidden states [..., hidden].
+        """
+        norm, weight = self.final_norm(), self.head_weight()
+        if norm_weight is not None:
+            norm.weight.data = norm_weight.to(norm.weight)
         return lambda hidden: norm(hidden) @ weight.T
 
     def layer_arguments(self, length: int, index: int) -> dict:

@@ -28,7 +28,9 @@ from .calibration import sample_documents, sample_windows
 from .config import QuantizeConfig
 from .distributed import join, local_device
 from .models import StreamedModel, config_folder, resolve_source
+from .refine import StoredLinear, refine_model
 from .sequential import STEP_TOKENS, LinearResult, Walker
+from .solver import dequantize
 from .storage import (
     BackgroundWriter,
     FinishedLayers,
@@ -137,6 +139,12 @@ def run(
             "raise --nsamples"
         )
 
+    if workers.count > 1 and (config.refine or config.refine_norms):
+        raise ConfigError(
+            f"refine={config.refine}, refine_norms={config.refine_norms} with {workers.count} "
+            "processes: scales are learned on one device; start one process, or leave them out"
+        )
+
     planned = preflight.plan(model, config, linears, own, workers.count)
     if first:
         say(_table(planned.rows(config, model)))
@@ -158,19 +166,24 @@ def run(
         step_tokens=STEP_TOKENS if device.type == "cuda" else 1,
         offload=config.offload_activations,
         workers=workers,
+        refine=config.refine_options(config.refine),
     )
     rows = _walk(model, walker, finished)
     if finished is None:
         workers.agree(None)  # the first process has written the checkpoint
         return None
 
+    changed, refinement = {}, None
+    if config.refine_norms:
+        changed, refinement = _refine_end_to_end(model, walker, finished, config, probe)
     with torch.no_grad():
-        logits = model.head()(walker.probe)[0].float().cpu()
+        logits = model.head(changed.get(model.final_norm_name))(walker.probe)[0].float().cpu()
     totals = {
         "seconds": time.perf_counter() - began,
         "seconds_forward": walker.clock.forward,
         "seconds_hessian": walker.clock.hessian,
         "seconds_solve": walker.clock.solve,
+        "seconds_refine": walker.clock.refine,
         "seconds_io": walker.clock.io,
         "peak_host_bytes": peak_host(),
         "peak_device_bytes": _peak_device(device),
@@ -188,9 +201,17 @@ def run(
         "environment": environment(device),
         "totals": totals,
         "layers": rows,
+        "refinement": refinement,
     }
     write_checkpoint(
-        out, config, model, finished, probe=(probe, logits), source=origin, report=report
+        out,
+        config,
+        model,
+        finished,
+        probe=(probe, logits),
+        source=origin,
+        report=report,
+        changed=changed,
     )
     finished.remove()
     workers.agree(None)
@@ -239,6 +260,54 @@ def _walk(
     return rows
 
 
+def _refine_end_to_end(
+    model: StreamedModel,
+    walker: Walker,
+    finished: FinishedLayers,
+    config: QuantizeConfig,
+    probe: Tensor,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Learn scales and norm weights of all layers; `probe` passes the model they make.
+
+    Returns the tensors to store (see `write_checkpoint`), and the loss before and after.
+    """
+
+    def layers(index: int) -> dict[str, StoredLinear]:
+        prefix = f"{model.layer_name(index)}."
+        return {
+            name.removeprefix(prefix): StoredLinear.of(t, model.device)
+            for name, t in finished.load(index)[0].items()
+        }
+
+    with walker.timed("refine"):
+        scales, norms, refinement = refine_model(
+            model,
+            layers,
+            [walker.batches[batch].ids[row, :length] for batch, row, length in walker.places],
+            lambda i: walker.sample(walker.target, i),
+            config.refine_options(config.refine_norms),
+        )
+    walker.clock.settle()
+    walker.restart_probe(probe)
+    for index in range(model.num_layers):
+        prefix = f"{model.layer_name(index)}."
+        weights = {
+            path: dequantize(linear.codes, scales[prefix + path], linear.zeros, linear.g_idx)
+            for path, linear in layers(index).items()
+        }
+        walker.pass_probe(
+            index,
+            {path: weight.T.contiguous() for path, weight in weights.items()},
+            {
+                name.removeprefix(prefix): norm
+                for name, norm in norms.items()
+                if name.startswith(prefix)
+            },
+        )
+    changed = {f"{name}.scales": value for name, value in scales.items()}
+    return changed | norms, asdict(refinement)
+
+
 def _row(result: LinearResult, device: torch.device) -> dict[str, Any]:
     k, n = result.solution.codes.shape
     return {
@@ -247,6 +316,7 @@ def _row(result: LinearResult, device: torch.device) -> dict[str, Any]:
         "out_features": n,
         **asdict(result.solution.statistics),
         "seconds": result.seconds,
+        "refinement": asdict(result.refinement) if result.refinement else None,
         "peak_host_bytes": peak_host(),
         "peak_device_bytes": _peak_device(device),
     }

@@ -23,6 +23,7 @@ from .calibration import make_batches
 from .distributed import Workers
 from .hessian import Hessian
 from .models import Stages, StreamedModel
+from .refine import Refinement, RefineOptions, as_float, refine_layer
 from .solver import Columns, Solution, SolverOptions, solve_columns
 
 STEP_TOKENS = 8192  # that pass a layer together on a GPU: enough to fill its matrix units
@@ -38,6 +39,7 @@ class Clock:
     forward: float = 0.0
     hessian: float = 0.0
     solve: float = 0.0
+    refine: float = 0.0
     io: float = 0.0
     pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
@@ -55,12 +57,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class LinearResult:
-    """One quantized linear: its name in the checkpoint, the solution, the seconds it took."""
+    """One quantized linear: its name in the checkpoint, the solution, the seconds it took.
+
+    refinement: of the whole decoder layer, after the statistics of the solution were taken.
+    """
 
     name: str
     solution: Solution
     bias: Tensor | None
     seconds: float
+    refinement: Refinement | None = None
 
 
 class Walker:
@@ -72,7 +78,7 @@ class Walker:
     really get). skip: linears that stay as they are, by path inside the layer. probe: token ids
     that go through the quantized model, with all other tensors as they will be stored, and count
     nowhere. step_tokens: tokens that pass a layer together. offload: keep activations in host
-    memory.
+    memory. refine: learn the scales of each layer together (needs asymmetric, and one worker).
     """
 
     def __init__(
@@ -87,15 +93,22 @@ class Walker:
         step_tokens: int = 1,
         offload: bool = False,
         workers: Workers | None = None,
+        refine: RefineOptions | None = None,
     ) -> None:
         self.model, self.options = model, options
         self.true_sequential = true_sequential
         self.skip = frozenset(skip)
         self.workers = workers or Workers()
+        self.refine = refine
         self.probe = None if probe is None else model.as_stored(model.embed(probe))
         self.asymmetric = options.asymmetric and not options.nearest
         self.clock = Clock()
         self.batches = make_batches(samples, step_tokens)
+        self.places = [  # batch, row and length of each sample, in the order they are carried
+            (i, row, length)
+            for i, batch in enumerate(self.batches)
+            for row, length in enumerate(batch.lengths)
+        ]
         self._valid = [
             None if batch.valid is None else batch.valid.to(model.device) for batch in self.batches
         ]
@@ -133,7 +146,10 @@ class Walker:
                 results += self._solve_stage(layer, prefix, stage, None)
                 on_stage(stage[-1])
         elif self.true_sequential:
+            inputs = self.hidden.copy() if self.refine else None
             results = self._staged(layer, prefix, index, on_stage)
+            if inputs is not None:
+                results = self._refine(layer, prefix, index, inputs, results)
         else:
             hessians = self._collect(layer, index)
             results = []
@@ -175,6 +191,43 @@ class Walker:
                 if twin is not None:
                     twin.leave(i)
         return results
+
+    def _refine(
+        self,
+        layer: nn.Module,
+        prefix: str,
+        index: int,
+        inputs: Activations,
+        results: list[LinearResult],
+    ) -> list[LinearResult]:
+        """Learn the scales of the layer's linears together; `inputs` pass it once more."""
+        solutions = {result.name.removeprefix(f"{prefix}."): result.solution for result in results}
+        stages, arguments = Stages(layer, self.model.family), self.model.layer_arguments
+        with self.timed("refine"):
+            layer.float()
+            found, refinement = refine_layer(
+                lambda x: stages.forward(x, as_float(arguments(x.shape[1], index))),
+                {path: layer.get_submodule(path) for path in solutions},
+                solutions,
+                lambda i: (self.sample(inputs, i), self.sample(self.target, i)),
+                [place[2] for place in self.places],
+                self.refine,
+            )
+            layer.to(self.model.dtype)
+        for path, solution in found.items():
+            _set_weight(layer, path, solution.weight().T.contiguous())
+        for i in range(len(inputs)):
+            self.hidden[i] = inputs[i]
+        self._forward_all(layer, self.hidden, index)
+        return [
+            replace(result, solution=solution, refinement=refinement)
+            for result, solution in zip(results, found.values(), strict=True)
+        ]
+
+    def sample(self, states: Activations, i: int) -> Tensor:
+        """States [1, T, hidden] of sample i."""
+        batch, row, length = self.places[i]
+        return states[batch][row : row + 1, :length]
 
     def _add(
         self, h: Hessian, i: int, x: Tensor, target: Tensor | None, weight: Tensor | None
@@ -290,6 +343,21 @@ class Walker:
         with self.timed("forward"):
             for i in range(len(states)):
                 states[i] = stages.forward(states[i], arguments(i))
+
+    @torch.no_grad()
+    def restart_probe(self, probe: Tensor) -> None:
+        self.probe = self.model.as_stored(self.model.embed(probe))
+        self.model.drop_embedding()
+
+    @torch.no_grad()
+    def pass_probe(self, index: int, weights: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
+        """The probe alone passes layer `index` with given weights, by path, and norms, by name."""
+        layer = self._read(index)
+        for path, weight in weights.items():
+            _set_weight(layer, path, weight)
+        for name, norm in norms.items():
+            layer.get_parameter(name).data = norm.to(self.model.dtype)
+        self._forward_probe(layer, index)
 
     def _forward_probe(self, layer: nn.Module, index: int) -> None:
         """Last thing done with a layer: it rounds what is not quantized, as storing will."""

@@ -187,9 +187,11 @@ def write_checkpoint(
     probe: tuple[Tensor, Tensor],
     source: Mapping[str, Any],
     report: Mapping[str, Any],
+    changed: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Assemble the packed folder from the finished layers and the source's other tensors.
 
+    changed: tensors that replace those of the same name, ``NAME.scales`` the scales of a layer.
     probe: token ids int [T] and the logits [T, vocabulary] the packed model must give.
     Nothing appears at `out` before it is complete.
     """
@@ -204,6 +206,7 @@ def write_checkpoint(
             gptq_version=1 if wtype.symmetric else 2,  # v1 cannot express a zero point of 0
         )
     linears = set(model.quantizable())
+    changed = changed or {}
     with CheckpointWriter(out, scheme, overwrite=config.overwrite) as writer:
         quantized: set[str] = set()
         pruned_names: set[str] = set()
@@ -220,7 +223,7 @@ def write_checkpoint(
                     name,
                     QuantizedLinear.of(
                         t["codes"],
-                        t["scales"],
+                        changed.get(f"{name}.scales", t["scales"]),
                         wtype,
                         config.groupsize,
                         zeros=t["zeros"],
@@ -234,7 +237,8 @@ def write_checkpoint(
             if name in pruned_names or name.startswith(prefixes):
                 continue
             if not name.endswith("rotary_emb.inv_freq"):
-                writer.add(name, model.stored(name))
+                new = changed.get(name)
+                writer.add(name, model.stored(name) if new is None else new.to(model.storage).cpu())
         for name in TOKENIZER_FILES:
             if (model.folder / name).is_file():
                 writer.add_file(name, model.folder / name)
