@@ -14,10 +14,10 @@ B_24: step s (0..3) works on inputs 32 s .. 32 s + 31 of the tile, of which kept
 kept code 16 s + 2 t + 8 v + e of it. 4 bits: word s, bits 4 (v + 2 u) + 16 e and up. 8 bits: word
 2 s + u, byte v + 2 e.
 
-B_meta: word j describes step 2 j + (lane // 2 % 2), inputs 32 step + 16 (lane % 2) ... + 15, in four
-groups of four: group i of output 16 warp + g has bits 4 i .. 4 i + 3, of output 16 warp + g + 8 bits
-16 + 4 i ...: the position (0..3) of the first kept code in the lower two bits, of the second in the
-upper two, first < second.
+B_meta: word j describes step 2 j + (lane // 2 % 2), inputs 32 step + 16 (lane % 2) ... + 15, in
+four groups of four: group i of output 16 warp + g has bits 4 i .. 4 i + 3, of output 16 warp + g + 8
+bits 16 + 4 i ...: the position (0..3) of the first kept code in the lower two bits, of the second in
+the upper two, first < second.
 """
 
 from __future__ import annotations

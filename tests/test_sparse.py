@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlin_kernel import scaled_configs
-from marlin_kernel.errors import ConfigError
+from marlin_kernel import formats, scaled_configs, sparse_format, sparse_marlin
+from marlin_kernel.errors import CheckpointError, ConfigError
+from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_mm import scaled_mm, scaled_sparse_mm
+from marlin_kernel.schemes import Scheme, quantization_config, scheme_of
 from marlin_kernel.sparse import (
     compress_2_4,
     decompress,
@@ -17,9 +19,12 @@ from marlin_kernel.sparse import (
     prune_2_4,
     unpack_metadata,
 )
+from marlin_kernel.sparse_layer import SparseLayer
+from marlin_kernel.weight_types import weight_type
 from tests.compiling import REGISTERS, needs_nvrtc, own_cache, sass  # noqa: F401 (fixture)
 
 FP8 = torch.float8_e4m3fn
+SIZES = (128, 4, 2, 2, 2, 2, 3, 4)  # of the indices of a stored word
 DTYPES = (torch.int8, FP8, torch.float16, torch.bfloat16, torch.float32)
 SHAPES = ((1, 4), (3, 8), (64, 128), (65, 132), (200, 576))
 
@@ -207,7 +212,7 @@ def test_kernels_compile_without_spills(operand: str, sparse: bool, tmp_path) ->
     from marlin_kernel import compiler
 
     configs = scaled_configs.supported_configs(sparse)
-    for config in configs[::4]:
+    for config in configs[::6]:
         source = config.source(operand, "bfloat16", sparse)
         cubin = compiler.compile_kernel(source, "sm_90a")
         assert cubin.stack_bytes == 0, config
@@ -217,3 +222,133 @@ def test_kernels_compile_without_spills(operand: str, sparse: bool, tmp_path) ->
     name = "QGMMA" if operand == "float8_e4m3fn" else "IGMMA"
     assert (f"{name}.SP" if sparse else name) in text
     assert "UTMALDG" in text and "LDL" not in text and "STL" not in text
+
+
+# ---- the 2:4 Marlin format ----
+
+
+def quantized(n: int, k: int, name: str, group_size: int) -> QuantizedLinear:
+    w = prune_2_4(torch.randn(n, k)).T.contiguous()
+    return QuantizedLinear.quantize(w, weight_type(name), group_size)
+
+
+@pytest.mark.parametrize("name", sparse_format.SPARSE_TYPES)
+@pytest.mark.parametrize("n, k, group_size", ((64, 128, -1), (100, 300, 64), (72, 576, 128)))
+def test_format_round_trip(n: int, k: int, group_size: int, name: str) -> None:
+    layer = quantized(n, k, name, group_size)
+    tensors = formats.write(layer, "marlin-24")
+    for suffix, (shape, dtype) in formats.tensor_shapes("marlin-24", layer.spec).items():
+        assert tuple(tensors[suffix].shape) == shape and tensors[suffix].dtype == dtype
+    back = formats.read(tensors, "marlin-24", layer.spec)
+    assert torch.equal(back.codes, layer.codes) and torch.equal(back.scales, layer.scales)
+
+
+@pytest.mark.parametrize("name", sparse_format.SPARSE_TYPES)
+def test_format_words_are_where_the_docs_say(name: str) -> None:
+    layer = quantized(100, 300, name, -1)
+    tensors, bits = formats.write(layer, "marlin-24"), layer.weight_type.bits
+    centred = layer.codes.T.int() - layer.weight_type.bias
+    positions = positions_2_4(centred)
+    kept = centred.unflatten(1, (-1, 4)).gather(2, positions.long()).flatten(1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        thread, s, u, v, e, row, tile, i = (
+            int(torch.randint(high, (1,), generator=generator)) for high in SIZES
+        )
+        warp, lane = divmod(thread, 32)
+        output = 64 * row + 16 * warp + lane // 4 + 8 * u
+        column = 64 * tile + 16 * s + 2 * (lane % 4) + 8 * v + e
+        word = tensors["B_24"][row, tile, thread, s if bits == 4 else 2 * s + u]
+        shift = 4 * (v + 2 * u) + 16 * e if bits == 4 else 8 * (v + 2 * e)
+        inside = output < 100 and column < 150
+        expected = (int(kept[output, column]) if inside else 0) + layer.weight_type.bias
+        assert int(word) >> shift & (layer.weight_type.levels - 1) == expected
+        k = 128 * tile + 32 * (2 * (s % 2) + lane // 2 % 2) + 16 * (lane % 2) + 4 * i
+        nibble = int(tensors["B_meta"][row, tile, thread, s % 2]) >> (16 * u + 4 * i) & 15
+        inside = output < 100 and k < 300
+        first, second = positions[output, k // 4].tolist() if inside else (0, 1)
+        assert nibble == second << 2 | first
+
+
+def test_format_refuses_what_it_cannot_hold() -> None:
+    dense = QuantizedLinear.quantize(torch.randn(64, 64), weight_type("uint4b8"), -1)
+    with pytest.raises(ConfigError, match=r"w\[0, 0:4\] holds [34] nonzero"):
+        formats.write(dense, "marlin-24")
+    zeros = QuantizedLinear.quantize(torch.randn(64, 64), weight_type("uint4"), -1)
+    with pytest.raises(ConfigError, match="uint4; quantize with --sym"):
+        formats.write(zeros, "marlin-24")
+
+
+def test_scheme_round_trip() -> None:
+    scheme = Scheme("marlin-24", weight_type("uint4b8"), 128, modules={"a.b": (256, 128)})
+    config = quantization_config(scheme)
+    assert config["quant_method"] == "marlin" and config["sparsity"] == "2:4"
+    assert scheme_of(config, {"a.b.B_24": (2, 2, 128, 4), "a.b.s": (2, 128)}) == scheme
+    with pytest.raises(CheckpointError, match="sparsity='1:4' is not read"):
+        scheme_of({**config, "sparsity": "1:4"}, {"a.b.B_24": (2, 2, 128, 4)})
+
+
+# ---- the layer and its kernels ----
+
+
+@pytest.mark.parametrize("group_size", (-1, 64))
+def test_layer_multiplies_and_saves(group_size: int) -> None:
+    q = quantized(100, 300, "uint4b8", group_size)
+    layer = SparseLayer.from_quantized(q)
+    stored = {name: t.clone() for name, t in layer.state_dict().items()}
+    assert set(stored) == {"B_24", "B_meta", "s"}
+    x = torch.randn(2, 3, 300)
+    assert torch.allclose(layer.prepare(torch.float32)(x), x @ q.dequantize(), atol=1e-3)
+    assert all(torch.equal(t, stored[name]) for name, t in layer.state_dict().items())
+    assert torch.equal(layer.quantized().codes, q.codes)
+    other = SparseLayer.from_quantized(quantized(100, 300, "uint4b8", group_size))
+    other.load_state_dict(stored)
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("bits, name", ((4, "uint4b8"), (8, "uint8b128")))
+@pytest.mark.parametrize("group_size", (-1, 128))
+def test_device_weights_round_trip(bits: int, name: str, group_size: int) -> None:
+    q = quantized(100, 300, name, group_size)
+    tensors = formats.write(q, "marlin-24")
+    weights, scales = sparse_marlin.device_weights(*tensors.values(), group_size)
+    assert weights.shape == (2, 3, sparse_marlin.tile_bytes(bits, group_size))
+    back = sparse_marlin.stored_weights(weights, scales, 100, q.weight_type, q.spec.groups)
+    assert all(torch.equal(a, b) for a, b in zip(back, tensors.values(), strict=True))
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_every_sparse_size_has_a_kernel(bits: int) -> None:
+    for group_size in sparse_marlin.GROUP_SIZES:
+        supported = set(sparse_marlin.supported_configs(bits, group_size))
+        for k in (128, 576, 28672):
+            for n in (1, 200, 57344):
+                for m in (1, 8, 9, 130, 8192):
+                    config = sparse_marlin.select(m, n, k, bits, group_size)
+                    assert config.fits(-(-k // 128), bits, group_size)
+                    assert config in supported or (bits, k, n) in sparse_marlin._tuned("h200")
+
+
+def test_tuned_sparse_rows_are_supported() -> None:
+    for path in sparse_marlin.TUNING_DIRECTORY.glob("*.json"):
+        for (bits, _, _), entries in sparse_marlin._tuned(path.stem).items():
+            known = set(sparse_marlin.supported_configs(bits, 128))
+            assert {config for _, config in entries} <= known
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("bits", (4, 8))
+def test_sparse_kernels_compile_without_spills(bits: int, tmp_path) -> None:
+    from marlin_kernel import compiler
+
+    for number, config in enumerate(sparse_marlin.supported_configs(bits, 128)):
+        if number % 6:
+            continue
+        dtype = ("float16", "bfloat16")[number // 6 % 2]
+        cubin = compiler.compile_kernel(config.source(dtype, bits, 128), "sm_90a")
+        assert cubin.stack_bytes == 0, config
+        assert cubin.registers * config.threads * config.blocks_per_sm <= REGISTERS
+        assert "C7510" not in cubin.log and "C7512" not in cubin.log, cubin.log
+    text = sass(cubin, tmp_path / "kernel.cubin")
+    assert "HGMMA.SP" in text and "UTMALDG" in text and "UBLKCP" in text
+    assert "LDL" not in text and "STL" not in text

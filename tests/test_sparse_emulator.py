@@ -9,11 +9,16 @@ import pytest
 import torch
 from emulator.build import compiler
 from emulator.scaled import ScaledLibrary
+from emulator.sparse import SparseLibrary
 from torch import Tensor
 
+from marlin_kernel import sparse_format, sparse_marlin
+from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_configs import ScaledConfig
 from marlin_kernel.scaled_mm import _aligned, reference
 from marlin_kernel.sparse import compress_2_4, prune_2_4
+from marlin_kernel.sparse_marlin import SparseConfig
+from marlin_kernel.weight_types import weight_type
 
 pytestmark = pytest.mark.skipif(
     compiler() is None or platform.machine() != "x86_64",
@@ -34,9 +39,14 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 VARIANTS = ((FP8, torch.bfloat16), (INT8, torch.float16))
 
 
+def configs(sparse: bool) -> tuple[ScaledConfig, ...]:
+    """Dense weights differ in their copies and steps only."""
+    return CONFIGS if sparse else CONFIGS[1:3]
+
+
 @functools.cache
 def library(sparse: bool) -> ScaledLibrary:
-    return ScaledLibrary([(c, *v, sparse) for c in CONFIGS for v in VARIANTS])
+    return ScaledLibrary([(c, *v, sparse) for c in configs(sparse) for v in VARIANTS])
 
 
 def problem(m: int, n: int, k: int, dtype: torch.dtype, sparse: bool, exact: bool = False):
@@ -85,9 +95,10 @@ def run(
     return verdict, out
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("dtype, out_dtype", VARIANTS, ids=["fp8", "int8"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "config, sparse", [(c, sparse) for sparse in (True, False) for c in configs(sparse)], ids=str
+)
 def test_matches_reference(
     config: ScaledConfig, dtype: torch.dtype, out_dtype: torch.dtype, sparse: bool
 ) -> None:
@@ -121,11 +132,9 @@ def test_integer_sums_are_exact() -> None:
 
 
 MUTATIONS = {
-    "a stage is not waited for": "ptx::mbarrier_wait(&shared_.full[stage], position_.parity);",
     "a stage is refilled before its release": (
         "ptx::mbarrier_wait(&shared_.empty[position.stage], position.parity);"
     ),
-    "a stage is never released": "ptx::mbarrier_arrive(&shared_.empty[stage]);",
     "blocks of a cluster are not told of a release": (
         "ptx::mbarrier_arrive_remote(&shared_.empty[stage], lane_);"
     ),
@@ -148,10 +157,10 @@ def outcomes(mutation: str | None) -> list[str]:
         text = MUTATIONS[mutation]
         left = "if (n < p_.n)" if text.endswith("if (n < p_.n)") else ";"
         change = ("scaled/kernel.cuh", text, left)
-    configs = CONFIGS[1], CONFIGS[2], CONFIGS[0]
-    built = ScaledLibrary([(c, INT8, torch.float16, True) for c in configs], change)
+    chosen = CONFIGS[1], CONFIGS[2]
+    built = ScaledLibrary([(c, INT8, torch.float16, True) for c in chosen], change)
     wrong = []
-    for config in configs:
+    for config in chosen:
         a, w, scale_a, scale_b = problem(33, 200, 1040, INT8, True)
         expected = reference(a, w, scale_a, scale_b, torch.float16, None)
         for seed in range(3):
@@ -172,3 +181,99 @@ def test_unmutated_kernel_is_sound() -> None:
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutation_is_caught(mutation: str) -> None:
     assert outcomes(mutation)
+
+
+# ---- 2:4 Marlin ----
+
+MARLIN_CONFIGS = (
+    SparseConfig(tokens=8, groups=1, split=1, stages=3, blocks_per_sm=1),
+    SparseConfig(tokens=16, groups=2, split=2, stages=2, blocks_per_sm=1),
+    SparseConfig(tokens=64, groups=2, split=1, stages=2, blocks_per_sm=1),
+)
+MARLIN_SHAPES = ((1, 64, 128, 1), (17, 200, 300, 2), (70, 136, 512, 2))  # M, N, K, processors
+MARLIN_TYPES = {4: "uint4b8", 8: "uint8b128"}
+DTYPES = (torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+
+def marlin_kernels(bits: int) -> list[tuple[SparseConfig, torch.dtype, int, int]]:
+    kernels = [
+        (MARLIN_CONFIGS[1], torch.float16, bits, 128),
+        (MARLIN_CONFIGS[1], torch.bfloat16, bits, -1),
+    ]
+    if bits == 4:
+        kernels += [(c, torch.float16, bits, 128) for c in MARLIN_CONFIGS[::2]]
+    return kernels
+
+
+@functools.cache
+def marlin_library(bits: int) -> SparseLibrary:
+    return SparseLibrary(marlin_kernels(bits))
+
+
+def marlin_run(built: SparseLibrary, kernel, m: int, n: int, k: int, sms: int, seed: int):
+    """One launch into a poisoned output. Returns the verdict and the relative error."""
+    config, dtype, bits, group_size = kernel
+    torch.manual_seed(m + n + k)
+    w = prune_2_4(torch.randn(n, k)).t().contiguous()
+    bias = torch.randn(n).to(dtype)
+    wtype = weight_type(MARLIN_TYPES[bits])
+    layer = QuantizedLinear.quantize(w, wtype, group_size, bias)
+    stored = sparse_format.write(layer)
+    weights, scales = sparse_marlin.device_weights(*stored.values(), group_size)
+    a = sparse_marlin._aligned(torch.randn(m, k).to(dtype))
+    expected = a.double() @ layer.dequantize(torch.float64) + bias.double()
+    out = torch.full((m, n), float("nan"), dtype=dtype)
+    verdict = built.run(kernel, a, weights, scales, bias, out, sms, seed)
+    return verdict, float((out.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kernel", [k for bits in (4, 8) for k in marlin_kernels(bits)], ids=str)
+def test_sparse_marlin_matches_float64(kernel) -> None:
+    config, dtype, bits, group_size = kernel
+    for m, n, k, sms in MARLIN_SHAPES:
+        if not config.fits(-(-k // 128), bits, group_size):
+            continue
+        for seed in SEEDS:
+            verdict, error = marlin_run(marlin_library(bits), kernel, m, n, k, sms, seed)
+            assert verdict == "finished", f"M={m} N={n} K={k}, seed {seed}: {verdict}"
+            assert error < TOLERANCE[dtype], f"M={m} N={n} K={k}, seed {seed}"
+
+
+MARLIN_MUTATIONS = {
+    "a stage is refilled before its release": (
+        "ptx::mbarrier_wait(&shared_.empty[position.stage], position.parity);"
+    ),
+    "the last products are not waited for": "ptx::wgmma_wait<0>();",
+    "output rows are copied before they are complete": (
+        "ptx::named_sync(1 + group_, kWarpgroupThreads);\n      copy_out("
+    ),
+}
+
+
+def marlin_outcomes(mutation: str | None) -> list[str]:
+    """What goes wrong, in each of several runs."""
+    change = None
+    if mutation is not None:
+        text = MARLIN_MUTATIONS[mutation]
+        change = ("sparse/kernel.cuh", text, "copy_out(" if text.endswith("copy_out(") else ";")
+    kernels = [(c, torch.float16, 4, 128) for c in MARLIN_CONFIGS[:2]]
+    built = SparseLibrary(kernels, change)
+    wrong = []
+    for kernel in kernels:
+        for seed in range(3):
+            verdict, error = marlin_run(built, kernel, 30, 200, 1100, 2, seed)
+            if verdict != "finished":
+                wrong.append(verdict)
+            elif not error < TOLERANCE[torch.float16]:
+                wrong.append("wrong result")
+    return wrong
+
+
+def test_unmutated_sparse_marlin_is_sound() -> None:
+    assert marlin_outcomes(None) == []
+
+
+@pytest.mark.parametrize("mutation", MARLIN_MUTATIONS)
+def test_mutation_of_sparse_marlin_is_caught(mutation: str) -> None:
+    assert marlin_outcomes(mutation)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_kernel import scaled_configs, scaled_mm
+from marlin_kernel import formats, scaled_configs, scaled_mm, sparse_marlin
+from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_configs import ScaledConfig
 from marlin_kernel.sparse import compress_2_4, decompress, prune_2_4
+from marlin_kernel.sparse_layer import SparseLayer
+from marlin_kernel.weight_types import weight_type
 
 pytestmark = pytest.mark.gpu
 
@@ -135,3 +138,77 @@ def test_compiled_call() -> None:
         return out + 1
 
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(a), layer(a))
+
+
+# ---- 2:4 Marlin ----
+
+SPARSE_SHAPES = ((1, 64, 128), (17, 200, 300), (70, 136, 512), (300, 1000, 1280), (9, 512, 4096))
+
+
+def sparse_problem(m: int, n: int, k: int, dtype: torch.dtype, name: str, group_size: int):
+    """(activations, bias, layer, float64 result)."""
+    w = prune_2_4(torch.randn(n, k)).t().contiguous()
+    bias = torch.randn(n).to(dtype)
+    layer = QuantizedLinear.quantize(w, weight_type(name), group_size, bias).to("cuda")
+    a = torch.randn(m, k, device="cuda").to(dtype)
+    return a, layer, a.double() @ layer.dequantize(torch.float64) + layer.bias.double()
+
+
+@pytest.mark.parametrize("group_size", (-1, 128))
+@pytest.mark.parametrize("name", ("uint4b8", "uint8b128"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_every_sparse_marlin_configuration(dtype, name: str, group_size: int) -> None:
+    bits = weight_type(name).bits
+    for m, n, k in SPARSE_SHAPES:
+        a, layer, want = sparse_problem(m, n, k, dtype, name, group_size)
+        stored = formats.write(layer, "marlin-24")
+        tensors = stored["B_24"], stored["B_meta"], stored["s"]
+        group = sparse_marlin.kernel_group(layer.group_size, k) if group_size == -1 else 128
+        weights, scales = sparse_marlin.device_weights(*tensors, group)
+        back = sparse_marlin.stored_weights(
+            weights, scales, n, layer.weight_type, layer.spec.groups
+        )
+        assert all(torch.equal(x, y) for x, y in zip(back, tensors, strict=True))
+        a = sparse_marlin._aligned(a)
+        for config in sparse_marlin.supported_configs(bits, group):
+            if not config.fits(-(-k // 128), bits, group):
+                continue
+            guarded = torch.full((m + 2, n), float("nan"), dtype=dtype, device="cuda")
+            sparse_marlin.launch_config(
+                config, a, weights, scales, layer.bias, guarded[1:-1], bits, group
+            )
+            error = float((guarded[1:-1].double() - want).norm() / want.norm())
+            assert error < (6e-4 if dtype == torch.float16 else 4e-3), (config, m, n, k)
+            assert guarded[0].isnan().all() and guarded[-1].isnan().all()
+
+
+@pytest.mark.parametrize("group_size", (-1, 64, 128))
+def test_sparse_layer_moves_saves_and_multiplies(group_size: int) -> None:
+    a, layer, want = sparse_problem(33, 200, 576, torch.float16, "uint4b8", group_size)
+    module = SparseLayer.from_quantized(layer)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    module.prepare(torch.float16)
+    assert module.layout == ("sparse90" if group_size != 64 else module.layout)
+    assert float((module(a).double() - want).norm() / want.norm()) < 6e-4
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    module = module.cpu()
+    out = module(a.cpu().float())
+    assert float((out.double() - want.cpu()).norm() / want.norm().cpu()) < 6e-4
+    again = module.cuda().prepare(torch.bfloat16)(a.bfloat16())
+    assert float((again.double() - want).norm() / want.norm()) < 6e-3
+
+
+def test_sparse_layer_in_graphs_and_compiled() -> None:
+    a, layer, _ = sparse_problem(5, 512, 1024, torch.float16, "uint4b8", 128)
+    module = SparseLayer.from_quantized(layer).prepare(torch.float16)
+    first = module(a)
+    assert all(torch.equal(first, module(a)) for _ in range(50))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = module(a)
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(first, captured)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(a), first)

@@ -110,5 +110,20 @@ MARLIN_WGMMA_BOTH(256, 128, "128", "129", "130", "131")
 
 #undef MARLIN_WGMMA_BOTH
 #undef MARLIN_WGMMA
+#undef MARLIN_P8
+#undef MARLIN_P16
+#undef MARLIN_P32
+#undef MARLIN_P64
+#undef MARLIN_P96
+#undef MARLIN_P128
+#undef MARLIN_L4
+#undef MARLIN_L8
+#undef MARLIN_L16
+#undef MARLIN_L32
+#undef MARLIN_L64
+#undef MARLIN_L96
+#undef MARLIN_L128
+#undef MARLIN_FLOAT
+#undef MARLIN_INT
 
 }  // namespace ptx

@@ -1,0 +1,47 @@
+// Runs the 2:4 Marlin kernels under the emulator. Compiled with -DCASES="X(0, ...) ...", one X per
+// configuration: its number and its template arguments.
+#include "sparse/kernel.cuh"
+
+namespace {
+struct Arguments {
+  const void *a, *weights, *scales, *bias;
+  void* out;
+  long long row_stride;
+  int m, n, k, k_tiles, feature_tiles;
+};
+
+template <class Config>
+int run_case(unsigned seed, int grid, int shared_bytes, const Arguments& a) {
+  using Scalar = typename Config::Scalar;
+  sparse::Problem<Scalar> p = {};
+  p.weights = static_cast<const uint8_t*>(a.weights);
+  p.scales = static_cast<const __half*>(a.scales);
+  p.bias = static_cast<const Scalar*>(a.bias);
+  p.out = static_cast<Scalar*>(a.out);
+  p.m = a.m;
+  p.n = a.n;
+  p.k_tiles = a.k_tiles;
+  p.feature_tiles = a.feature_tiles;
+  const emu::Matrix matrix = {
+      static_cast<const char*>(a.a), a.row_stride * 2, a.k, a.m, sparse::kBoxK, Config::TOKENS,
+      true};
+  TensorMap map = {};
+  memcpy(&map, &matrix, sizeof(matrix));
+  return emu::launch({unsigned(grid)}, {Config::THREADS}, shared_bytes, Config::SPLIT, seed,
+                     [=] { sparse::marlin24_kernel<Config>(p, map); });
+}
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* violation() {
+  return emu::S.violation.c_str();
+}
+
+#define X(number, ...) \
+  case number:         \
+    return run_case<sparse::Config<__VA_ARGS__>>(seed, grid, shared_bytes, *a);
+extern "C" __attribute__((visibility("default"))) int run(int config, unsigned seed, int grid,
+                                                          int shared_bytes, const Arguments* a) {
+  switch (config) { CASES }
+  return -1;
+}
+#undef X

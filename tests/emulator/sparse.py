@@ -1,0 +1,61 @@
+"""One emulated launch of a 2:4 Marlin kernel on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from emulator.build import STATUS, build
+from torch import Tensor
+
+from marlin_kernel.sparse_marlin import SparseConfig
+
+Kernel = tuple[SparseConfig, torch.dtype, int, int]  # config, dtype, bits, group size
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "weights", "scales", "bias", "out")),
+        ("row_stride", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "k_tiles", "feature_tiles")),
+    ]
+
+
+class SparseLibrary:
+    """The kernels of one build."""
+
+    def __init__(self, kernels: list[Kernel], mutation: tuple[str, str, str] | None = None) -> None:
+        self._numbers = {kernel: number for number, kernel in enumerate(kernels)}
+        cases = []
+        for (config, dtype, bits, group_size), number in self._numbers.items():
+            expression = config.source(str(dtype)[6:], bits, group_size).expression
+            cases.append(f"X({number}, {expression.split('Config<')[1].split('>')[0]})")
+        self._library = build("run_sparse.cpp", {"CASES": " ".join(cases)}, mutation)
+        self._library.violation.restype = ctypes.c_char_p
+
+    def run(
+        self,
+        kernel: Kernel,
+        a: Tensor,
+        weights: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        multiprocessors: int,
+        seed: int,
+    ) -> str:
+        """Launch as sparse_marlin.launch_config does. Returns "finished", or what went wrong."""
+        config, _, bits, group_size = kernel
+        (m, k), n = a.shape, out.shape[1]
+        pointers = [None if t is None else t.data_ptr() for t in (a, weights, scales, bias, out)]
+        arguments = _Arguments(*pointers, a.stride(0), m, n, k, weights.shape[1], weights.shape[0])
+        status = self._library.run(
+            self._numbers[kernel],
+            ctypes.c_uint(seed),
+            config.grid(m, weights.shape[0], multiprocessors),
+            config.storage_bytes(bits, group_size),
+            ctypes.byref(arguments),
+        )
+        if status:
+            return f"{STATUS.get(status, status)} {self._library.violation().decode()}".strip()
+        return STATUS[0]
