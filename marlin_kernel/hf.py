@@ -30,6 +30,8 @@ from .formats import LayerSpec
 from .fusion import fuse_layers, packed_paths
 from .layer import Layer
 from .schemes import Scheme, quantization_config, scheme_of
+from .sparse_format import SPARSE_FORMAT
+from .sparse_layer import SparseLayer
 
 READABLE = ("marlin", "gptq", "compressed-tensors")
 # Largest difference of a probe logit, relative to the largest logit, by the dtype of the model. The
@@ -163,6 +165,8 @@ class _StoredLayer(nn.Module):
             raise CheckpointError(f"{self.name}: {', '.join(absent)} was not loaded")
         if self.scheme.fmt == "marlin" and act_order == self.spec.act_order:
             return Layer.from_tensors(self.spec, tensors)
+        if self.scheme.fmt == SPARSE_FORMAT and not act_order:
+            return SparseLayer.from_tensors(self.spec, tensors)
         quantized = formats.read(
             tensors,
             self.scheme.fmt,
