@@ -315,7 +315,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     clock = walker.clock
     peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     result = {
-        "command": "python scripts/bench_quantize.py " + " ".join(shown(a) for a in sys.argv[1:]),
+        "command": command(),
         "commit": circumstances("", args)["commit"],
         "environment": environment(device),
         "settings": config.fingerprint(),
@@ -347,9 +347,13 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     return f"bench_quantize_{name}.json", result if first else None
 
 
-def shown(argument: str) -> str:
-    """A command's word without the folders of this machine."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+def command() -> str:
+    """This run's command line without folders of this machine."""
+    words = list(sys.argv[1:])
+    for flag in ("--out", "--scratch"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    return " ".join(["python scripts/bench_quantize.py", *words])
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -45,6 +46,15 @@ elif point == "write":  # half of the packed layers added
         count[0] += 1
         die() if count[0] > 10 else add(self, *given)
     CheckpointWriter.add_layer = add_layer
+elif point.startswith("stage"):  # while solving so many stages later, whatever is being written
+    from gptq.sequential import Walker
+    solve, count = Walker._solve_stage, [0]
+    def solve_stage(self, *given):
+        count[0] += 1
+        if count[0] > int(point[5:]):
+            die()
+        return solve(self, *given)
+    Walker._solve_stage = solve_stage
 else:  # after so many finished layers, in the middle of saving the next
     save, replaced = storage.FinishedLayers.save, os.replace
     def save_layer(self, index, *given):
@@ -98,7 +108,11 @@ def stop_after(monkeypatch, layers: int, flags: list[str], out: Path, *more: str
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("point", ["1", "write", "finish"])
+# At every run another point of the work, beside the background writer.
+RANDOM_STAGE = f"stage{random.randrange(4, 4 * LAYERS)}"
+
+
+@pytest.mark.parametrize("point", ["1", "write", "finish", RANDOM_STAGE], ids=lambda p: p[:5])
 def test_a_killed_run_leaves_nothing_that_loads_and_continues_to_the_same_bytes(
     point, flags, uninterrupted, tmp_path
 ):
@@ -111,7 +125,10 @@ def test_a_killed_run_leaves_nothing_that_loads_and_continues_to_the_same_bytes(
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not out.exists()
     finished = sorted(p.name for p in unfinished(out).glob("layer-*.safetensors"))
-    assert len(finished) == (int(point) if point.isdigit() else LAYERS)
+    if point == RANDOM_STAGE:
+        assert len(finished) <= int(point[5:]) // 4
+    else:
+        assert len(finished) == (int(point) if point.isdigit() else LAYERS)
     assert main([*flags, "--save", str(out), "--resume"]) == 0
     assert (out / FILE).read_bytes() == uninterrupted
     load_model(out, verify=True)
