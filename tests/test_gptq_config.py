@@ -43,6 +43,9 @@ def test_documented_defaults():
         (dict(clip_steps=1), "clip_steps=1 is too small"),
         (dict(refit=-1), "refit=-1 is too small"),
         (dict(sweeps=-1), "sweeps=-1 is too small"),
+        (dict(refine=-1), "refine=-1 is too small"),
+        (dict(refine=5, asymmetric=False), "refine=5 learns scales .* use --asymmetric"),
+        (dict(refine_norms=5, nearest=True), "refine_norms=5 .* without --nearest"),
         (dict(eval_tokens=0), "eval_tokens=0 is too small"),
         (dict(percdamp=-0.1), r"percdamp=-0.1 is not in \[0, 10\]"),
         (dict(percdamp=float("nan")), "percdamp=nan is not in"),
@@ -113,8 +116,8 @@ def test_fingerprint_knows_every_setting_that_decides_the_codes(field):
         dataset="c4", seed=1, nsamples=8, seqlen=16, wbits=8, groupsize=64, sym=False,
         nearest=True, percdamp=0.2, blocksize=64, true_sequential=False, act_order=False,
         static_groups=False, asymmetric=False, target_damp=2.0, no_clip=True, clip_steps=5,
-        clip_min=0.5, signed_scales=False, refit=0, sweeps=0, skip_gq=True, device="cuda",
-        dtype="bfloat16",
+        clip_min=0.5, signed_scales=False, refit=0, sweeps=0, refine=1, refine_norms=1,
+        skip_gq=True, device="cuda", dtype="bfloat16", sparsity="2:4",
     )  # fmt: skip
     places = {"checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
               "report", "format", "from_config", "offload_activations"}  # fmt: skip
