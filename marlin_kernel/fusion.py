@@ -257,5 +257,6 @@ def packed_paths(model: nn.Module) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, FusedPart) or type(module) is Layer
+        if isinstance(module, FusedPart)
+        or (isinstance(module, Layer) and not isinstance(module, FusedLayer))
     ]
