@@ -15,9 +15,9 @@ kept code 16 s + 2 t + 8 v + e of it. 4 bits: word s, bits 4 (v + 2 u) + 16 e an
 2 s + u, byte v + 2 e.
 
 B_meta: word j describes step 2 j + (lane // 2 % 2), inputs 32 step + 16 (lane % 2) ... + 15, in
-four groups of four: group i of output 16 warp + g has bits 4 i .. 4 i + 3, of output 16 warp + g + 8
-bits 16 + 4 i ...: the position (0..3) of the first kept code in the lower two bits, of the second in
-the upper two, first < second.
+four groups of four: group i of output 16 warp + g has bits 4 i and up, that of output
+16 warp + g + 8 bits 16 + 4 i and up: the position (0..3) of the first kept code in the lower two,
+of the second in the upper two, first < second.
 """
 
 from __future__ import annotations

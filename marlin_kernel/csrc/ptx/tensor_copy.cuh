@@ -1,5 +1,5 @@
-// Copies of boxes of 8-bit elements by the copy engine, into this block's shared memory or into that
-// of every block of a cluster, and arrivals at the barriers of other blocks (sm_90).
+// Copies of boxes of 8-bit elements by the copy engine, into this block's shared memory or into
+// that of every block of a cluster, and arrivals at the barriers of other blocks (sm_90).
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
 #pragma once
 

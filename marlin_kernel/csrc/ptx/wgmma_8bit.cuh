@@ -25,8 +25,12 @@ struct Int8 {
   using Sum = int;
 };
 
-__device__ __forceinline__ void pin_registers_8bit(float& r) { asm volatile("" : "+f"(r)::"memory"); }
-__device__ __forceinline__ void pin_registers_8bit(int& r) { asm volatile("" : "+r"(r)::"memory"); }
+__device__ __forceinline__ void pin_registers_8bit(float& r) {
+  asm volatile("" : "+f"(r)::"memory");
+}
+__device__ __forceinline__ void pin_registers_8bit(int& r) {
+  asm volatile("" : "+r"(r)::"memory");
+}
 
 // Descriptor of a K-major operand whose rows are ROW_BYTES long, with the swizzle of that period:
 // 8 rows are an atom. The start advances by the bytes of a step along the row.

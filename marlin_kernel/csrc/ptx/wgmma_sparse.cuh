@@ -5,8 +5,8 @@
 // kept + 8 (g = lane / 4, t = lane % 4). B: N rows of 64 k (128 bytes), 128-byte swizzle; a step of
 // 32 k advances its descriptor by 64 bytes. D as in ptx/wgmma.cuh.
 //
-// Metadata: of the four lanes that share g, lanes 0 and 1 give it if SELECTOR is 0, lanes 2 and 3 if
-// it is 1. The first of the two describes k 0..15, the second k 16..31: bits 0..15 row g, bits
+// Metadata: of the four lanes that share g, lanes 0 and 1 give it if SELECTOR is 0, lanes 2 and 3
+// if it is 1. The first of the two describes k 0..15, the second k 16..31: bits 0..15 row g, bits
 // 16..31 row g + 8, four bits for each group of four k: the position (0..3) of the first kept value
 // in the lower two, of the second in the upper two.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
@@ -35,14 +35,17 @@ struct SparseWgmma;
 #define MARLIN_Q32 \
   MARLIN_Q16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define MARLIN_Q64 \
-  MARLIN_Q32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  MARLIN_Q32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
+  "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+  "%62, %63"
 #define MARLIN_Q128 \
-  MARLIN_Q64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, " \
-  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
-  "%126, %127"
+  MARLIN_Q64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, " \
+  "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, " \
+  "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+  "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, " \
+  "%121, %122, %123, %124, %125, %126, %127"
 
 // wgmma.mma_async.sp. SUMS: registers of D; A0..A3, B, E: numbers of the operands behind them.
 #define MARLIN_SPARSE_SELECTED(N, SUMS, TYPE, A0, A1, A2, A3, B, E, SELECTOR)                     \

@@ -2,8 +2,8 @@
 //
 //   out[m, n] = (sum_k a[m, k] * b[n, k]) * scale_a[m] * scale_b[n] (+ bias[n])
 //
-// 8-bit a and b (FP8 e4m3 with FP32 sums, INT8 with exact INT32 sums). b may be 2:4 sparse: only the
-// two kept of four consecutive k are stored, in order of k, and 2-bit positions beside them
+// 8-bit a and b (FP8 e4m3 with FP32 sums, INT8 with exact INT32 sums). b may be 2:4 sparse: only
+// the two kept of four consecutive k are stored, in order of k, and 2-bit positions beside them
 // (marlin_kernel/sparse.py). As everywhere in this project output features are the rows of the
 // matrix instruction, which is where sparsity is allowed, and tokens its columns.
 #pragma once

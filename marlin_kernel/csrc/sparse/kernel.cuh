@@ -5,8 +5,8 @@
 // activations, with the 128-byte swizzle. Each of GROUPS warpgroups turns the codes of its 64
 // features into fragments of the kept values, two stages in turns, so that a stage is dequantized
 // while the multiplications of the stage before are under way. Blocks are persistent and walk over
-// tiles; with SPLIT the blocks of a cluster share the k range of one tile and add their sums through
-// distributed shared memory, in order of k. Weights do not wait for the preceding kernel.
+// tiles; with SPLIT the blocks of a cluster share the k range of one tile and add their sums
+// through distributed shared memory, in order of k. Weights do not wait for the preceding kernel.
 #pragma once
 
 #include "ptx/barrier.cuh"
