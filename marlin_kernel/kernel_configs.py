@@ -35,6 +35,19 @@ def _scale_bytes_per_tile(group_size: int) -> int:
     return max(1, TILE_K // group_size) * SCALE_ROW_BYTES
 
 
+# Multiprocessors that a cluster may lie in. How many of an H200's are in each part of the chip
+# differs from one to the next, so this counts on less than all of them.
+_DOMAINS = (18, 18, 18, 16, 16, 16, 16, 14)
+
+
+def resident_clusters(blocks: int, per_multiprocessor: int, multiprocessors: int = 132) -> int:
+    """Clusters of so many blocks that are resident together, at least 1."""
+    if blocks == 1:
+        return multiprocessors * per_multiprocessor
+    clusters = sum(domain * per_multiprocessor // blocks for domain in _DOMAINS)
+    return max(1, clusters * multiprocessors // 132)
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """One shape of the small-batch kernel (csrc/sm90/decode.cuh).
@@ -75,17 +88,28 @@ class DecodeConfig:
         """sizeof(DecodeStorage); the kernel asserts that it agrees."""
         warps = self.warps_n * self.warps_k
         ring = warps * self.stages * (TILE_BYTES + _scale_bytes_per_tile(group_size))
-        received = self.warps_n * TILE_N * self.max_tokens * 4
-        barriers = -(-warps * self.stages * 8 // 16) * 16
-        return -(-(ring + received + barriers) // 128) * 128
+        partial = warps * TILE_N * self.max_tokens * 4
+        received = (2 if self.split > 1 else 1) * self.warps_n * TILE_N * self.max_tokens * 4
+        barriers = -(-warps * self.stages * 8 // 16) * 16 + -(-self.warps_k * 8 // 16) * 16
+        return -(-(ring + partial + received + barriers) // 128) * 128
 
     def shared_bytes(self, m: int, k_tiles: int, group_size: int) -> int:
         """Dynamic shared memory of a launch with m tokens and K' / 64 weight tiles along k."""
         row = -(-k_tiles // self.split) * TILE_K * 2 + 16
         return self.storage_bytes(group_size) + m * row
 
-    def grid(self, m: int, column_tiles: int, multiprocessors: int = 132) -> tuple[int, int, int]:
-        return (self.split, -(-column_tiles // self.warps_n), 1)
+    def clusters(self, m: int, k_tiles: int, group_size: int, multiprocessors: int = 132) -> int:
+        """Clusters of `split` blocks that are resident at the same time (an estimate)."""
+        shared = self.shared_bytes(m, k_tiles, group_size) + 1024
+        resident = max(1, min(self.blocks_per_sm, SM_SHARED_BYTES // shared))
+        return resident_clusters(self.split, resident, multiprocessors)
+
+    def grid(
+        self, m: int, k_tiles: int, column_tiles: int, group_size: int, multiprocessors: int = 132
+    ) -> tuple[int, int, int]:
+        """Blocks of a launch; each walks over columns gridDim.y blocks apart."""
+        clusters = self.clusters(m, k_tiles, group_size, multiprocessors)
+        return (self.split, min(-(-column_tiles // self.warps_n), clusters), 1)
 
     def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
         if group_size == 32 and self.threads * self.blocks_per_sm > 512:
@@ -100,12 +124,13 @@ class DecodeConfig:
 class GemmConfig:
     """One shape of the warpgroup kernel (csrc/sm90/gemm.cuh).
 
-    tokens: of a tile; m_tiles: 64-feature tiles of each of the two warpgroups; stages: of the ring;
+    tokens: of a tile; m_tiles: 64-feature tiles of each warpgroup; stages: of the ring;
     blocks_per_sm: blocks that registers must leave room for; stage_tiles: 64-k tiles of a stage (1
     or 2); scale_sums: scales multiply the sums of a group instead of the weights; split: parts of
     the k range, when blocks share a tile of outputs; cluster: those blocks form a cluster and add
     in its shared memory (otherwise in global memory, and split is an argument of the launch); tail:
-    only tiles of the last, incomplete round over the multiprocessors are split.
+    only tiles of the last, incomplete round over the multiprocessors are split; warpgroups: that
+    multiply, 2 or 4.
     """
 
     tokens: int
@@ -117,19 +142,23 @@ class GemmConfig:
     split: int = 1
     cluster: bool = False
     tail: bool = False
+    warpgroups: int = 2
 
-    threads = 384  # two warpgroups multiply, one feeds
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)  # one warpgroup feeds
 
     @property
     def columns(self) -> int:
         """Column tiles (64 features) of a block."""
-        return 2 * self.m_tiles
+        return self.warpgroups * self.m_tiles
 
     def source(self, dtype: str, group_size: int) -> KernelSource:
         """dtype: "float16" or "bfloat16"; group_size: -1, 32, 64 or 128."""
         numbers = (
             max(group_size, 0),
             self.tokens,
+            self.warpgroups,
             self.m_tiles,
             self.split if self.cluster else 1,
             self.stages,
@@ -144,7 +173,9 @@ class GemmConfig:
 
     def storage_bytes(self, group_size: int) -> int:
         """sizeof(GemmStorage); the kernel asserts that it agrees."""
-        out = 16 if self.cluster else 2 * self.tokens * (self.m_tiles * TILE_N + 8) * 2
+        out = self.warpgroups * self.tokens * (self.m_tiles * TILE_N + 8) * 2
+        if self.cluster:
+            out = 16
         barriers = 2 * (-(-self.stages * 8 // 16) * 16) + 16
         return -(-(self._ring_bytes(group_size) + out + barriers) // 1024) * 1024
 
@@ -152,7 +183,7 @@ class GemmConfig:
         tokens = self.stage_tiles * self.tokens * TILE_K * 2
         rows = 0 if group_size == -1 else max(1, self.stage_tiles * TILE_K // group_size)
         pair = self.stage_tiles * 2 * TILE_BYTES + rows * 2 * SCALE_ROW_BYTES
-        return -(-self.stages * (tokens + self.m_tiles * pair) // 1024) * 1024
+        return -(-self.stages * (tokens + self.columns // 2 * pair) // 1024) * 1024
 
     def shared_bytes(self, m: int, k_tiles: int, group_size: int) -> int:
         """Dynamic shared memory of a launch."""
@@ -170,7 +201,10 @@ class GemmConfig:
         slots = multiprocessors * self.blocks_per_sm
         return tiles // slots * slots if self.tail else 0
 
-    def grid(self, m: int, column_tiles: int, multiprocessors: int = 132) -> tuple[int, int, int]:
+    def grid(
+        self, m: int, k_tiles: int, column_tiles: int, group_size: int, multiprocessors: int = 132
+    ) -> tuple[int, int, int]:
+        """Blocks of a launch."""
         whole = self.whole_tiles(m, column_tiles, multiprocessors)
         items = whole + (self.tiles(m, column_tiles) - whole) * self.split
         if self.cluster:
@@ -182,7 +216,7 @@ class GemmConfig:
         if self.split == 1 or self.cluster:
             return 0, 0
         tiles = self.tiles(m, column_tiles) - self.whole_tiles(m, column_tiles, multiprocessors)
-        return tiles * self.split * self.columns * TILE_N * self.tokens, 2 * tiles
+        return tiles * self.split * self.columns * TILE_N * self.tokens, self.warpgroups * tiles
 
     def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
         if group_size == -1 and (self.tokens, self.m_tiles, self.blocks_per_sm) == (16, 2, 2):
@@ -206,11 +240,15 @@ _DECODE_SHAPES = (  # token_tiles, warps_n, warps_k, stages, blocks_per_sm
     (1, 1, 4, 6, 3),
     (1, 1, 8, 3, 3),
     (1, 1, 8, 4, 2),
-    (1, 2, 4, 4, 2),
+    (1, 1, 8, 5, 2),
+    (1, 1, 16, 3, 1),
+    (1, 1, 16, 4, 1),
     (1, 2, 2, 4, 4),
-    (1, 4, 2, 4, 2),
+    (1, 2, 4, 4, 2),
+    (1, 2, 8, 3, 1),
+    (1, 2, 8, 4, 1),
+    (2, 1, 8, 3, 2),
 )
-_FEWEST_TOKENS = ((1, 1, 8, 3, 3), (1, 1, 8, 4, 2))  # of _DECODE_SHAPES: for one or two tokens
 _GEMM_SHAPES = (  # tokens, m_tiles, stages, blocks_per_sm, stage_tiles, scale_sums
     (8, 1, 6, 2, 2, True),
     (8, 2, 4, 2, 2, True),
@@ -227,7 +265,12 @@ _GEMM_SHAPES = (  # tokens, m_tiles, stages, blocks_per_sm, stage_tiles, scale_s
     (128, 2, 4, 1, 1, False),
     (256, 1, 4, 1, 1, False),
 )
+_WIDE_SHAPES = (  # the same, of four warpgroups
+    (32, 1, 5, 1, 2, False),
+    (64, 1, 5, 1, 2, False),
+)
 _SPLITS = (2, 3, 4, 5, 6, 8)
+_FEW_TOKENS = 4  # up to so many, the small-batch kernel was the faster one at every shape measured
 _INVARIANT_SHAPES = ((32, 4, 2), (64, 4, 2), (128, 3, 1))  # tokens, stages, blocks_per_sm
 
 
@@ -239,12 +282,15 @@ def supported_configs() -> tuple[KernelConfig, ...]:
         for t, wn, wk, stages, blocks in _DECODE_SHAPES
         for split in (1, 2, 4, 8)
     ]
-    for shape in _GEMM_SHAPES:
-        configs.append(GemmConfig(*shape))
-        configs += [GemmConfig(*shape, split) for split in _SPLITS]
-        configs += [GemmConfig(*shape, split, cluster=True) for split in _SPLITS]
+    wide = [(shape, 4) for shape in _WIDE_SHAPES]
+    for shape, groups in [(shape, 2) for shape in _GEMM_SHAPES] + wide:
+        configs.append(GemmConfig(*shape, warpgroups=groups))
+        configs += [GemmConfig(*shape, split, warpgroups=groups) for split in _SPLITS]
+        configs += [GemmConfig(*shape, split, True, warpgroups=groups) for split in _SPLITS]
         if shape[0] >= 64:
-            configs += [GemmConfig(*shape, split, tail=True) for split in _SPLITS]
+            configs += [
+                GemmConfig(*shape, split, tail=True, warpgroups=groups) for split in _SPLITS
+            ]
     for tokens, stages, blocks in _INVARIANT_SHAPES:
         configs += [GemmConfig(tokens, 1, stages, blocks, 2, False, s) for s in (1, 2, 4)]
     return tuple(dict.fromkeys(configs))
@@ -267,22 +313,27 @@ def shipped_sources(arch: str) -> list[KernelSource]:
 # ---- choice ----
 
 # Constants of the analytic choice: a random search over them, so that the configurations it ranks
-# first come close to the fastest of 4961 measurements on an H200 (docs/kernel-log.md).
+# first come close to the fastest of some thousand measurements on an H200 (docs/kernel-log.md).
 _TILE_CYCLES = {8: 67.6, 16: 84.1, 32: 72.0, 64: 93.5, 128: 239.0, 256: 426.0}  # by tokens
-_DECODE_TILE_CYCLES = {1: 76.2, 2: 131.0}  # by token_tiles; both for 64 features x 64 k
 _SCALED_WEIGHTS = 2.03  # up to 64 tokens, scaling weights takes so much longer than scaling sums
 _LONELY = 1.53  # a block alone on its multiprocessor, up to 64 tokens, takes so much longer
 _CLOCK = 1650.0  # cycles per us under load
 _DRAM_RATE, _ACTIVATION_RATE = 5.79e6, 10.0e6  # bytes per us
-_DECODE_START, _GEMM_START = 1.25, 2.04  # us of a launch
+_START = 2.04  # us of a launch
 _PERSISTENT_ROUND, _ROUND = 1.28, 3.23  # us of each round of blocks
 _CLUSTER_SUM, _CLUSTER_SUM_PER_FLOAT = 0.117, 2.56e-5  # us
 _MEMORY_SUM, _MEMORY_SUM_PER_FLOAT = 1.01, 1.71e-6
 _OUTPUT_PER_FLOAT = 2.48e-4
 _OVERLAP = 0.292  # of the shorter of reading and computing, what is not hidden
-# Multiprocessors that a cluster may lie in. How many of an H200's are in each part of the chip
-# differs from one to the next, so this counts on less than all of them.
-_DOMAINS = (18, 18, 18, 16, 16, 16, 16, 14)
+
+# The same for the small-batch kernel.
+_DECODE_START, _DECODE_SHARED = 0.648, 1.19  # us of a launch; more if it fills shared memory
+_DECODE_LATENCY = 1.55  # us from asking for a tile to having it
+_DECODE_TILE = {1: 0.0307, 2: 0.0784}  # us of a tile per warp on the multiprocessor
+_DECODE_DRAM_RATE, _DECODE_L2_RATE = 5.06e6, 3.8e5  # bytes per us: of the GPU, of a multiprocessor
+_DECODE_ROUND, _DECODE_OUTPUT_PER_FLOAT = 0.473, 6.58e-5
+_DECODE_CLUSTER, _DECODE_CLUSTER_PER_BLOCK = 0.611, 0.103  # us of a round
+_DECODE_OVERLAP = 0.565
 
 
 def estimate(
@@ -292,32 +343,60 @@ def estimate(
 
     Infinite for configurations that have no point for this problem.
     """
-    decode = isinstance(config, DecodeConfig)
-    resident = config.blocks_per_sm
-    if decode:
-        columns, tokens, in_cluster = config.warps_n, config.max_tokens, True
-        shared = config.shared_bytes(m, k_tiles, 128) + 1024
-        resident = max(1, min(resident, SM_SHARED_BYTES // shared))
-        cycles = _DECODE_TILE_CYCLES[config.token_tiles]
-    else:
-        columns, tokens, in_cluster = config.columns, config.tokens, config.cluster
-        cycles = _TILE_CYCLES[tokens]
-        if tokens <= 64 and not config.scale_sums:
-            cycles *= _SCALED_WEIGHTS
-    tiles = -(-column_tiles // columns) * -(-m // tokens)
+    if isinstance(config, DecodeConfig):
+        return _estimate_decode(config, m, k_tiles, column_tiles, multiprocessors)
+    return _estimate_gemm(config, m, k_tiles, column_tiles, multiprocessors)
+
+
+def _estimate_decode(
+    config: DecodeConfig, m: int, k_tiles: int, column_tiles: int, multiprocessors: int
+) -> float:
+    shared = config.shared_bytes(m, k_tiles, 128) + 1024
+    resident = max(1, min(config.blocks_per_sm, SM_SHARED_BYTES // shared))
+    blocks = -(-column_tiles // config.warps_n)
+    clusters = min(blocks, config.clusters(m, k_tiles, 128, multiprocessors))
+    rounds = -(-blocks // clusters)
+    on_one = min(resident, -(-clusters * config.split // multiprocessors))
+    warps = on_one * config.warps_n * config.warps_k
+    block_tiles = -(-k_tiles // config.split)
+    tiles = rounds * -(-block_tiles // config.warps_k)  # of a warp
+    tile = max(_DECODE_LATENCY / config.stages, _DECODE_TILE[config.token_tiles] * warps)
+    compute = tiles * tile
+    memory = k_tiles * column_tiles * (TILE_BYTES + SCALE_ROW_BYTES // 2) / _DECODE_DRAM_RATE
+    activations = on_one * m * k_tiles / config.split * TILE_K * 2 / _DECODE_L2_RATE
+    each_round = _DECODE_ROUND + m * config.warps_n * TILE_N * _DECODE_OUTPUT_PER_FLOAT
+    if config.split > 1:
+        each_round += _DECODE_CLUSTER + config.split * _DECODE_CLUSTER_PER_BLOCK
+    return (
+        _DECODE_START
+        + _DECODE_SHARED * shared * resident / SM_SHARED_BYTES
+        + activations
+        + rounds * each_round
+        + max(compute, memory)
+        + _DECODE_OVERLAP * min(compute, memory)
+    )
+
+
+def _estimate_gemm(
+    config: GemmConfig, m: int, k_tiles: int, column_tiles: int, multiprocessors: int
+) -> float:
+    resident, columns, tokens = config.blocks_per_sm, config.columns, config.tokens
+    cycles = _TILE_CYCLES[tokens]
+    if tokens <= 64 and not config.scale_sums:
+        cycles *= _SCALED_WEIGHTS
+    tiles = config.tiles(m, column_tiles)
     slots = multiprocessors * resident
     blocks, whole_rounds = tiles * config.split, 0
-    if not decode and config.tail:
+    if config.tail:
         blocks = tiles % slots * config.split
         if tiles < slots or not 0 < blocks <= slots:
             return math.inf
         whole_rounds = tiles // slots
-    if config.split > 1 and in_cluster:
-        clusters = sum(domain * resident // config.split for domain in _DOMAINS)
-        slots = max(1, clusters * multiprocessors // 132) * config.split
+    if config.cluster:
+        slots = resident_clusters(config.split, resident, multiprocessors) * config.split
     rounds = -(-blocks // slots)
     on_busiest = rounds * resident if rounds > 1 else -(-blocks // multiprocessors)
-    if min(on_busiest, resident) <= 1 and not decode and tokens <= 64:
+    if min(on_busiest, resident) <= 1 and tokens <= 64 and config.warpgroups == 2:
         cycles *= _LONELY
     steps = on_busiest * -(-k_tiles // config.split) + whole_rounds * resident * k_tiles
     compute = steps * columns * cycles / _CLOCK
@@ -326,14 +405,13 @@ def estimate(
     memory = weights / _DRAM_RATE + activations / _ACTIVATION_RATE
     floats = columns * TILE_N * min(m, tokens)
     reduction = 0.0
-    if config.split > 1 and in_cluster:
+    if config.cluster:
         reduction = _CLUSTER_SUM + floats * config.split * _CLUSTER_SUM_PER_FLOAT
     elif config.split > 1:
         reduction = _MEMORY_SUM + blocks * columns * TILE_N * tokens * _MEMORY_SUM_PER_FLOAT
-    persistent = not decode and not config.cluster
-    each_round = (_PERSISTENT_ROUND if persistent else _ROUND) + floats * _OUTPUT_PER_FLOAT
+    each_round = (_ROUND if config.cluster else _PERSISTENT_ROUND) + floats * _OUTPUT_PER_FLOAT
     return (
-        (_DECODE_START if decode else _GEMM_START)
+        _START
         + (rounds + whole_rounds) * each_round
         + reduction
         + max(compute, memory)
@@ -359,7 +437,9 @@ def _tuned_rows(gpu: str) -> dict[tuple[int, int], tuple[tuple[int, KernelConfig
         choices = [
             (entry["m"], kinds[entry["kind"]](**entry["config"])) for entry in row["choices"]
         ]
-        table[row["k"] // TILE_K, row["n"] // TILE_N] = tuple(sorted(choices, key=lambda c: c[0]))
+        choices.sort(key=lambda choice: choice[0])
+        choices[-1] = (1 << 62, choices[-1][1])  # also serves all larger m
+        table[row["k"] // TILE_K, row["n"] // TILE_N] = tuple(choices)
     return table
 
 
@@ -391,14 +471,6 @@ def select_config(
     for limit, config in tuned:
         if m <= limit and config.fits(m, k_tiles, group_size):
             return config
-    if m <= 2:
-        for split in (1, 2, 4, 8):
-            if column_tiles * split < 1.4 * multiprocessors and split < 8:
-                continue
-            for shape in _FEWEST_TOKENS:
-                config = DecodeConfig(*shape[:3], split, *shape[3:])
-                if k_tiles >= 8 * split and config.fits(m, k_tiles, group_size):
-                    return config
     fitting = [
         c
         for c in supported_configs()
@@ -408,6 +480,8 @@ def select_config(
         raise ConfigError(
             f"no kernel for m={m}, {k_tiles} x {column_tiles} weight tiles, group {group_size}"
         )
+    if m <= _FEW_TOKENS:
+        fitting = [c for c in fitting if isinstance(c, DecodeConfig)] or fitting
     return min(fitting, key=lambda c: estimate(c, m, k_tiles, column_tiles, multiprocessors))
 
 

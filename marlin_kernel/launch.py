@@ -218,7 +218,7 @@ def plan_for(
             plans.clear()
         plan = plans[key] = Plan(
             load(config.source(dtype, group_size), index),
-            config.grid(m, column_tiles, multiprocessors(index)),
+            config.grid(m, k_tiles, column_tiles, group_size, multiprocessors(index)),
             config.threads,
             config.split if isinstance(config, DecodeConfig) or config.cluster else 1,
             config.shared_bytes(m, k_tiles, group_size),

@@ -4,7 +4,8 @@
     python scripts/tune.py --shapes 4096x4096 --m 1 16
 
 For every shape (K x N) and number of tokens the `--candidates` configurations that
-kernel_configs.estimate ranks first are timed (0: all), and the fastest becomes the table's choice.
+kernel_configs.estimate ranks first (0: all), and all of the small-batch kernel that fit, are timed,
+and the fastest becomes the table's choice. Choices for other numbers of tokens are kept.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def candidates(m: int, k: int, n: int, group_size: int, limit: int) -> list[Kern
     fitting.sort(key=lambda c: kernel_configs.estimate(c, m, k_tiles, column_tiles))
     if m >= 1024:  # few differ there, and each takes long
         limit = min(limit or 8, 8)
-    return fitting[:limit] if limit else fitting
+    small = [config for config in fitting if isinstance(config, DecodeConfig)]
+    return list(dict.fromkeys((fitting[:limit] if limit else fitting) + small))
 
 
 def _plausible(config: KernelConfig, m: int) -> bool:
@@ -72,18 +74,15 @@ def main() -> None:
     output = options.output or (
         kernel_configs.TUNING_DIRECTORY / f"{kernel_configs.gpu_key(gpu)}.json"
     )
-    rows, measurements = [], []
+    table, measurements = {}, []
     if output.is_file():  # keep what is not measured again
-        rows = [
-            row
-            for row in json.loads(output.read_text())["rows"]
-            if f"{row['k']}x{row['n']}" not in options.shapes
-        ]
+        for row in json.loads(output.read_text())["rows"]:
+            table[row["k"], row["n"]] = {choice["m"]: choice for choice in row["choices"]}
     for shape in options.shapes:
         k, n = map(int, shape.split("x"))
-        choices = tune_shape(k, n, options, measurements)
-        rows.append({"k": k, "n": n, "choices": choices})
-        write(output, gpu, options.group_size, rows)
+        choices = table.setdefault((k, n), {})
+        choices.update((choice["m"], choice) for choice in tune_shape(k, n, options, measurements))
+        write(output, gpu, options.group_size, table)
     if options.measurements:
         options.measurements.write_text(json.dumps(measurements))
 
@@ -112,7 +111,6 @@ def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) 
         kind = "decode" if isinstance(best, DecodeConfig) else "gemm"
         choices.append({"m": m, "us": round(times[best], 2), "kind": kind, "config": asdict(best)})
         measurements += [[k, n, m, round(us, 3), repr(config)] for config, us in times.items()]
-    choices[-1]["m"] = 1 << 30
     return choices
 
 
@@ -130,7 +128,9 @@ def precompile(configs: list[KernelConfig], group_size: int) -> None:
         list(pool.map(lambda source: compile_kernel(source, arch), sources))
 
 
-def write(path: Path, gpu: str, group_size: int, rows: list[dict]) -> None:
+def write(
+    path: Path, gpu: str, group_size: int, table: dict[tuple[int, int], dict[int, dict]]
+) -> None:
     """Write the table, one choice a line."""
     head = {
         "gpu": gpu,
@@ -143,9 +143,9 @@ def write(path: Path, gpu: str, group_size: int, rows: list[dict]) -> None:
         "command": "scripts/tune.py",
     }
     lines = []
-    for row in sorted(rows, key=lambda r: (r["k"], r["n"])):
-        choices = ",\n   ".join(json.dumps(choice) for choice in row["choices"])
-        lines.append(f' {{"k": {row["k"]}, "n": {row["n"]}, "choices": [\n   {choices}]}}')
+    for (k, n), by_tokens in sorted(table.items()):
+        text = ",\n   ".join(json.dumps(by_tokens[m]) for m in sorted(by_tokens))
+        lines.append(f' {{"k": {k}, "n": {n}, "choices": [\n   {text}]}}')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n")
 

@@ -37,6 +37,7 @@ GEMM_CONFIGS = (
     GemmConfig(16, 2, 4, 1, stage_tiles=2, scale_sums=True, split=2, cluster=True),
     GemmConfig(64, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2),
     GemmConfig(64, 2, 2, 1, stage_tiles=1, scale_sums=False, split=3, tail=True),
+    GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=4),
 )
 
 # M, N, K, multiprocessors
@@ -123,23 +124,33 @@ MUTANTS = (
 MUTATIONS = {
     "decode: weights are not waited for": (
         "sm90/decode.cuh",
-        "ptx::mbarrier_wait(&shared_.full[warp_][stage], parity);",
+        "ptx::mbarrier_wait(&shared_.full[warp_][stage_], parity_);",
         "",
     ),
-    "decode: the phase of the ring is forgotten": ("sm90/decode.cuh", "parity ^= 1;", ""),
+    "decode: the phase of the ring is forgotten": ("sm90/decode.cuh", "parity_ ^= 1;", ""),
     "decode: activations are used before all have been written": (
         "sm90/decode.cuh",
-        "ptx::block_sync();\n    multiply();",
-        "multiply();",
+        "ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);",
+        "",
+    ),
+    "decode: activations arrive at a barrier that is not initialised": (
+        "sm90/decode.cuh",
+        "ptx::block_sync();  // barriers of activations are initialised",
+        "",
     ),
     "decode: sums of other warps are read early": (
         "sm90/decode.cuh",
-        "    ptx::block_sync();\n    if constexpr (Config::SPLIT > 1) ptx::cluster_wait();",
-        "    if constexpr (Config::SPLIT > 1) ptx::cluster_wait();",
+        "    ptx::block_sync();\n    if constexpr (Config::SPLIT > 1)\n",
+        "    if constexpr (Config::SPLIT > 1)\n",
     ),
     "decode: sums of other blocks are read early": (
         "sm90/decode.cuh",
         "      ptx::cluster_arrive();\n      ptx::cluster_wait();\n",
+        "",
+    ),
+    "decode: sums of the next column overwrite those of this one": (
+        "sm90/decode.cuh",
+        "if constexpr (Config::SPLIT > 1) parity ^= 1;",
         "",
     ),
     "gemm: a stage is not waited for": (

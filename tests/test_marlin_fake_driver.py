@@ -191,7 +191,7 @@ m, n, k, n_padded, k_padded = 3, 300, 1000, 320, 1024
 arguments = (tensor(0x100, m, k, stride=1008), tensor(0x200), tensor(0x300), None, tensor(0x500))
 launch.launch_config(config, *arguments, k, n, k_padded, n_padded, 128)
 assert compiled == [(config.source("float16", 128), "sm_90a")]
-assert tuple(record.grid) == config.grid(m, n_padded // 64)
+assert tuple(record.grid) == config.grid(m, k_padded // 64, n_padded // 64, 128)
 assert tuple(record.block) == (config.threads, 1, 1)
 assert record.shared_bytes == config.shared_bytes(m, k_padded // 64, 128)
 assert tuple(record.cluster) == (2, 1, 1)

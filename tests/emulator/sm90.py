@@ -75,12 +75,11 @@ class Sm90Library:
         split, whole_tiles, floats, counts = 1, 0, 0, 0
         if isinstance(config, GemmConfig):
             entry = self._library.run_gemm
-            grid = config.grid(m, column_tiles, blocks)
             split, whole_tiles = config.split, config.whole_tiles(m, column_tiles, blocks)
             floats, counts = config.workspace(m, column_tiles, blocks)
         else:
             entry = self._library.run_decode
-            grid = config.grid(m, column_tiles)
+        grid = config.grid(m, k_tiles, column_tiles, kernel.group_size, blocks)
         partials = torch.full((floats + 4,), float("nan"))
         counters = torch.zeros(counts + 1, dtype=torch.int32)
 

@@ -1,10 +1,12 @@
 // Small batches: one pass over the weights at memory speed.
 //
-// Every warp owns a run of weight tiles of one 64-feature column and a private ring of bulk copies
-// for them, filled before anything else happens and before the preceding kernel has ended (weights
-// do not depend on it). Nothing synchronises warps until their sums are complete; those are added
-// in a fixed order, first within the block, then, pushed through distributed shared memory, over
-// the cluster that shares the column's k range. The split depends on K and N alone.
+// Blocks are persistent: each loads the activations of its part of k once, and walks over columns
+// of 64 features. Warps of a block share the k range of a column; each has a private ring of bulk
+// copies of weight tiles, which runs on from column to column and is filled before anything else
+// happens and before the preceding kernel has ended (weights do not depend on it). Nothing
+// synchronises warps until their sums of a column are complete; those are added in a fixed order,
+// first within the block, then, pushed through distributed shared memory, over the cluster that
+// shares the column's k range. The split depends on K and N alone.
 //
 // Groups are scaled in the accumulator: sums of (code - 8) * activation are exact products in fp32,
 // one fused multiply-add per accumulator and group replaces a multiplication per weight, and the
@@ -43,10 +45,10 @@ class Decoder {
         lane_(threadIdx.x % kWarpSize),
         rank_(Config::SPLIT > 1 ? static_cast<int>(blockIdx.x) : 0),
         block_range_(p.k_tiles, rank_, Config::SPLIT),
-        column_(static_cast<int>(blockIdx.y) * Config::WARPS_N + warp_ % Config::WARPS_N) {
+        cursor_{static_cast<int>(blockIdx.y) * Config::WARPS_N + warp_ % Config::WARPS_N} {
     const Range mine(block_range_.size(), warp_ / Config::WARPS_N, Config::WARPS_K);
     first_tile_ = block_range_.begin + mine.begin;
-    tiles_ = column_ < p.column_tiles ? mine.size() : 0;
+    tiles_ = mine.size();
     row_bytes_ = block_range_.size() * kTileK * static_cast<int>(sizeof(Scalar)) + 16;
   }
 
@@ -54,98 +56,126 @@ class Decoder {
     start_pipeline();
     ptx::launch_dependents();
     if constexpr (Config::SPLIT > 1) ptx::cluster_arrive();
+    ptx::block_sync();  // barriers of activations are initialised
     load_activations();
-    load_epilogue_operands();
-    ptx::block_sync();
-    multiply();
-    add_warps();
-    write_output();
+    const int blocks = ceil_div(p_.column_tiles, Config::WARPS_N);
+    int parity = 0;  // of the place of sums from the cluster
+    for (int block = blockIdx.y; block < blocks; block += gridDim.y) {
+      load_epilogue_operands(block);
+      if (block == blockIdx.y) ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);
+      multiply(block * Config::WARPS_N + warp_ % Config::WARPS_N < p_.column_tiles);
+      add_warps(parity, block == blockIdx.y);
+      write_output(parity, block);
+      if constexpr (Config::SPLIT > 1) parity ^= 1;
+    }
   }
 
  private:
   // ---- weights: private ring of this warp ----
+  // The next tile to fetch: of a column, and of this warp's run of k.
+  struct Cursor {
+    int column;
+    int tile = 0;
+    const uint8_t* codes = nullptr;   // of the column's tile first_tile_
+    const uint8_t* scales = nullptr;  // of the column's first group
+    int width = 0;                    // of the column's pair
+  };
+
+  __device__ __forceinline__ bool fetches() const { return cursor_.column < p_.column_tiles; }
+
+  __device__ __forceinline__ void enter_column() {
+    const ColumnPair pair(cursor_.column / 2, p_.column_tiles);
+    cursor_.width = pair.width;
+    cursor_.codes =
+        p_.weights + pair.tile_offset(first_tile_, p_.k_tiles) + cursor_.column % 2 * kTileBytes;
+    cursor_.scales = p_.scales + pair.scale_offset(0, Scales::groups(p_.k_tiles)) +
+                     cursor_.column % 2 * kScaleRowBytes;
+  }
+
+  // Fetch the next tile into `stage`; all lanes take part.
+  __device__ __forceinline__ void fetch(int stage) {
+    if (ptx::elect_one()) {
+      uint64_t* full = &shared_.full[warp_][stage];
+      uint8_t* target = shared_.ring[warp_] + stage * Config::STAGE_BYTES;
+      ptx::mbarrier_arrive_expect(full, Config::STAGE_BYTES);
+      ptx::bulk_copy(target, cursor_.codes + cursor_.tile * (cursor_.width * kTileBytes),
+                     kTileBytes, full);
+#pragma unroll
+      for (int row = 0; row < Scales::kPerTile; ++row)
+        ptx::bulk_copy(target + kTileBytes + row * kScaleRowBytes,
+                       cursor_.scales + (Scales::group_of(first_tile_ + cursor_.tile) + row) *
+                                            (cursor_.width * kScaleRowBytes),
+                       kScaleRowBytes, full);
+    }
+    if (++cursor_.tile == tiles_) {
+      cursor_.tile = 0;
+      cursor_.column += static_cast<int>(gridDim.y) * Config::WARPS_N;
+      if (fetches()) enter_column();
+    }
+  }
+
   __device__ __forceinline__ void start_pipeline() {
-    const ColumnPair pair(column_ / 2, p_.column_tiles);
-    codes_ = p_.weights + pair.tile_offset(first_tile_, p_.k_tiles) + column_ % 2 * kTileBytes;
-    codes_step_ = pair.width * kTileBytes;
-    scales_ = p_.scales + pair.scale_offset(0, Scales::groups(p_.k_tiles)) +
-              column_ % 2 * kScaleRowBytes;
-    scales_step_ = pair.width * kScaleRowBytes;
     if (ptx::elect_one()) {
 #pragma unroll
       for (int stage = 0; stage < Config::STAGES; ++stage)
         ptx::mbarrier_init(&shared_.full[warp_][stage], 1);
+      if (warp_ % Config::WARPS_N == 0)
+        ptx::mbarrier_init(&shared_.tokens_full[warp_ / Config::WARPS_N], Config::WARPS_N);
       ptx::fence_mbarrier_init();
-#pragma unroll
-      for (int stage = 0; stage < Config::STAGES; ++stage)
-        if (stage < tiles_) fetch(stage, stage);
     }
     ptx::warp_sync();
+    if (tiles_ == 0) cursor_.column = p_.column_tiles;  // fewer tiles along k than warps
+    if (fetches()) enter_column();
+#pragma unroll 1
+    for (int stage = 0; stage < Config::STAGES && fetches(); ++stage) fetch(stage);
   }
 
-  __device__ __forceinline__ void fetch(int tile, int stage) {
-    uint64_t* full = &shared_.full[warp_][stage];
-    uint8_t* target = shared_.ring[warp_] + stage * Config::STAGE_BYTES;
-    ptx::mbarrier_arrive_expect(full, Config::STAGE_BYTES);
-    ptx::bulk_copy(target, codes_ + tile * codes_step_, kTileBytes, full);
-#pragma unroll
-    for (int row = 0; row < Scales::kPerTile; ++row)
-      ptx::bulk_copy(target + kTileBytes + row * kScaleRowBytes,
-                     scales_ + (Scales::group_of(first_tile_ + tile) + row) * scales_step_,
-                     kScaleRowBytes, full);
-  }
-
-  // ---- activations: the block's k range of every token, rows padded by 16 bytes against bank conf
+  // ---- activations: the block's k range of every token, rows padded by 16 bytes against bank
+  // conflicts. Warps that share a k run fetch its tokens in turn, all copies in flight at once.
   __device__ __forceinline__ void load_activations() {
-    constexpr int kChunk = 8;  // elements of 16 bytes
-    constexpr int kBatch = 4;  // loads in flight per thread
-    const int chunks = block_range_.size() * (kTileK / kChunk);
-    const int first_k = block_range_.begin * kTileK;
-    const int items = p_.m * chunks;
-    const bool aligned = (reinterpret_cast<unsigned long long>(p_.activations) |
-                          static_cast<unsigned long long>(p_.row_stride) * sizeof(Scalar)) %
-                             16 ==
-                         0;
-    if (!aligned || p_.k % kChunk != 0) {
+    const unsigned long long address = reinterpret_cast<unsigned long long>(p_.activations);
+    const unsigned long long stride = p_.row_stride * sizeof(Scalar);
+    const bool aligned = (address | (p_.m > 1 ? stride : 0) | p_.k * sizeof(Scalar)) % 16 == 0;
+    const int run = warp_ / Config::WARPS_N;
+    const int first_k = first_tile_ * kTileK;
+    const int wanted = tiles_ * kTileK;
+    const int there = min(max(p_.k - first_k, 0), wanted);
+    uint8_t* target = activations_ + (first_k - block_range_.begin * kTileK) *
+                                         static_cast<int>(sizeof(Scalar));
+    if (aligned && wanted == there && wanted > 0) {
       ptx::wait_for_predecessors();
-      for (int item = threadIdx.x; item < items * kChunk; item += Config::THREADS) {
-        const int token = item / (chunks * kChunk);
-        const int i = item - token * (chunks * kChunk);
-        reinterpret_cast<Scalar*>(activations_ + token * row_bytes_)[i] =
-            first_k + i < p_.k ? p_.activations[token * p_.row_stride + first_k + i]
-                               : Element<Scalar>::from_float(0.f);
+      if (ptx::elect_one()) {
+        const int bytes = there * static_cast<int>(sizeof(Scalar));
+        const int rows = ceil_div(p_.m - warp_ % Config::WARPS_N, Config::WARPS_N);
+        ptx::mbarrier_arrive_expect(&shared_.tokens_full[run], rows * bytes);
+        for (int token = warp_ % Config::WARPS_N; token < p_.m; token += Config::WARPS_N)
+          ptx::bulk_copy(target + token * row_bytes_,
+                         p_.activations + token * p_.row_stride + first_k, bytes,
+                         &shared_.tokens_full[run]);
       }
       return;
     }
-    bool waited = false;
-    for (int first = threadIdx.x; first < items || !waited; first += kBatch * Config::THREADS) {
-      const uint4* sources[kBatch];
-      uint8_t* targets[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int item = first + u * Config::THREADS;
-        const int token = item / chunks;
-        const int chunk = item - token * chunks;
-        const int k = first_k + chunk * kChunk;
-        targets[u] = item < items ? activations_ + token * row_bytes_ + chunk * 16 : nullptr;
-        sources[u] = item < items && k < p_.k ? reinterpret_cast<const uint4*>(
-                                                    p_.activations + token * p_.row_stride + k)
-                                              : nullptr;
-      }
-      if (!waited) ptx::wait_for_predecessors();
-      waited = true;
-      uint4 values[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        values[u] = sources[u] != nullptr ? *sources[u] : make_uint4(0, 0, 0, 0);
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (targets[u] != nullptr) *reinterpret_cast<uint4*>(targets[u]) = values[u];
-    }
+    // Odd addresses, or a run that reaches into the padding of K.
+    ptx::wait_for_predecessors();
+    for (int token = warp_ % Config::WARPS_N; token < p_.m; token += Config::WARPS_N)
+      for (int i = lane_; i < wanted; i += kWarpSize)
+        reinterpret_cast<Scalar*>(target + token * row_bytes_)[i] =
+            i < there ? p_.activations[token * p_.row_stride + first_k + i]
+                      : Element<Scalar>::from_float(0.f);
+    ptx::warp_sync();
+    if (ptx::elect_one()) ptx::mbarrier_arrive(&shared_.tokens_full[run]);
   }
 
   // ---- mainloop ----
-  __device__ __forceinline__ void multiply() {
+  // Sums of this warp's run of one column. exists: N' may end before the block's last column.
+  __device__ __forceinline__ void multiply(bool exists) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int t = 0; t < Config::TOKEN_TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total_[m][t][i] = 0.f;
+    if (!exists) return;
     // Row of an 8 x 8 matrix that this lane addresses: token lane % 8; tokens that do not exist
     // repeat the last one, and nobody reads their results.
     const uint8_t* rows[Config::TOKEN_TILES];
@@ -156,17 +186,14 @@ class Decoder {
                 (first_tile_ - block_range_.begin) * kTileK * static_cast<int>(sizeof(Scalar)) +
                 dequant::BiasedPair<Scalar>::chunk(lane_ / 8) * 16;
     }
-    int stage = 0;
-    uint32_t parity = 0;
     for (int tile = 0; tile < tiles_; ++tile) {
-      ptx::mbarrier_wait(&shared_.full[warp_][stage], parity);
-      multiply_tile(shared_.ring[warp_] + stage * Config::STAGE_BYTES, rows, tile);
+      ptx::mbarrier_wait(&shared_.full[warp_][stage_], parity_);
+      multiply_tile(shared_.ring[warp_] + stage_ * Config::STAGE_BYTES, rows, tile);
       ptx::warp_sync();
-      if (tile + Config::STAGES < tiles_ && ptx::elect_one()) fetch(tile + Config::STAGES, stage);
-      ptx::warp_sync();
-      if (++stage == Config::STAGES) {
-        stage = 0;
-        parity ^= 1;
+      if (fetches()) fetch(stage_);
+      if (++stage_ == Config::STAGES) {
+        stage_ = 0;
+        parity_ ^= 1;
       }
     }
   }
@@ -253,11 +280,10 @@ class Decoder {
   }
 
   // ---- reduction and output ----
-  // Leave this warp's sums in its ring ([64 features][tokens]), add those of the warps that share a
-  // column in order of k, and hand each feature to the rank of the cluster that writes it.
-  __device__ __forceinline__ void add_warps() {
-    ptx::warp_sync();
-    float* mine = reinterpret_cast<float*>(shared_.ring[warp_]);
+  // Leave this warp's sums in shared memory ([64 features][tokens]), add those of the warps that
+  // share a column in order of k, and hand each feature to the rank of the cluster that writes it.
+  __device__ __forceinline__ void add_warps(int parity, bool first) {
+    float* mine = shared_.partial[warp_];
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -269,7 +295,8 @@ class Decoder {
               make_float2(total_[m][t][2 * h], total_[m][t][2 * h + 1]);
         }
     ptx::block_sync();
-    if constexpr (Config::SPLIT > 1) ptx::cluster_wait();  // every block of the cluster has started
+    if constexpr (Config::SPLIT > 1)
+      if (first) ptx::cluster_wait();  // every block of the cluster has started
 
     constexpr int kQuads = Config::TOKENS / 4;
     constexpr int kItems = Config::FEATURES * kQuads;
@@ -281,16 +308,17 @@ class Decoder {
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
       for (int wk = 0; wk < Config::WARPS_K; ++wk) {
-        const uint8_t* ring = shared_.ring[wk * Config::WARPS_N + feature / kTileN];
+        const float* sums = shared_.partial[wk * Config::WARPS_N + feature / kTileN];
         const float4 part =
-            reinterpret_cast<const float4*>(ring)[feature % kTileN * kQuads + quad];
+            reinterpret_cast<const float4*>(sums)[feature % kTileN * kQuads + quad];
         sum.x += part.x;
         sum.y += part.y;
         sum.z += part.z;
         sum.w += part.w;
       }
       const int owner = feature / Config::FEATURES_PER_RANK;
-      float* target = &shared_.received[rank_][feature % Config::FEATURES_PER_RANK][quad * 4];
+      float* target =
+          &shared_.received[parity][rank_][feature % Config::FEATURES_PER_RANK][quad * 4];
       if constexpr (Config::SPLIT > 1)
         ptx::store_remote(target, owner, sum);
       else
@@ -314,10 +342,10 @@ class Decoder {
 
   // Bias and per-column scales of the features that this thread will write: fetched while weights
   // stream.
-  __device__ __forceinline__ void load_epilogue_operands() {
+  __device__ __forceinline__ void load_epilogue_operands(int block) {
 #pragma unroll
     for (int i = 0; i < kOutFeatures; ++i) {
-      const int n = static_cast<int>(blockIdx.y) * Config::FEATURES + out_feature(i);
+      const int n = block * Config::FEATURES + out_feature(i);
       bias_[i] = p_.bias != nullptr && n < p_.n ? Element<Scalar>::to_float(p_.bias[n]) : 0.f;
       scale_[i] = dequant::BiasedPair<Scalar>::kUnit;
       if constexpr (Config::GROUP == 0) {
@@ -328,18 +356,18 @@ class Decoder {
     }
   }
 
-  __device__ __forceinline__ void write_output() {
+  __device__ __forceinline__ void write_output(int parity, int block) {
 #pragma unroll
     for (int i = 0; i < kOutFeatures; ++i) {
       const int feature = i * kOutThreads + threadIdx.x % kOutThreads;
-      const int n = static_cast<int>(blockIdx.y) * Config::FEATURES + out_feature(i);
+      const int n = block * Config::FEATURES + out_feature(i);
       if (n >= p_.n) continue;
       for (int token = threadIdx.x / kOutThreads; token < p_.m;
            token += Config::THREADS / kOutThreads) {
         float sum = 0.f;
 #pragma unroll
         for (int source = 0; source < Config::SPLIT; ++source)
-          sum += shared_.received[source][feature][token];
+          sum += shared_.received[parity][source][feature][token];
         p_.out[static_cast<long long>(token) * p_.n + n] =
             Element<Scalar>::from_float(sum * scale_[i] + bias_[i]);
       }
@@ -353,15 +381,13 @@ class Decoder {
   const int lane_;
   const int rank_;           // in the cluster
   const Range block_range_;  // k tiles of this block
-  const int column_;         // column tile of this warp
   int first_tile_;           // first k tile of this warp
   int tiles_;                // number of them
   int row_bytes_;            // between tokens in shared memory
-  const uint8_t* codes_;     // of this warp's first tile
-  const uint8_t* scales_;    // of its column's first group
-  int codes_step_;           // bytes from tile to tile
-  int scales_step_;          // bytes from group to group
-  Accumulators total_ = {};
+  Cursor cursor_;            // next tile to fetch
+  int stage_ = 0;            // next stage to multiply
+  uint32_t parity_ = 0;      // of its barrier
+  Accumulators total_;
   float bias_[kOutFeatures];
   float scale_[kOutFeatures];
 };

@@ -33,20 +33,22 @@ struct DecodeConfig {
   static constexpr int FEATURES_PER_RANK = FEATURES / SPLIT;
   static constexpr int STAGE_BYTES = kTileBytes + Scales::kBytesPerTile;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
-  static constexpr int PARTIAL_BYTES = kTileN * TOKENS * static_cast<int>(sizeof(float));
 
   static_assert(SPLIT == 1 || SPLIT == 2 || SPLIT == 4 || SPLIT == 8,
                 "a portable cluster has at most 8 blocks; the reduction halves evenly");
-  static_assert(PARTIAL_BYTES <= RING_BYTES, "a warp leaves its partial sums in its own ring");
 };
 
 // Dynamic shared memory; the activations [m][k range of the block + 8] follow it.
 template <class Config>
 struct DecodeStorage {
   alignas(128) uint8_t ring[Config::WARPS][Config::RING_BYTES];
-  // Partial sums pushed by the blocks of the cluster: [source][feature of this rank][token].
-  alignas(16) float received[Config::SPLIT][Config::FEATURES_PER_RANK][Config::TOKENS];
+  alignas(16) float partial[Config::WARPS][kTileN * Config::TOKENS];  // sums of each warp
+  // Those of the block, pushed by the blocks of the cluster: [source][feature of this rank][token].
+  // Two places, so that the next column's may arrive while these are read.
+  alignas(16) float received[Config::SPLIT > 1 ? 2 : 1][Config::SPLIT][Config::FEATURES_PER_RANK]
+                            [Config::TOKENS];
   alignas(16) uint64_t full[Config::WARPS][Config::STAGES];
+  alignas(16) uint64_t tokens_full[Config::WARPS_K];  // activations of a run of k have arrived
 };
 
 }  // namespace sm90

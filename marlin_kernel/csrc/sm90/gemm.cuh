@@ -2,7 +2,7 @@
 //
 // A ring of stages (64 k each) is fed by bulk copies of codes and scales and by tensor copies of
 // activations, with the 128-byte swizzle and with zeros for what lies outside the matrix. Two
-// warpgroups each turn their 64-feature tiles into A fragments and multiply them with all tokens of
+// or four warpgroups each turn their 64-feature tiles into A fragments and multiply them with all tokens of
 // the stage. Fragments are double-buffered: a step is dequantized while the multiplications of the
 // step before are under way.
 //
@@ -339,8 +339,12 @@ class Consumer {
   }
 
   // Column pair of this warpgroup in the block, and its column of 64-feature tile m in the pair.
-  __device__ __forceinline__ int pair() const { return Config::M_TILES == 1 ? 0 : group_; }
-  __device__ __forceinline__ int column(int m) const { return Config::M_TILES == 1 ? group_ : m; }
+  __device__ __forceinline__ int pair() const {
+    return Config::M_TILES == 1 ? group_ / 2 : group_;
+  }
+  __device__ __forceinline__ int column(int m) const {
+    return Config::M_TILES == 1 ? group_ % 2 : m;
+  }
 
   // This lane's codes and scales of one step of the open stage.
   template <int PLACE, int PART, int M>
@@ -417,7 +421,7 @@ class Consumer {
     constexpr int kQuads = Config::M_TILES * SUMS / 4;  // of a lane
     const int lane = threadIdx.x % kWarpgroupThreads;
     float4* parts = reinterpret_cast<float4*>(p_.partials) +
-                    static_cast<long long>(item.shared_tile * kWarpgroups + group_) * p_.split *
+                    static_cast<long long>(item.shared_tile * Config::WARPGROUPS + group_) * p_.split *
                         kQuads * kWarpgroupThreads +
                     lane;
     float4* mine = parts + item.part * kQuads * kWarpgroupThreads;
@@ -425,7 +429,7 @@ class Consumer {
     for (int q = 0; q < kQuads; ++q) ptx::store_l2(mine + q * kWarpgroupThreads, quad(q));
     ptx::device_fence();
     ptx::named_sync(1 + group_, kWarpgroupThreads);
-    int* counter = p_.counters + item.shared_tile * kWarpgroups + group_;
+    int* counter = p_.counters + item.shared_tile * Config::WARPGROUPS + group_;
     if (lane == 0) {
       const int before = ptx::atomic_add(counter, 1);
       ptx::device_fence();

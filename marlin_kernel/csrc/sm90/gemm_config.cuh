@@ -5,13 +5,13 @@
 
 namespace sm90 {
 
-constexpr int kWarpgroups = 2;
 constexpr int kWarpgroupThreads = 128;
 
 template <class Scalar_,       // __half or __nv_bfloat16: activations and output
           int GROUP_,          // k that share a scale: 32, 64, 128; 0 = the whole column
           int TOKENS_,         // tokens of a tile
-          int M_TILES_,        // 64-feature tiles of each warpgroup
+          int WARPGROUPS_,     // that multiply: 2 or 4
+          int M_TILES_,        // 64-feature tiles of each warpgroup: 1 or 2
           // blocks of a cluster that share a tile's k range; 1: see Problem::split
           int CLUSTER_,
           int STAGES_,         // of the ring
@@ -23,6 +23,7 @@ struct GemmConfig {
   using Scalar = Scalar_;
   static constexpr int GROUP = GROUP_;
   static constexpr int TOKENS = TOKENS_;
+  static constexpr int WARPGROUPS = WARPGROUPS_;
   static constexpr int M_TILES = M_TILES_;
   static constexpr int CLUSTER = CLUSTER_;
   static constexpr int STAGES = STAGES_;
@@ -34,9 +35,9 @@ struct GemmConfig {
   static constexpr int STAGE_TILES = STAGE_TILES_;
 
   using Scales = ScaleLayout<GROUP>;
-  static constexpr int CONSUMERS = kWarpgroups * kWarpgroupThreads;
+  static constexpr int CONSUMERS = WARPGROUPS * kWarpgroupThreads;
   static constexpr int THREADS = CONSUMERS + kWarpgroupThreads;  // one warpgroup feeds
-  static constexpr int PAIRS = M_TILES;  // column pairs of a block
+  static constexpr int PAIRS = WARPGROUPS * M_TILES / 2;  // column pairs of a block
   static constexpr int FEATURES = PAIRS * 2 * kTileN;
   static constexpr int SUMS = TOKENS / 2;  // accumulators of a lane for one 64-feature tile
 
@@ -55,8 +56,8 @@ struct GemmConfig {
   static constexpr int STEP_SCALES = GROUP == 0 ? 0 : ceil_div(Scales::kPerTile, PARTS);
 
   // Registers per thread: what the launch gives, redistributed to those that multiply.
-  static constexpr int FEEDER_REGISTERS = BLOCKS_PER_SM == 1 ? 40 : 32;
-  static constexpr int CONSUMER_REGISTERS = BLOCKS_PER_SM == 1 ? 232 : 104;
+  static constexpr int FEEDER_REGISTERS = WARPGROUPS == 4 ? 24 : BLOCKS_PER_SM == 1 ? 40 : 32;
+  static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : BLOCKS_PER_SM == 1 ? 232 : 104;
 
   static constexpr int FEATURES_PER_RANK = ceil_div(FEATURES, CLUSTER);
   static constexpr int PARTIAL_ROW = TOKENS + 4;        // floats; padded against bank conflicts
@@ -64,7 +65,8 @@ struct GemmConfig {
 
   static_assert(TOKENS % 8 == 0 && TOKENS <= 256, "tokens are the columns of a wgmma");
   static_assert(CLUSTER >= 1 && CLUSTER <= 8, "portable clusters have at most 8 blocks");
-  static_assert(BLOCKS_PER_SM <= 2, "no share of registers is defined");
+  static_assert(WARPGROUPS == 2 || WARPGROUPS == 4, "pairs of columns are not divided");
+  static_assert(BLOCKS_PER_SM * WARPGROUPS <= 4, "no share of registers is defined");
 };
 
 // Dynamic shared memory.
@@ -75,7 +77,7 @@ struct GemmStorage {
     alignas(128) uint8_t weights[Config::STAGES][Config::PAIRS][Config::PAIR_BYTES];
   };
   using Partial = float[Config::FEATURES][Config::PARTIAL_ROW];
-  using Out = typename Config::Scalar[kWarpgroups][Config::TOKENS][Config::OUT_ROW];
+  using Out = typename Config::Scalar[Config::WARPGROUPS][Config::TOKENS][Config::OUT_ROW];
 
   Ring ring;
   // The output has its own place, so that the next item's copies run while a tile is written.
@@ -83,7 +85,7 @@ struct GemmStorage {
   alignas(16) uint8_t out[Config::CLUSTER == 1 ? sizeof(Out) : 16];
   alignas(16) uint64_t full[Config::STAGES];
   alignas(16) uint64_t empty[Config::STAGES];
-  alignas(16) int arrivals[kWarpgroups];  // parts of a tile that were finished before
+  alignas(16) int arrivals[Config::WARPGROUPS];  // parts of a tile that were finished before
 
   static_assert(Config::CLUSTER == 1 || sizeof(Partial) <= sizeof(Ring),
                 "the sums of a tile must fit where the ring was");
