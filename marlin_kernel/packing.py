@@ -102,3 +102,25 @@ def unpack_rows(words: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 4:
         values = torch.stack((values & 15, values >> 4), dim=2).view(words.shape[0], -1)
     return values[:, :columns].contiguous()
+
+
+# Nibble i of an AWQ word belongs to column AWQ_ORDER[i] of its eight columns.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def pack_awq(values: Tensor) -> Tensor:
+    """Pack along dim 1 as AWQ does: 4-bit integers [R, C], C % 8 == 0 -> int32 [R, C / 8].
+
+    The columns 0, 2, 4, 6, 1, 3, 5, 7 of eight are in the nibbles from the lowest up: a row of
+    0, 1, ..., 7 becomes 0x75316420.
+    """
+    order = torch.tensor(AWQ_ORDER, device=values.device)
+    blocks = values.reshape(values.shape[0], -1, 8)[:, :, order]
+    return pack_rows(blocks.reshape(values.shape), 4)
+
+
+def unpack_awq(words: Tensor) -> Tensor:
+    """uint8 [R, C] from int32 [R, C / 8]. Inverse of `pack_awq`."""
+    stored = unpack_rows(words, 4, words.shape[1] * 8)
+    order = torch.argsort(torch.tensor(AWQ_ORDER, device=words.device))
+    return stored.view(stored.shape[0], -1, 8)[:, :, order].reshape(stored.shape)

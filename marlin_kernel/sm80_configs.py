@@ -257,7 +257,7 @@ _CHOICES_8_BIT: Choices = (
     (128, _row(32, (2, 4, 1), 64, 4, scale="sums")),
     (128, _row(32, (2, 4, 1), 64, 3, scale="sums")),
     (_ANY, _row(64, (1, 8, 1), 64, 4, scale="weights")),
-    (_ANY, _row(64, (2, 4, 1), 64, 2, scale="weights")),
+    (_ANY, _row(32, (2, 4, 1), 64, 3, scale="sums")),
 )
 # 8-bit activations: sums are scaled, so 32 tokens per warp at most.
 _CHOICES_8_BIT_ACTIVATIONS: Choices = (

@@ -282,9 +282,30 @@ def gemm(
 
 
 def _grid(work: int, index: int) -> int:
-    """Blocks for so many pieces of work: a power of two, so that there are few plans."""
+    """Blocks for so many pieces of work: few different numbers, so that there are few plans."""
     most = 8 * torch.cuda.get_device_properties(index).multi_processor_count
     return min(most, 1 << max(0, work - 1).bit_length())
+
+
+def run(
+    source: KernelSource,
+    threads: int,
+    shared_bytes: int,
+    arguments: bytes,
+    work: int,
+    device: torch.device,
+) -> None:
+    """Launch a kernel of one argument on the current stream of a device.
+
+    work: pieces of work, that many blocks or fewer; the kernel's loop over them knows gridDim.x.
+    """
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        size = len(arguments)
+        plan = _plan(source, threads, shared_bytes, size, index, stream, _grid(work, index))
+        plan.arguments[:size] = arguments
+        plan.launch()
 
 
 def gather(a: Tensor, perm: Tensor) -> Tensor:
@@ -293,17 +314,15 @@ def gather(a: Tensor, perm: Tensor) -> Tensor:
     a: float16 or bfloat16 [M, K], elements of a row adjacent; perm: int32 [K'], -1 for zeros, K' a
     multiple of 8. Returns [M, K'] on the current stream.
     """
-    index, m, k_padded = a.device.index, a.shape[0], perm.shape[0]
+    m, k_padded = a.shape[0], perm.shape[0]
     out = a.new_empty(m, k_padded)
     if m == 0:
         return out
     source = KernelSource("sm80/activations.cuh", "sm80::gather_activations<8>")
-    grid = _grid(-(-m * k_padded // (8 * _PREPARE_THREADS)), index)
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    plan = _plan(source, _PREPARE_THREADS, 0, _GATHER.size, index, stream, grid)
     pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
-    _GATHER.pack_into(plan.arguments, 0, *pointers, a.stride(0), m, k_padded)
-    plan.launch()
+    arguments = _GATHER.pack(*pointers, a.stride(0), m, k_padded)
+    work = -(-m * k_padded // (8 * _PREPARE_THREADS))
+    run(source, _PREPARE_THREADS, 0, arguments, work, a.device)
     return out
 
 
@@ -314,7 +333,7 @@ def quantize_activations(a: Tensor, dtype: torch.dtype, k_padded: int) -> tuple[
     newer) torch.float8_e4m3fn; k_padded: a multiple of 16. Returns (codes [M, k_padded], scales
     float32 [M]), equal to reference.quantize_activations and sm80_layout.kernel_activations.
     """
-    index, (m, k) = a.device.index, a.shape
+    m, k = a.shape
     codes = a.new_empty(m, k_padded, dtype=dtype)
     scales = a.new_empty(m, dtype=torch.float32)
     if m == 0:
@@ -323,12 +342,7 @@ def quantize_activations(a: Tensor, dtype: torch.dtype, k_padded: int) -> tuple[
     code = "int8_t" if dtype == torch.int8 else "float8_e4m3"
     expression = f"sm80::quantize_activations<{scalar}, {code}>"
     source = KernelSource("sm80/activations.cuh", expression)
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    shared_bytes = 4 * _PREPARE_THREADS // 32
-    plan = _plan(
-        source, _PREPARE_THREADS, shared_bytes, _QUANTIZE.size, index, stream, _grid(m, index)
-    )
     pointers = (a.data_ptr(), codes.data_ptr(), scales.data_ptr())
-    _QUANTIZE.pack_into(plan.arguments, 0, *pointers, a.stride(0), m, k, k_padded)
-    plan.launch()
+    arguments = _QUANTIZE.pack(*pointers, a.stride(0), m, k, k_padded)
+    run(source, _PREPARE_THREADS, 4 * _PREPARE_THREADS // 32, arguments, m, a.device)
     return codes, scales

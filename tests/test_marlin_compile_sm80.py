@@ -8,6 +8,7 @@ import pytest
 
 from marlin_kernel import compiler
 from marlin_kernel.compiler import Cubin, KernelSource
+from marlin_kernel.repack import kernel_source
 from marlin_kernel.sm80_configs import (
     SHARED_LIMITS,
     KernelTypes,
@@ -76,6 +77,14 @@ def test_preparation_of_activations_compiles(arch: str) -> None:
         assert cubin.stack_bytes == 0
     fp8 = "sm80::quantize_activations<__nv_bfloat16, float8_e4m3>"
     assert compiler.compile_kernel(KernelSource(header, fp8), "sm_90a").stack_bytes == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90a"])
+def test_repacking_compiles(arch: str) -> None:
+    for source, bits in (("gptq", 4), ("awq", 4), ("compressed-tensors", 8)):
+        for permuted in (False, True):
+            cubin = compiler.compile_kernel(kernel_source(source, bits, permuted), arch)
+            assert cubin.stack_bytes == 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES.values())

@@ -1,0 +1,167 @@
+"""Time every weight and activation type on the mma.sync path, beside torch.matmul in FP16.
+
+    python scripts/bench_types.py --json docs/results/types.json
+
+Protocol of gpu_timing: CUDA-graph replay, every launch on another copy of the weights. Activations
+of 8 bits are timed as quantized ones; quantizing them is a row of its own. Results are checked in
+tests/test_marlin_gpu_types.py, and roughly here, before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from gpu_timing import ROTATE_BYTES, circumstances, graph_time
+from torch import Tensor
+
+from marlin_kernel import WEIGHT_TYPES, formats, sm80_path
+from marlin_kernel.formats import QuantizedLinear
+from marlin_kernel.sm80_layout import KernelTensors, kernel_tensors
+
+SHAPES = ((4096, 4096), (8192, 8192))
+TOKENS = (1, 16, 64, 256)
+# weight type, activation, output, group size, act-order
+CASES = (
+    ("uint4b8", "float16", "float16", 128, False),
+    ("uint4b8", "float16", "float16", 128, True),
+    ("uint4", "float16", "float16", 128, False),
+    ("uint4_hqq", "float16", "float16", 64, False),
+    ("uint8b128", "float16", "float16", 128, False),
+    ("uint8b128", "float16", "float16", -1, False),
+    ("uint8", "float16", "float16", 128, False),
+    ("float8_e4m3fn", "float16", "float16", -1, False),
+    ("float8_e4m3fn", "float16", "float16", 128, False),
+    ("nvfp4", "float16", "float16", 16, False),
+    ("nvfp4", "bfloat16", "bfloat16", 16, False),
+    ("mxfp4", "bfloat16", "bfloat16", 32, False),
+    ("uint4b8", "int8", "float16", 128, False),
+    ("uint4b8", "int8", "float16", -1, False),
+    ("uint4", "int8", "float16", 128, False),
+    ("uint8b128", "int8", "float16", -1, False),
+    ("uint4b8", "float8_e4m3fn", "float16", 128, False),
+    ("float8_e4m3fn", "float8_e4m3fn", "float16", -1, False),
+)
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+
+
+def copies_of(held: KernelTensors) -> list[KernelTensors]:
+    """The layer in so many places that none of its weights is in the L2 cache when it is read."""
+    names = ("weights", "scales", "zeros")
+    tensors = {name: getattr(held, name) for name in names if getattr(held, name) is not None}
+    nbytes = sum(t.nbytes for t in tensors.values())
+    rest = {"perm": held.perm, "global_scale": held.global_scale, "group_size": held.group_size}
+    return [
+        KernelTensors(**{"zeros": None} | {n: t.clone() for n, t in tensors.items()} | rest)
+        for _ in range(max(2, -(-ROTATE_BYTES // nbytes)))
+    ]
+
+
+def product(
+    held: KernelTensors, a: Tensor, out: Tensor, weight_type: str, token_scales: Tensor | None
+) -> None:
+    sm80_path.gemm(
+        *(a, held.weights, held.scales, None, out, a.shape[1], out.shape[1]),
+        *(held.k_padded, held.n_padded, held.group_size),
+        weight_type=weight_type,
+        zeros=held.zeros,
+        perm=held.perm,
+        token_scales=token_scales,
+        global_scale=held.global_scale,
+    )
+
+
+def layer_of(case: tuple[str, str, str, int, bool], k: int, n: int) -> QuantizedLinear:
+    name, _, _, group_size, act_order = case
+    weight = torch.randn(k, n, device="cuda") / k**0.5
+    layer = QuantizedLinear.quantize(weight, WEIGHT_TYPES[name], group_size)
+    if not act_order:
+        return layer
+    order = torch.randperm(k, device="cuda")
+    g_idx = torch.empty(k, dtype=torch.int32, device="cuda")
+    g_idx[order] = (torch.arange(k, device="cuda") // group_size).int()
+    return QuantizedLinear.of(layer.codes, layer.scales, layer.weight_type, group_size, g_idx=g_idx)
+
+
+def measure(case: tuple[str, str, str, int, bool], k: int, n: int) -> list[dict]:
+    name, activation, output, group_size, act_order = case
+    layer = layer_of(case, k, n)
+    dense = layer.dequantize(torch.float32)
+    copies = copies_of(kernel_tensors(formats.write(layer, "marlin"), layer.spec))
+    rows = []
+    for m in TOKENS:
+        a = torch.randn(m, k, device="cuda", dtype=DTYPES[output])
+        out, scales, operand = a.new_empty(m, n), None, a
+        if activation in ("int8", "float8_e4m3fn"):
+            dtype = DTYPES[activation]
+            operand, scales = sm80_path.quantize_activations(a, dtype, copies[0].k_padded)
+        product(copies[0], operand, out, name, scales)
+        error = float((out.float() - a.float() @ dense).norm() / (a.float() @ dense).norm())
+        limit = 0.05 if scales is not None else 0.01
+        assert error < limit, f"{case} at {k} x {n}, M={m}: error {error}"
+        launches = [partial(product, held, operand, out, name, scales) for held in copies]
+        rows.append(
+            {
+                "weight_type": name,
+                "activation": activation,
+                "output": output,
+                "group_size": group_size,
+                "act_order": act_order,
+                "k": k,
+                "n": n,
+                "m": m,
+                "us": round(graph_time(launches), 2),
+            }
+        )
+    return rows
+
+
+def baseline(k: int, n: int) -> list[dict]:
+    """torch.matmul in FP16, the faster of both layouts of the weights; and rounding activations."""
+    rows = []
+    copies = max(2, -(-ROTATE_BYTES // (2 * k * n)))
+    w = [torch.randn(k, n, device="cuda", dtype=torch.float16) for _ in range(copies)]
+    for m in TOKENS:
+        a = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        out = a.new_empty(m, n)
+        times = [
+            graph_time([partial(torch.mm, a, x, out=out) for x in w]),
+            graph_time([partial(torch.mm, a, x.view(n, k).T, out=out) for x in w]),
+        ]
+        row = {"weight_type": "torch.matmul", "activation": "float16", "k": k, "n": n, "m": m}
+        rows.append(row | {"us": round(min(times), 2)})
+        row = {"weight_type": "quantize_activations", "activation": "int8", "k": k, "m": m}
+        launches = [partial(sm80_path.quantize_activations, a, torch.int8, k)] * 32
+        rows.append(row | {"n": n, "us": round(graph_time(launches), 2)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write rows and circumstances here")
+    options = parser.parse_args()
+    rows = []
+    for k, n in SHAPES:
+        for case in (None, *CASES):
+            rows += baseline(k, n) if case is None else measure(case, k, n)
+            times = " ".join(f"{row['us']:8.2f}" for row in rows[-len(TOKENS) :])
+            print(f"{k} x {n} {case or 'torch.matmul'}: {times}", flush=True)
+            torch.cuda.empty_cache()
+    if options.json:
+        result = {"circumstances": circumstances("scripts/bench_types.py", options), "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
