@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq.models import FAMILIES, Stages, StreamedModel, resolve_source
+from gptq.cli import main
+from gptq.models import FAMILIES, Stages, StreamedModel, config_folder, resolve_source
 from marlin_kernel import CheckpointError, ConfigError, NumericalError
 from tests.gptq_models import SOURCES, VOCABULARY, Source, tiny_config, write_source
 
@@ -342,3 +343,55 @@ def test_gguf_becomes_the_same_model_once(tmp_path, monkeypatch):
     assert (folder / "config.json").stat().st_mtime_ns == stamp
     assert tiny_config(SOURCES["llama"]).hidden_size == stream(folder).config.hidden_size
     assert not list(folder.parent.glob("*.partial"))
+
+
+# ---- a config without weights --------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    path = tmp_path / "shape.json"
+    path.write_text(tiny_config(SOURCES["llama-tied-sharded"]).to_json_string())
+    return path
+
+
+def test_random_weights_follow_from_seed_and_name(config_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("MARLIN_CACHE", str(tmp_path / "cache"))
+    folder = config_folder(str(config_file))
+    assert (folder / "config.json").read_bytes() == config_file.read_bytes()
+    cpu = torch.device("cpu")
+    one, same, other = (
+        StreamedModel(folder, torch.float32, cpu, random_seed=seed) for seed in (3, 3, 4)
+    )
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(one.tensors[name], same.tensors[name])
+    assert not torch.equal(one.tensors[name], other.tensors[name])
+    assert not torch.equal(one.tensors[name], one.tensors[name.replace("1", "0")])
+    assert float(one.tensors[name].std()) == pytest.approx(160**-0.5, rel=0.05)
+    assert bool((one.layer(0).input_layernorm.weight == 1).all())
+    assert "lm_head.weight" not in one.tensors  # tied
+    assert torch.isfinite(one.head()(one.embed(torch.arange(5)))).all()
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="from_config=.*none.json.*no such file"):
+        config_folder(str(tmp_path / "none.json"))
+
+
+def test_a_shape_is_quantized_from_the_command_line(config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MARLIN_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    few = ["--nsamples", "3", "--seqlen", "16", "--groupsize", "32", "--wbits", "4"]
+    flags = ["--from_config", str(config_file), *few, "--device", "cpu"]
+    assert main([*flags, "--save", str(out)]) == 0
+    assert "random ids" in capsys.readouterr().out
+    assert (out / "model.safetensors").is_file()
+    for wrong, message in {
+        "model": "one model at a time",
+        "--offload_activations": "they are in host memory already",
+        "--wbits=16": "nothing to evaluate",
+    }.items():
+        assert main([*flags, "--save", str(tmp_path / "other"), wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["--wbits", "4"]) == 2
+    assert "no model; give a checkpoint, or --from_config" in capsys.readouterr().err
