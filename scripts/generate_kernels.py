@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 from tqdm import tqdm
 
-from marlin_kernel import layout, prebuilt, sm80_configs
+from marlin_kernel import kernel_configs, layout, prebuilt, sm80_configs
 from marlin_kernel.compiler import INDEX, CompileError, compile_all, source_key, write_index
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig
@@ -192,6 +192,10 @@ static const uint8_t marlin_scale_order_single[32] = {{
 /* Constants of sm80_configs.geometry. */
 enum {{ MARLIN_SM80_MIN_K = {min_k}, MARLIN_SM80_FIXED_SPLIT_BLOCKS = {fixed_split_blocks} }};
 
+/* Multiprocessors that a cluster may lie in (kernel_configs). */
+enum {{ MARLIN_SM90_DOMAINS = {domain_count} }};
+static const int marlin_sm90_domains[] = {{ {domains} }};
+
 enum {{ MARLIN_ARCHS = {archs}, MARLIN_VARIANTS = {variants}, MARLIN_KERNELS = {kernels} }};
 
 typedef struct {{
@@ -285,6 +289,8 @@ def selector(variants: Sequence[Variant]) -> str:
         scale_order_single=numbers_text(layout.scale_order(False).tolist()),
         min_k=sm80_configs.MIN_K_PER_BLOCK,
         fixed_split_blocks=sm80_configs.FIXED_SPLIT_BLOCKS,
+        domain_count=len(kernel_configs._DOMAINS),
+        domains=", ".join(map(str, kernel_configs._DOMAINS)),
         archs=len(arches),
         variants=len(variant_rows),
         kernels=len(kernel_rows),
@@ -345,7 +351,7 @@ def kernel_row(v: Variant, config: Config) -> str:
     else:
         family = "SM90_GEMM"
         tile = (config.tokens, TILE_N * config.columns, TILE_K * config.stage_tiles)
-        rest = (2, config.split, int(config.cluster), int(config.tail))
+        rest = (config.warpgroups, config.split, int(config.cluster), int(config.tail))
         shared_bytes = config.storage_bytes(group_size)
     numbers = (config.threads, *tile, *rest, config.blocks_per_sm, shared_bytes)
     key = source_key(v.source(config), v.arch)

@@ -436,7 +436,7 @@ def test_sm90_launches_as_python_does(library: ctypes.CDLL, batch_invariant: boo
             assert library.key_of(plan.kernel).decode() == compiler.source_key(source, "sm_90a")
             assert plan.threads == config.threads
             assert plan.shared_bytes == config.shared_bytes(m, k_tiles, g)
-            assert (plan.grid_x, plan.grid_y, 1) == config.grid(m, column_tiles)
+            assert (plan.grid_x, plan.grid_y, 1) == config.grid(m, k_tiles, column_tiles, g)
             if isinstance(config, DecodeConfig):
                 assert plan.cluster == config.split
             else:

@@ -356,6 +356,18 @@ static int marlin_lay_out_sm80(const marlin_device* device, const marlin_kernel*
   return 1;
 }
 
+/* Clusters of a small-batch kernel that are resident together (kernel_configs.resident_clusters).
+ */
+static int marlin_clusters(const marlin_device* device, const marlin_kernel* kernel, int shared) {
+  const int fitting = device->shared_per_processor / (shared + 1024);
+  const int resident = marlin_max(1, marlin_min(kernel->blocks_per_processor, fitting));
+  int clusters = 0;
+  if (kernel->split == 1) return device->multiprocessors * resident;
+  for (int i = 0; i < MARLIN_SM90_DOMAINS; ++i)
+    clusters += marlin_sm90_domains[i] * resident / kernel->split;
+  return marlin_max(1, (int)((long long)clusters * device->multiprocessors / 132));
+}
+
 /* sm90: kernel_configs.DecodeConfig and GemmConfig. */
 static int marlin_lay_out_sm90(const marlin_device* device, const marlin_kernel* kernel,
                                marlin_plan* plan) {
@@ -369,7 +381,8 @@ static int marlin_lay_out_sm90(const marlin_device* device, const marlin_kernel*
                              (long long)m * (marlin_ceil_div(k_tiles, kernel->split) * 64 * 2 + 16);
     if (m > kernel->tile_m || shared > device->shared_per_block) return 0;
     plan->grid_x = (unsigned)kernel->split;
-    plan->grid_y = (unsigned)marlin_ceil_div(column_tiles, columns);
+    plan->grid_y = (unsigned)marlin_min(marlin_ceil_div(column_tiles, columns),
+                                        marlin_clusters(device, kernel, (int)shared));
     plan->cluster = (unsigned)kernel->split;
     plan->shared_bytes = (unsigned)shared;
     return 1;
