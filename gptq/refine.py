@@ -33,13 +33,13 @@ _WARMUP = 2  # steps until the full rate
 class RefineOptions:
     """How long and how fast.
 
-    steps: of the optimizer; batch: samples per step; rate: first relative change of a value per
-    step, falling linearly to 0; heldout: every how many-th sample judges instead of teaching;
-    checks: how often it does; seed: of the order of the samples.
+    steps: of the optimizer; tokens: of a step, in whole samples; rate: first relative change of a
+    value per step, falling linearly to 0; heldout: every how many-th sample judges instead of
+    teaching; checks: how often it does; seed: of the order of the samples.
     """
 
     steps: int
-    batch: int = 8
+    tokens: int = 4096
     rate: float = 1e-3
     heldout: int = 8
     checks: int = 10
@@ -111,7 +111,7 @@ def refine_layer(
             total += float(part.detach())
         return total
 
-    refinement = _descend(measure, list(learned.values()), len(lengths), options)
+    refinement = _descend(measure, list(learned.values()), lengths, options)
     found = {name: replace(solutions[name], scales=learned[name].value()) for name in linears}
     return found, refinement
 
@@ -150,6 +150,7 @@ def refine_model(
         stages.append(Stages(layer, model.family))
     original_norm, norm = model.final_norm(), model.final_norm().float()
     learned[model.final_norm_name] = _Norm(norm.weight, model)
+    lengths = [ids.numel() for ids in samples]
     head = model.head_weight().to(torch.bfloat16 if device.type == "cuda" else torch.float32)
 
     def final_hidden(ids: Tensor) -> Tensor:
@@ -162,8 +163,8 @@ def refine_model(
         return norm(x).flatten(0, 1)
 
     def measure(indices: Sequence[int], backward: bool) -> float:
-        total, tokens = 0.0, sum(samples[i].numel() for i in indices)
-        for group in _equal(indices, [ids.numel() for ids in samples]):
+        total, tokens = 0.0, sum(lengths[i] for i in indices)
+        for group in _equal(indices, lengths):
             with _half_products(device):
                 hidden = final_hidden(torch.stack([samples[i] for i in group]))
             leaf = hidden.detach().requires_grad_(backward)
@@ -182,7 +183,7 @@ def refine_model(
                 hidden.backward(leaf.grad)
         return total
 
-    refinement = _descend(measure, list(learned.values()), len(samples), options)
+    refinement = _descend(measure, list(learned.values()), lengths, options)
     model.drop_embedding()
     values = {name: part.value() for name, part in learned.items()}
     scales = {n: v for n, v in values.items() if isinstance(learned[n], _Scales)}
@@ -190,7 +191,7 @@ def refine_model(
     return scales, norms, refinement
 
 
-def check_samples(count: int, options: RefineOptions) -> None:
+def check_samples(count: int) -> None:
     """Raise ConfigError if `count` calibration samples cannot both teach and judge."""
     if count < 2:
         raise ConfigError(
@@ -283,16 +284,17 @@ class _Norm(_Learned):
 def _descend(
     measure: Callable[[Sequence[int], bool], float],
     learned: Sequence[_Learned],
-    count: int,
+    lengths: Sequence[int],
     options: RefineOptions,
 ) -> Refinement:
     """Adam on `learned`; keeps the state that was best on held-out samples, or the first one.
 
     measure: mean loss over samples, and whether to add its gradient to the parameters' own.
     """
-    check_samples(count, options)
+    count = len(lengths)
+    check_samples(count)
     held = list(range(0, count, options.heldout))
-    batches = _batches([i for i in range(count) if i not in held], options)
+    batches = _batches([i for i in range(count) if i % options.heldout], lengths, options)
     every = max(options.steps // options.checks, 1)
     for part in learned:
         part.write()
@@ -325,16 +327,20 @@ def _descend(
     return Refinement(before, best, best_step)
 
 
-def _batches(indices: Sequence[int], options: RefineOptions) -> Iterator[list[int]]:
-    """Endless batches; every sample comes once before any comes again."""
+def _batches(
+    indices: Sequence[int], lengths: Sequence[int], options: RefineOptions
+) -> Iterator[list[int]]:
+    """Endless steps of about `options.tokens` tokens; every sample comes before any comes again."""
     draw = random.Random(options.seed)
     queue: list[int] = []
-    size = min(options.batch, len(indices))
     while True:
-        if len(queue) < size:
-            queue += draw.sample(list(indices), len(indices))
-        yield queue[:size]
-        queue = queue[size:]
+        batch: list[int] = []
+        while sum(lengths[i] for i in batch) < options.tokens:
+            queue = queue or draw.sample(list(indices), len(indices))
+            if queue[-1] in batch:  # all samples together have fewer tokens
+                break
+            batch.append(queue.pop())
+        yield batch
 
 
 def _equal(indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -1,25 +1,35 @@
 """Accuracy of quantization recipes on one model: KL divergence, top-1 agreement, perplexity.
 
 The protocol, so that numbers compare: calibration text is one document per line, shuffled with seed
-0, tokenised without special tokens, joined by the tokens of a blank line and cut into rows; the
-first rows calibrate. "C4" evaluates the documents behind the first 64 rows, joined alike, in 8
-windows of 2048; "wiki" the first 16 windows of 2048 of the second file. No BOS. Everything in
+0, tokenised without special tokens, joined by the tokens of a blank line and cut into rows; seed 0
+calibrates with the first rows, any other seed with as many drawn from the first 64. "C4" evaluates
+the documents behind those 64 rows, joined alike, in 8 windows of 2048; "wiki" the first 16 windows
+of 2048 of the second file. Other domains: "code", sources of this Python's standard library,
+"technical", its reference manual, and files of --text, 8 windows each. No BOS. Everything in
 float32.
 
-    python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt --out
-    docs/results
+    python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt
 
-Writes accuracy.json and accuracy.md; variants come from configs/bench/accuracy.yaml.
+Variants and their seeds come from configs/bench/accuracy.yaml. Writes accuracy.json after every run
+and accuracy.md at the end; accuracy.md holds the tables of docs/accuracy.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
+import platform
 import random
+import statistics
+import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,9 +43,11 @@ from eval.perplexity import WindowScores, score_windows, summarize  # noqa: E402
 from gptq.calibration import joined_rows  # noqa: E402
 from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.models import StreamedModel, resolve_source  # noqa: E402
+from gptq.refine import refine_model  # noqa: E402
 from gptq.run import choose_device, environment  # noqa: E402
-from gptq.sequential import Walker  # noqa: E402
+from gptq.sequential import STEP_TOKENS, Walker  # noqa: E402
 from gptq.solver import Solution  # noqa: E402
+from gptq.texts import documents  # noqa: E402
 from marlin_kernel import formats  # noqa: E402
 from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_model, load_tokenizer  # noqa: E402
@@ -43,12 +55,24 @@ from marlin_kernel.layer import Layer  # noqa: E402
 
 HELDOUT_ROWS = 64  # calibration rows whose documents are never evaluated
 WINDOW = 2048
-C4_WINDOWS, WIKI_WINDOWS = 8, 16
+WINDOWS = {"wiki": 16}
+OTHER_WINDOWS = 8  # of every other text
+SERVED = ("fast", "best")  # variants that are also measured through the packed layers
 
 
-def texts(c4: Path, wiki: Path, tokenizer, row_length: int):
-    """(calibration rows [R, row_length], {"wiki", "C4"} -> windows [W, 2048])."""
-    lines = [line for line in c4.read_text(encoding="utf-8").split("\n") if line]
+@dataclass(frozen=True)
+class Task:
+    """One run: a variant of the settings with one calibration seed."""
+
+    name: str
+    config: QuantizeConfig
+    rows: int
+    seed: int
+
+
+def texts(args: argparse.Namespace, tokenizer, row_length: int):
+    """(calibration rows [64, row_length], windows [W, 2048] by name of the text)."""
+    lines = [line for line in args.c4.read_text(encoding="utf-8").split("\n") if line]
     random.Random(0).shuffle(lines)
     separator = len(tokenizer("\n\n", add_special_tokens=False).input_ids)
     used, count = 0, 0
@@ -56,14 +80,47 @@ def texts(c4: Path, wiki: Path, tokenizer, row_length: int):
         used += len(tokenizer(lines[count], add_special_tokens=False).input_ids) + separator
         count += 1
     rows = joined_rows(lines[:count], tokenizer, length=row_length)
-    c4_windows = joined_rows(lines[count:], tokenizer, length=WINDOW)[:C4_WINDOWS]
-    with open(wiki, encoding="utf-8", newline="") as file:
-        wiki_windows = joined_rows([file.read()], tokenizer, length=WINDOW)[:WIKI_WINDOWS]
-    return rows, {"wiki": wiki_windows, "C4": c4_windows}
+    sources = {"wiki": [_whole(args.wiki)], "C4": lines[count:], "code": _library()}
+    sources["technical"] = documents("pydoc", "heldout").texts
+    sources |= {name: [_whole(Path(path))] for name, path in args.text}
+    windows = {}
+    for name, source in sources.items():
+        limit = args.windows or WINDOWS.get(name, OTHER_WINDOWS)
+        windows[name] = joined_rows(
+            _enough(source, limit * WINDOW * 12), tokenizer, length=args.window
+        )[:limit]
+    return rows[:HELDOUT_ROWS], windows
+
+
+def _whole(path: Path) -> str:
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def _library() -> Iterator[str]:
+    """Sources of the standard library's top level, by name."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _enough(source, characters: int) -> Iterator[str]:
+    """Leading texts of so many characters: the rest would be tokenised and dropped."""
+    for text in source:
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)
+
+
+def calibration(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """The rows that calibrate: the first for seed 0, drawn for any other."""
+    if seed == 0:
+        return rows[:count]
+    return rows[random.Random(seed).sample(range(len(rows)), count)]
 
 
 def figures(scores: WindowScores, name: str) -> dict[str, float]:
-    found = summarize(scores, name, "windows of 2048, no BOS", WINDOW)
+    found = summarize(scores, name, "", WINDOW)
     return {
         key: round(getattr(found, key), 6)
         for key in ("perplexity", "kl", "kl_se", "top1", "tokens")
@@ -80,27 +137,53 @@ def quantize(
     Returns seconds by kind of work, and the solutions by name of the linear.
     """
     device = model.device
-    began = time.perf_counter()
+    cuda = device.type == "cuda"
+    began, cpu = time.perf_counter(), time.process_time()
     streamed = StreamedModel(folder, torch.float32, device)
     walker = Walker(
-        streamed, list(rows), config.solver_options(), true_sequential=config.true_sequential
+        streamed,
+        list(rows),
+        config.solver_options(),
+        true_sequential=config.true_sequential,
+        step_tokens=STEP_TOKENS if cuda else 1,
+        refine=config.refine_options(config.refine),
     )
-    errors, layers = [], {}
+    layers: dict[str, Solution] = {}
     for index in range(streamed.num_layers):
         for result in walker.quantize_layer(index, lambda path: None):
-            model.get_submodule(result.name).weight.copy_(result.solution.weight().T)
-            errors.append(result.solution.statistics.relative_error)
             layers[result.name] = result.solution
-    if device.type == "cuda":
+    errors = [solution.statistics.relative_error for solution in layers.values()]
+    if config.refine_norms:
+
+        def of_layer(index: int) -> dict[str, Solution]:
+            prefix = f"{streamed.layer_name(index)}."
+            return {n.removeprefix(prefix): s for n, s in layers.items() if n.startswith(prefix)}
+
+        scales, norms, _ = refine_model(
+            streamed,
+            of_layer,
+            [walker.batches[batch].ids[row, :length] for batch, row, length in walker.places],
+            lambda i: walker.sample(walker.target, i),
+            config.refine_options(config.refine_norms),
+        )
+        layers = {name: replace(s, scales=scales[name]) for name, s in layers.items()}
+        for name, norm in norms.items():
+            model.get_parameter(name).copy_(norm)
+    for name, solution in layers.items():
+        model.get_submodule(name).weight.copy_(solution.weight().T)
+    if cuda:
         torch.cuda.synchronize(device)
     clock = walker.clock
-    return {
-        "seconds": round(time.perf_counter() - began, 2),
-        "seconds_forward": round(clock.forward, 2),
-        "seconds_hessian": round(clock.hessian, 2),
-        "seconds_solve": round(clock.solve, 2),
-        "relative_error": round(sum(errors) / len(errors), 5),
-    }, layers
+    spent = {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "seconds_forward": clock.forward,
+        "seconds_hessian": clock.hessian,
+        "seconds_solve": clock.solve,
+        "seconds_refine": clock.refine,
+        "relative_error": sum(errors) / len(errors),
+    }
+    return {key: round(value, 5) for key, value in spent.items()}, layers
 
 
 def pack(model, solutions: dict[str, Solution], config: QuantizeConfig) -> dict[str, nn.Module]:
@@ -122,41 +205,137 @@ def pack(model, solutions: dict[str, Solution], config: QuantizeConfig) -> dict[
     return before
 
 
+class Bench:
+    """A model, its original, and texts: everything that the runs of one process share."""
+
+    def __init__(self, args: argparse.Namespace, row_length: int) -> None:
+        device = choose_device(QuantizeConfig(device=args.device))
+        self.folder = resolve_source(args.model)
+        self.rows, self.windows = texts(args, load_tokenizer(self.folder), row_length)
+        self.reference = load_model(self.folder, device=device, dtype=torch.float32)
+        self.model = load_model(self.folder, device=device, dtype=torch.float32)
+        self.original = {name: p.clone() for name, p in self.model.named_parameters()}
+
+    def score(self, compared: bool = True) -> dict[str, dict[str, float]]:
+        other = self.reference if compared else None
+        return {
+            name: figures(score_windows(self.model, list(windows), other), name)
+            for name, windows in self.windows.items()
+        }
+
+    def run(self, task: Task) -> list[tuple[str, int, dict]]:
+        """(name, seed, figures) of a task, and of the same codes in packed layers."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.original[name])
+        rows = calibration(self.rows, task.rows, task.seed)
+        spent, solutions = quantize(self.model, self.folder, task.config, rows)
+        found = [(task.name, task.seed, {**self.score(), **spent})]
+        if task.name in SERVED and task.seed == 0:
+            linears = pack(self.model, solutions, task.config)
+            found.append((f"{task.name}, served packed", 0, self.score()))
+            for path, linear in linears.items():
+                self.model.set_submodule(path, linear)
+        return found
+
+
+_bench: list[Bench] = []  # of this worker process
+
+
+def _start(args: argparse.Namespace, row_length: int) -> None:
+    torch.set_num_threads(max(torch.get_num_threads() // args.jobs, 1))
+    _bench.append(Bench(args, row_length))
+
+
+def _work(task: Task) -> list[tuple[str, int, dict]]:
+    return _bench[0].run(task)
+
+
+def tasks(args: argparse.Namespace, recipe: dict) -> list[Task]:
+    """All runs, the first seed of every variant before the others."""
+    chosen = recipe["variants"]
+    if args.only:
+        chosen = {name.strip(): chosen[name.strip()] for name in args.only.split(";")}
+    found = []
+    for name, changes in chosen.items():
+        changes = dict(changes)
+        base = load_recipe(ROOT / "configs" / "quantize" / f"{changes.pop('recipe')}.yaml")
+        count, seeds = changes.pop("rows", recipe["rows"]), changes.pop("seeds", 1)
+        config = resolve({**base, "groupsize": recipe["groupsize"], **changes}, {})
+        found += [Task(name, replace(config, seed=seed), count, seed) for seed in range(seeds)]
+    return sorted(found, key=lambda task: task.seed)
+
+
+def summarized(name: str, runs: dict[int, dict]) -> dict:
+    """Means over the seeds of one variant; kl_seed_se: standard error over seeds."""
+    first = runs[min(runs)]
+    result: dict = {"name": name, "seeds": sorted(runs)}
+    for key, value in first.items():
+        if not isinstance(value, dict):
+            result[key] = round(statistics.fmean(run[key] for run in runs.values()), 4)
+            continue
+        parts = [run[key] for run in runs.values()]
+        result[key] = {k: round(statistics.fmean(p[k] for p in parts), 6) for k in value}
+        if len(parts) > 1:
+            spread = statistics.stdev(p["kl"] for p in parts) / math.sqrt(len(parts))
+            result[key]["kl_seed_se"] = round(spread, 6)
+    return result
+
+
 def table(results: Sequence[dict]) -> str:
+    names = [key for key, value in results[0].items() if isinstance(value, dict)]
     lines = [
-        "| recipe | wiki PPL | wiki KL | wiki top-1 | C4 PPL | C4 KL |",
-        "|---|---|---|---|---|---|",
+        "| recipe | wiki PPL | top-1 | C4 PPL | "
+        + " | ".join(f"{n} KL" for n in names)
+        + " | seeds |",
+        "|---" * (len(names) + 5) + "|",
     ]
     for r in results:
-        wiki, c4 = r["wiki"], r["C4"]
-        lines.append(
-            f"| {r['name']} | {wiki['perplexity']:.3f} | {wiki.get('kl', 0):.4f} | "
-            f"{wiki.get('top1', 1):.3f} | {c4['perplexity']:.3f} | {c4.get('kl', 0):.4f} |"
-        )
+        wiki = r["wiki"]
+        top1 = f"{wiki['top1']:.3f}" if "top1" in wiki else ""
+        cells = [r["name"], f"{wiki['perplexity']:.3f}", top1, f"{r['C4']['perplexity']:.3f}"]
+        for n in names:
+            kl = f"{r[n]['kl']:.4f}" if "kl" in r[n] else ""
+            cells.append(kl + (f" ± {r[n]['kl_seed_se']:.4f}" if "kl_seed_se" in r[n] else ""))
+        lines.append("| " + " | ".join([*cells, str(len(r.get("seeds", [0])))]) + " |")
     return "\n".join(lines)
 
 
-def write(args: argparse.Namespace, recipe: dict, device: torch.device, results: list) -> None:
+def commit() -> str | None:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
     """accuracy.json and accuracy.md with all results so far."""
     args.out.mkdir(parents=True, exist_ok=True)
+    model = args.name or Path(args.model).name
     facts = {
         "command": f"python scripts/bench_accuracy.py {Path(args.model).name} "
         f"--c4 {args.c4.name} --wiki {args.wiki.name}",
-        "environment": environment(device),
-        "model": Path(args.model).name,
+        "commit": commit(),
+        "environment": environment(choose_device(QuantizeConfig(device=args.device))),
+        "model": model,
         "calibration": f"{recipe['rows']} rows of {recipe['row_length']} tokens",
         "results": results,
     }
     text = json.dumps(facts, indent=1) + "\n"
-    (args.out / "accuracy.json").write_text(text, encoding="utf-8")
+    (args.out / f"{args.stem}.json").write_text(text, encoding="utf-8")
+    where = facts["environment"].get("gpu", "CPU")
+    predictions = ", ".join(
+        f"{key} {value['tokens']:,.0f}" for key, value in results[0].items() if key in results[0]
+        and isinstance(value, dict)
+    )  # fmt: skip
     heading = (
-        f"# Accuracy of quantization recipes\n\n{facts['model']}, group size "
-        f"{recipe['groupsize']} unless said, {facts['calibration']}; "
-        f"{facts['environment'].get('gpu', 'CPU')}, torch {torch.__version__}. Protocol: "
-        "`scripts/bench_accuracy.py`. KL and top-1 against full precision on the same tokens "
-        "(wiki 32,752, C4 16,376 predictions).\n\n"
+        f"# Accuracy of quantization recipes\n\n{model}, group size {recipe['groupsize']} unless "
+        f"said, {facts['calibration']}; {where}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}. KL and top-1 against full precision on the same tokens "
+        f"(predictions: {predictions}); means over calibration seeds ± their standard error. "
+        "Protocol: `scripts/bench_accuracy.py`.\n\n"
     )
-    (args.out / "accuracy.md").write_text(heading + table(results) + "\n", encoding="utf-8")
+    (args.out / f"{args.stem}.md").write_text(heading + table(results) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -164,49 +343,66 @@ def main() -> None:
     parser.add_argument("model", help="folder, hub name or GGUF file")
     parser.add_argument("--c4", type=Path, required=True, help="web text, one document per line")
     parser.add_argument("--wiki", type=Path, required=True, help="WikiText-2 test as one string")
+    parser.add_argument(
+        "--text", action="append", default=[], type=lambda s: tuple(s.split("=", 1)),
+        metavar="NAME=FILE", help="one more domain to evaluate (may be repeated)",
+    )  # fmt: skip
     parser.add_argument("--variants", type=Path, default=ROOT / "configs/bench/accuracy.yaml")
     parser.add_argument("--only", help="names of variants, separated by ;")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the device")
+    parser.add_argument("--limit", type=float, default=math.inf, help="start no run after seconds")
+    parser.add_argument("--windows", type=int, help="evaluate at most so many windows of each text")
+    parser.add_argument("--window", type=int, default=WINDOW, help="tokens of a window")
+    parser.add_argument("--name", help="of the model, in the tables")
+    parser.add_argument("--stem", default="accuracy", help="of the files written")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     args = parser.parse_args()
 
+    began = time.perf_counter()
     recipe = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
-    chosen = recipe["variants"]
-    if args.only:
-        chosen = {name.strip(): chosen[name.strip()] for name in args.only.split(";")}
-    device = choose_device(QuantizeConfig(device=args.device))
-    folder = resolve_source(args.model)
-    tokenizer = load_tokenizer(folder)
-    rows, windows = texts(args.c4, args.wiki, tokenizer, recipe["row_length"])
-    reference = load_model(folder, device=device, dtype=torch.float32)
-    model = load_model(folder, device=device, dtype=torch.float32)
-    original = {name: p.clone() for name, p in model.named_parameters()}
+    todo = tasks(args, recipe)
+    resolve_source(args.model)  # convert once, before several processes want it
+    order = list(dict.fromkeys(task.name for task in todo))
+    order = [n for name in order for n in (name, f"{name}, served packed")]
+    runs: dict[str, dict[int, dict]] = {}
+    settings = {task.name: task.config.fingerprint() for task in todo}
+    full: list[dict] = []
 
-    def score(compared: bool) -> dict[str, dict[str, float]]:
-        other = reference if compared else None
-        return {
-            name: figures(score_windows(model, list(w), other), name) for name, w in windows.items()
-        }
+    def results() -> list[dict]:
+        done = [summarized(name, runs[name]) for name in order if name in runs]
+        return full + [r | {"settings": settings.get(r["name"], {})} for r in done]
 
-    results = [{"name": "full precision", **score(False)}]
-    for name, changes in chosen.items():
-        changes = dict(changes)
-        base = load_recipe(ROOT / "configs" / "quantize" / f"{changes.pop('recipe')}.yaml")
-        count = changes.pop("rows", recipe["rows"])
-        config = resolve({**base, "groupsize": recipe["groupsize"], **changes}, {})
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                parameter.copy_(original[parameter_name])
-        spent, solutions = quantize(model, folder, config, rows[:count])
-        results.append({"name": name, **score(True), **spent, "settings": config.fingerprint()})
-        if name == "default":  # the same codes, served by the packed layers
-            linears = pack(model, solutions, config)
-            results.append({"name": "default, served packed", **score(True)})
-            for path, linear in linears.items():
-                model.set_submodule(path, linear)
-        write(args, recipe, device, results)  # after every variant: a long run may be cut short
-        print(table(results[-1:]).splitlines()[-1], f"{spent['seconds']:.0f} s", flush=True)
-    print(f"\n{args.out / 'accuracy.md'}")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, _start, (args, recipe["row_length"])) as pool:
+        full.append({"name": "full precision", **pool.submit(_full).result()})
+        waiting = {}
+        todo.reverse()
+        while todo or waiting:
+            while todo and len(waiting) < args.jobs and time.perf_counter() - began < args.limit:
+                task = todo.pop()
+                waiting[pool.submit(_work, task)] = task
+            if not waiting:
+                print(f"{len(todo)} runs were not started within --limit {args.limit:.0f}")
+                break
+            future = next(as_completed(waiting))
+            del waiting[future]
+            for name, seed, found in future.result():
+                runs.setdefault(name, {})[seed] = found
+                kl = ", ".join(
+                    f"{k} {v['kl']:.4f}" for k, v in found.items() if isinstance(v, dict)
+                )
+                print(
+                    f"{time.perf_counter() - began:.0f} s  {name}, seed {seed}: {kl}; "
+                    f"{found.get('seconds', 0):.0f} s",
+                    flush=True,
+                )
+            write(args, recipe, results())
+    print(f"\n{args.out / args.stem}.md")
+
+
+def _full() -> dict:
+    return _bench[0].score(compared=False)
 
 
 if __name__ == "__main__":

@@ -360,7 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", help="folder, hub name or GGUF file")
     parser.add_argument("--from_config", help="shape to quantize with random weights")
-    parser.add_argument("--config", default=str(ROOT / "configs/quantize/default.yaml"))
+    parser.add_argument("--config", default=str(ROOT / "configs/quantize/fast.yaml"))
     parser.add_argument("--dataset", default="pydoc")
     parser.add_argument("--nsamples", type=int, help="default: 32, with --from_config 128")
     parser.add_argument("--seqlen", type=int, help="default: 1024, with --from_config 2048")
