@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 # Width of a stripe of H: only stripes on or above the diagonal are computed. Narrow stripes save
 # more of the lower triangle, wide ones fill the GPU's multiprocessors.
-_STRIPE = 384
+_STRIPE = 192
 _STRIPE_GPU = 1024
 _MAX_RETRIES = 16
 _LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the library
