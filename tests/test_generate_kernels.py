@@ -546,6 +546,37 @@ def test_example_compiles_and_asks_for_a_driver(generated: Path, tmp_path: Path)
     assert done.returncode == 2 and ("libcuda.so.1" in done.stderr or "cuInit" in done.stderr)
 
 
+@pytest.fixture(scope="module")
+def imagined_gpu(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example, a driver that multiplies by itself, and cubins for it to load."""
+    directory = tmp_path_factory.mktemp("imagined_gpu")
+    driver = EMULATED.parent / "fake_gemm_driver.cpp"
+    flags = ("-std=c++17", "-O2", "-shared", "-fPIC")
+    build(generated, directory / "libcuda.so.1", "g++", *flags, str(driver))
+    build(generated, directory / "gemm", "g++", "-std=c++17", "-O1", str(EXAMPLE))
+    (directory / "kernel.cubin").write_bytes(b"\177ELF")
+    lines = []
+    for kernel in prebuilt.specializations("sm_80"):
+        if kernel.types is not None:
+            key = compiler.source_key(kernel.source, "sm_80")
+            lines.append(f"{key} kernel sm804gemm{kernel.types.weight_type}\n")
+    (directory / "index.txt").write_text("".join(lines))
+    return directory
+
+
+@needs_gcc
+@pytest.mark.parametrize("k, n, group_size", [(192, 72, 64), (136, 70, 32), (96, 64, -1)])
+def test_example_on_an_imagined_gpu(imagined_gpu: Path, k: int, n: int, group_size: int) -> None:
+    """The whole program, against what a launch passes to the kernel."""
+    group = str(max(0, group_size))
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(imagined_gpu), "FAKE_GROUP": group}
+    arguments = [imagined_gpu / "gemm", imagined_gpu, str(k), str(n), str(group_size)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "uint4b8 m=   1" in done.stdout and "uint8b128 m= 300" in done.stdout
+    assert "all results agree" in done.stdout
+
+
 @needs_gcc
 @needs_nvrtc
 @pytest.mark.gpu
