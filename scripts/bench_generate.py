@@ -70,10 +70,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     expected: dict[int, Tensor] = {}
     for name in options.models:
         bench_model(name, config, options, report, expected)
-        if options.output:
-            options.output.write_text(json.dumps(report, indent=1))
     print_tables(report)
     return report
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Write what has been measured so far."""
+    if path:
+        path.write_text(json.dumps(report, indent=1))
 
 
 def set_up_torch(config: PretrainedConfig, options: argparse.Namespace) -> None:
@@ -285,10 +289,12 @@ def bench_model(
                 profile = profile_step(decoder, decode)
                 report["profiles"].append({**{k: row[k] for k in KEYS}, "kernels": profile})
                 print_profile(profile)
+            write(report, options.output)
             del decode
         del decoder
     if options.prefill:
         report["prefill"].append({"model": name, **time_prefill(model, options)})
+        write(report, options.output)
 
 
 KEYS = ("model", "batch", "variant")

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
     """What measured numbers depend on, for the JSON of a benchmark.
 
-    The commit comes from git, or from the environment variable BENCH_COMMIT for copies without it.
+    Files by name, without the folders of this machine. The commit comes from git, or from the
+    environment variable BENCH_COMMIT for copies without it.
     """
 
     def output_of(*command: str) -> str:
@@ -37,15 +38,16 @@ def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
             return "unknown"
 
     query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    commit = os.environ.get("BENCH_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD")
+    words = [word.rpartition("/")[2] if word.startswith("/") else word for word in sys.argv[1:]]
     return {
-        "command": " ".join([script, *sys.argv[1:]]),
+        "command": " ".join([script, *words]),
         "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": os.environ.get("BENCH_COMMIT")
-        or output_of("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit,
         "options": {
-            name: value if isinstance(value, (bool, int, float, list, type(None))) else str(value)
+            name: value.name if isinstance(value, Path) else value
             for name, value in vars(options).items()
         },
     }

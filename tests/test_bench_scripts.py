@@ -95,7 +95,10 @@ def test_generation(script, tmp_path, capsys):
         assert r["ms_per_token"] > 0 and r["logits_difference"] < 0.05
         assert r["tokens_per_s"] == pytest.approx(1e3 * r["batch"] / r["ms_per_token"])
     assert [p["tokens"] for p in report["prefill"]] == [16] * 3
-    assert json.loads(output.read_text())["circumstances"]["options"]["size"] == "tiny"
+    written = json.loads(output.read_text())
+    assert written == report
+    assert written["circumstances"]["options"]["output"] == "generate.json"
+    assert str(tmp_path) not in output.read_text()
     assert "prefill of 16 tokens, packed" in capsys.readouterr().out
 
 
