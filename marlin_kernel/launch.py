@@ -82,11 +82,12 @@ class _Function:
                 "cuModuleGetFunction",
             )
             attribute = driver.CUfunction_attribute
+            properties = torch.cuda.get_device_properties(index)
             _check(
                 driver.cuFuncSetAttribute(
                     self.handle,
                     attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    kernel_configs.MAX_SHARED_BYTES,
+                    properties.shared_memory_per_block_optin,
                 ),
                 "cuFuncSetAttribute",
             )
