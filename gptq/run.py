@@ -237,7 +237,8 @@ def _walk(
         for index in range(model.num_layers):
             if index < done:
                 layers, added = agree(finished.load(index) if finished is not None else None)
-                walker.advance(index, layer_weights(layers, model.layer_name(index)))
+                prefix = model.layer_name(index)
+                walker.advance(index, layer_weights(layers, prefix, model.device))
                 rows += added
                 bar.update(stages)
                 continue

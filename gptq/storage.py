@@ -168,14 +168,16 @@ class BackgroundWriter:
             self._thread.shutdown()
 
 
-def layer_weights(layers: Mapping[str, Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+def layer_weights(
+    layers: Mapping[str, Mapping[str, Tensor]], prefix: str, device: torch.device
+) -> dict[str, Tensor]:
     """Dequantized weights float32 [N, K] of a loaded layer, by path inside the layer."""
-    return {
-        name.removeprefix(f"{prefix}."): dequantize(
-            t["codes"], t["scales"], t["zeros"], t["g_idx"].long()
-        ).T.contiguous()
-        for name, t in layers.items()
-    }
+    weights = {}
+    for name, tensors in layers.items():
+        t = {part: tensor.to(device) for part, tensor in tensors.items()}
+        weight = dequantize(t["codes"], t["scales"], t["zeros"], t["g_idx"].long())
+        weights[name.removeprefix(f"{prefix}.")] = weight.T.contiguous()
+    return weights
 
 
 def write_checkpoint(
