@@ -123,7 +123,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--group_size", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of a decode step")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="list the kernels of a decode step; slows the launches of what is timed after it",
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser
 
