@@ -114,10 +114,8 @@ def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> C
 
 def source_key(source: KernelSource, arch: str) -> str:
     """Hash of everything but the compiler that decides the machine code of `source` for `arch`."""
-    folder = (SOURCE_ROOT / source.header).resolve().parent
-    digest = _sources_digest(SOURCE_ROOT if folder.is_relative_to(SOURCE_ROOT) else folder)
-    parts = (digest, source.header, source.expression, arch, *_options(arch))
-    return _hash(*parts)
+    text = _sources_digest(source.header)
+    return _hash(text, source.header, source.expression, arch, *_options(arch))
 
 
 def cache_key(source: KernelSource, arch: str) -> str:
@@ -251,14 +249,33 @@ def _compiler_fingerprint() -> str:
     return f"nvrtc {version} headers {digest.hexdigest()}"
 
 
-@functools.lru_cache(maxsize=8)
-def _sources_digest(folder: Path) -> str:
-    """Hash of all of csrc and, for headers of another package, of their folder."""
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
+
+
+def included_files(header: str) -> list[Path]:
+    """A header (path from csrc) and all that it includes, directly or not, in order of name.
+
+    Includes in quotes are looked for as the compiler does: beside the file, then from csrc.
+    """
+    found: set[Path] = set()
+    waiting = [(SOURCE_ROOT / header).resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in _INCLUDE.findall(path.read_text()):
+            places = (path.parent / name, SOURCE_ROOT / name)
+            waiting += [place.resolve() for place in places if place.is_file()][:1]
+    return sorted(found)
+
+
+@functools.cache
+def _sources_digest(header: str) -> str:
+    """Hash of the text of a header and of all that it includes."""
     digest = hashlib.sha256()
-    for root in [SOURCE_ROOT] if folder == SOURCE_ROOT else [SOURCE_ROOT, folder]:
-        for path in sorted(root.rglob("*.cuh")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0")
-            digest.update(path.read_bytes() + b"\0")
+    for path in included_files(header):
+        digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -192,6 +192,29 @@ def test_a_checkout_finds_its_own_build(tmp_path: Path, monkeypatch: pytest.Monk
     assert REPOSITORY / "build" / "kernels" == generator.parse(["8.0"]).output
 
 
+def test_a_changed_header_makes_only_its_kernels_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    monkeypatch.setattr(compiler, "SOURCE_ROOT", csrc)
+    headers = ("sm80/kernel.cuh", "sm75/kernel.cuh", "sm90/decode.cuh", "sm90/gemm.cuh")
+
+    def changed(edited: str) -> set[str]:
+        keys = []
+        for _ in range(2):
+            compiler._sources_digest.cache_clear()
+            sources = [compiler.KernelSource(header, "kernel") for header in headers]
+            keys.append([compiler.source_key(source, "sm_90a") for source in sources])
+            (csrc / edited).write_text((csrc / edited).read_text() + "// edited\n")
+        return {h for h, old, new in zip(headers, *keys, strict=True) if old != new}
+
+    assert changed("sm90/gemm.cuh") == {"sm90/gemm.cuh"}
+    assert changed("sm80/partition.cuh") == {"sm80/kernel.cuh", "sm75/kernel.cuh"}
+    assert changed("common/types.cuh") == set(headers)
+    compiler._sources_digest.cache_clear()
+
+
 @needs_nvrtc
 def test_failures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (kernel,) = some_kernels("sm_80", 1)
