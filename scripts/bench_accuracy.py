@@ -130,9 +130,9 @@ def figures(scores: WindowScores, name: str) -> dict[str, float]:
 
 @torch.no_grad()
 def quantize(
-    model, folder: Path, config: QuantizeConfig, rows: torch.Tensor
+    model, folder: Path, config: QuantizeConfig, rows: torch.Tensor, count: int | None = None
 ) -> tuple[dict[str, float], dict[str, Solution]]:
-    """Put the quantized weights of a run into `model`.
+    """Put the quantized weights of a run into `model`, or those of its first `count` layers.
 
     Returns seconds by kind of work, and the solutions by name of the linear.
     """
@@ -149,7 +149,7 @@ def quantize(
         refine=config.refine_options(config.refine),
     )
     layers: dict[str, Solution] = {}
-    for index in range(streamed.num_layers):
+    for index in range(count or streamed.num_layers):
         for result in walker.quantize_layer(index, lambda path: None):
             layers[result.name] = result.solution
     errors = [solution.statistics.relative_error for solution in layers.values()]
@@ -214,6 +214,7 @@ class Bench:
         self.rows, self.windows = texts(args, load_tokenizer(self.folder), row_length)
         self.reference = load_model(self.folder, device=device, dtype=torch.float32)
         self.model = load_model(self.folder, device=device, dtype=torch.float32)
+        self.layers = args.layers
         self.original = {name: p.clone() for name, p in self.model.named_parameters()}
 
     def score(self, compared: bool = True) -> dict[str, dict[str, float]]:
@@ -229,7 +230,7 @@ class Bench:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.original[name])
         rows = calibration(self.rows, task.rows, task.seed)
-        spent, solutions = quantize(self.model, self.folder, task.config, rows)
+        spent, solutions = quantize(self.model, self.folder, task.config, rows, self.layers)
         found = [(task.name, task.seed, {**self.score(), **spent})]
         if task.name in SERVED and task.seed == 0:
             linears = pack(self.model, solutions, task.config)
@@ -319,18 +320,20 @@ def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
         "environment": environment(choose_device(QuantizeConfig(device=args.device))),
         "model": model,
         "calibration": f"{recipe['rows']} rows of {recipe['row_length']} tokens",
+        "layers": args.layers,
         "results": results,
     }
     text = json.dumps(facts, indent=1) + "\n"
     (args.out / f"{args.stem}.json").write_text(text, encoding="utf-8")
     where = facts["environment"].get("gpu", "CPU")
+    layers = f"only the first {args.layers} layers quantized; " if args.layers else ""
     predictions = ", ".join(
         f"{key} {value['tokens']:,.0f}" for key, value in results[0].items() if key in results[0]
         and isinstance(value, dict)
     )  # fmt: skip
     heading = (
         f"# Accuracy of quantization recipes\n\n{model}, group size {recipe['groupsize']} unless "
-        f"said, {facts['calibration']}; {where}, torch {torch.__version__}, Python "
+        f"said, {facts['calibration']}; {layers}{where}, torch {torch.__version__}, Python "
         f"{platform.python_version()}. KL and top-1 against full precision on the same tokens "
         f"(predictions: {predictions}); means over calibration seeds ± their standard error. "
         "Protocol: `scripts/bench_accuracy.py`.\n\n"
@@ -354,6 +357,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=math.inf, help="start no run after seconds")
     parser.add_argument("--windows", type=int, help="evaluate at most so many windows of each text")
     parser.add_argument("--window", type=int, default=WINDOW, help="tokens of a window")
+    parser.add_argument("--layers", type=int, help="quantize only so many layers (default: all)")
     parser.add_argument("--name", help="of the model, in the tables")
     parser.add_argument("--stem", default="accuracy", help="of the files written")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
