@@ -81,6 +81,8 @@ def _check(
         raise ConfigError(f"source={source!r} is not one of {', '.join(SOURCES)}")
     if source == "awq" and wtype.bits != 4:
         raise ConfigError(f"AWQ packs 4 bits, not the {wtype.bits} of {wtype.name}")
+    if source == "awq" and perm is not None:
+        raise ConfigError("perm is for act-order, which AWQ checkpoints do not have; leave it out")
     expected = {
         "gptq": (k // factor, n),
         "awq": (k, n // 8),

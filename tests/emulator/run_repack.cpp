@@ -20,7 +20,7 @@ extern "C" __attribute__((visibility("default"))) int run_repack(int source, uns
   switch (source) {
     case 0: return run<repack::Gptq<4>>(seed, grid, *p);
     case 1: return run<repack::Gptq<8>>(seed, grid, *p);
-    case 2: return run<repack::Awq>(seed, grid, *p);
+    case 2: return run<repack::Awq, false>(seed, grid, *p);
     case 3: return run<repack::Transposed<4>>(seed, grid, *p);
     case 4: return run<repack::Transposed<8>>(seed, grid, *p);
   }

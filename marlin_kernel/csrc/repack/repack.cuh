@@ -33,22 +33,22 @@ struct Gptq {
   static constexpr int BITS = Bits;
   static constexpr int PER_WORD = 32 / Bits;
   static constexpr int ROWS = TILE / PER_WORD, COLUMNS = TILE;  // words of a share
-  static __device__ int rows(const Problem& p) { return p.k / PER_WORD; }
-  static __device__ int columns(const Problem& p) { return p.n; }
-  static __device__ int row_of(int k, int) { return k / PER_WORD; }
-  static __device__ int column_of(int, int n) { return n; }
-  static __device__ int shift_of(int k, int) { return k % PER_WORD * Bits; }
+  static __device__ __forceinline__ int rows(const Problem& p) { return p.k / PER_WORD; }
+  static __device__ __forceinline__ int columns(const Problem& p) { return p.n; }
+  static __device__ __forceinline__ int row_of(int k, int) { return k / PER_WORD; }
+  static __device__ __forceinline__ int column_of(int, int n) { return n; }
+  static __device__ __forceinline__ int shift_of(int k, int) { return k % PER_WORD * Bits; }
 };
 
 // AWQ: [K, N / 8], eight outputs in a word: nibble i is that of output {0, 2, 4, 6, 1, 3, 5, 7}[i].
 struct Awq {
   static constexpr int BITS = 4;
   static constexpr int ROWS = TILE, COLUMNS = TILE / 8;
-  static __device__ int rows(const Problem& p) { return p.k; }
-  static __device__ int columns(const Problem& p) { return p.n / 8; }
-  static __device__ int row_of(int k, int) { return k; }
-  static __device__ int column_of(int, int n) { return n / 8; }
-  static __device__ int shift_of(int, int n) { return (n % 8 / 2 + n % 2 * 4) * 4; }
+  static __device__ __forceinline__ int rows(const Problem& p) { return p.k; }
+  static __device__ __forceinline__ int columns(const Problem& p) { return p.n / 8; }
+  static __device__ __forceinline__ int row_of(int k, int) { return k; }
+  static __device__ __forceinline__ int column_of(int, int n) { return n / 8; }
+  static __device__ __forceinline__ int shift_of(int, int n) { return (n % 8 / 2 + n % 2 * 4) * 4; }
 };
 
 // compressed-tensors: [N, ceil(K * bits / 32)], codes of consecutive inputs in a word.
@@ -57,11 +57,11 @@ struct Transposed {
   static constexpr int BITS = Bits;
   static constexpr int PER_WORD = 32 / Bits;
   static constexpr int ROWS = TILE, COLUMNS = TILE / PER_WORD;
-  static __device__ int rows(const Problem& p) { return p.n; }
-  static __device__ int columns(const Problem& p) { return ceil_div(p.k, PER_WORD); }
-  static __device__ int row_of(int, int n) { return n; }
-  static __device__ int column_of(int k, int) { return k / PER_WORD; }
-  static __device__ int shift_of(int k, int) { return k % PER_WORD * Bits; }
+  static __device__ __forceinline__ int rows(const Problem& p) { return p.n; }
+  static __device__ __forceinline__ int columns(const Problem& p) { return ceil_div(p.k, PER_WORD); }
+  static __device__ __forceinline__ int row_of(int, int n) { return n; }
+  static __device__ __forceinline__ int column_of(int k, int) { return k / PER_WORD; }
+  static __device__ __forceinline__ int shift_of(int k, int) { return k % PER_WORD * Bits; }
 };
 
 template <class Source>
@@ -73,7 +73,7 @@ struct Storage {
 template <class Source>
 class Share {
  public:
-  __device__ Share(const Problem& p, uint32_t* staged, int k_first, int n_first, int lane)
+  __device__ __forceinline__ Share(const Problem& p, uint32_t* staged, int k_first, int n_first, int lane)
       : p_(p), staged_(staged), k_first_(k_first), n_first_(n_first), lane_(lane) {}
 
   __device__ __forceinline__ void stage() const {
@@ -107,7 +107,7 @@ class Share {
   }
 
  private:
-  __device__ uint32_t fill(int k, int n) const {
+  __device__ __forceinline__ uint32_t fill(int k, int n) const {
     if (p_.zeros == nullptr || n_first_ + n >= p_.n) return p_.fill;
     const int group = (k_first_ + k) / p_.group_size;
     if (group >= p_.groups) return p_.fill;
@@ -133,11 +133,11 @@ __global__ void __launch_bounds__(BLOCK_WARPS* kWarpSize)
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   Storage<Source>& storage = ptx::shared_memory<Storage<Source>>();
   const int column_blocks = p.n_padded / TILE;
-  const long long shares = static_cast<long long>(column_blocks) * (p.k_padded / TILE);
-  const long long step = static_cast<long long>(gridDim.x) * BLOCK_WARPS;
-  for (long long i = blockIdx.x * BLOCK_WARPS + warp; i < shares; i += step) {
-    const int block = static_cast<int>(i % column_blocks);
-    const int k_first = static_cast<int>(i / column_blocks) * TILE;
+  const int shares = column_blocks * (p.k_padded / TILE);
+  const int step = gridDim.x * BLOCK_WARPS;
+  for (int i = blockIdx.x * BLOCK_WARPS + warp; i < shares; i += step) {
+    const int block = i % column_blocks;
+    const int k_first = i / column_blocks * TILE;
     const int n_first = block * TILE;
     const Share<Source> share(p, storage.words[warp], k_first, n_first, lane);
     const bool interior = n_first + TILE <= p.n && k_first + TILE <= p.k;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS* kWarpSize)
       share.stage();
       ptx::warp_sync();
     }
-#pragma unroll
+#pragma unroll 1
     for (int tile = 0; tile < TILE / PACKED_K; ++tile) {
       uint32_t words[kLaneWords];
 #pragma unroll
