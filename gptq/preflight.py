@@ -84,6 +84,8 @@ def _method(config: QuantizeConfig) -> str:
         parts.append("act-order" + (" with static groups" if config.static_groups else ""))
     parts += [] if config.no_clip else ["Hessian clipping"]
     parts += ["scale refit"] if config.refit else []
+    parts += [f"{config.refine} steps per layer"] if config.refine else []
+    parts += [f"{config.refine_norms} steps end to end"] if config.refine_norms else []
     return ", ".join(parts)
 
 
@@ -121,6 +123,7 @@ def plan(
     offloaded = activations if config.offload_activations else 0
     in_flight = min(activations, 8 * STEP_TOKENS * widest * element * streams) if gpu else 0
     memory = activations - offloaded + in_flight + work + embedding
+    memory += _refining(config, parameters, layer_parameters, tokens * hidden * element, gpu)
     shard = min(packed + max(unquantized, 0), 1 << 30)
     return Plan(
         linears=len(linears),
@@ -134,6 +137,16 @@ def plan(
         seconds=_seconds(model, config, one_layer, tokens, streams, parameters),
         processes=processes,
     )
+
+
+def _refining(config: QuantizeConfig, parameters: int, layer: int, states: int, gpu: bool) -> int:
+    """Bytes that learning scales adds: weights and their gradients, codes, and a layer's inputs.
+
+    layer: parameters of one decoder layer, which also has float32 products on the way.
+    """
+    if config.refine_norms:  # the whole model, in half precision on a GPU
+        return parameters * (1 + 2 * (2 if gpu else 4)) + layer * 8
+    return layer * 16 + states if config.refine else 0
 
 
 def _packed_bytes(k: int, n: int, config: QuantizeConfig) -> int:
@@ -164,6 +177,9 @@ def _seconds(
     parameters: int,
 ) -> float:
     forward = 2.0 * parameters * tokens * streams
+    for steps, passes in ((config.refine, 3), (config.refine_norms, 4)):
+        if steps:  # of gradient descent: forward, twice that backward, and what is recomputed
+            forward += 2.0 * parameters * passes * steps * config.refine_options(steps).tokens
     stages = {k for k, _ in layer}
     widths = [k for k, _ in layer]
     # q/k/v share a Hessian, and so do gate/up: four products a layer, of which H needs half
