@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import formats
 from .errors import ConfigError
 from .formats import LayerSpec
 from .layer import Layer
@@ -33,7 +34,8 @@ FUSIBLE = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-_PER_COLUMN = ("B", "s", "z")  # on-disk tensors [rows, a multiple of N']; g_idx is per input
+_PER_COLUMN = ("B", "s", "z")  # on-disk tensors [rows, a multiple of N']
+_FUSIBLE_TENSORS = {*_PER_COLUMN, "g_idx", "bias"}  # g_idx must be common, a bias gets gaps
 
 
 class FusedLayer(Layer):
@@ -201,6 +203,9 @@ def obstacle(layers: Sequence[nn.Module]) -> str | None:
     for what, fact in facts.items():
         if len({fact(layer) for layer in packed}) > 1:
             return f"they differ in {what}: {', '.join(str(fact(layer)) for layer in packed)}"
+    others = formats.tensor_shapes("marlin", first.spec).keys() - _FUSIBLE_TENSORS
+    if others:
+        return f"they hold {', '.join(sorted(others))}, which are not per column"
     if first.spec.act_order:
         orders = [layer._stored_tensors()["g_idx"] for layer in packed]
         if not all(torch.equal(orders[0], order) for order in orders[1:]):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
-from marlin_kernel import WEIGHT_TYPES, ConfigError, Layer, hf
+from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, ConfigError, Layer, formats, hf
 from marlin_kernel.fusion import (
     FusedLayer,
     FusedPart,
@@ -24,7 +24,7 @@ from marlin_kernel.fusion import (
 )
 from tests.cases import GROUP_SIZES, random_layer, same_layer, tiny_config, tiny_model, write_packed
 
-U4B8, U4, U8 = (WEIGHT_TYPES[name] for name in ("uint4b8", "uint4", "uint8b128"))
+U4B8 = WEIGHT_TYPES["uint4b8"]
 WIDTHS = (96, 32, 40)  # no multiple of the 64 columns of a tile: padding stays between the parts
 
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("bias, act_order", list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("wtype", [U4B8, U4, U8], ids=lambda t: t.name)
+@pytest.mark.parametrize("wtype", list(INTEGER_TYPES.values()), ids=lambda t: t.name)
 def test_codes_and_outputs_are_those_of_the_parts(wtype, group_size, bias, act_order, prepared):
     k = 160
     parts = layers(wtype, group_size, k, bias=bias, act_order=act_order)
@@ -211,6 +211,15 @@ def test_what_differs_stays_apart_and_is_said(caplog, other, reason):
     assert [model.q_proj, model.k_proj, model.v_proj] == parts
     with pytest.raises(ConfigError, match="layers cannot be fused"):
         FusedLayer.of(parts)
+
+
+def test_tensors_that_are_not_per_column_stay_apart(monkeypatch):
+    """A scale of the whole layer, for example, cannot serve three."""
+    shapes = formats.tensor_shapes
+    monkeypatch.setattr(
+        formats, "tensor_shapes", lambda *a: shapes(*a) | {"global_scale": ((1,), torch.float32)}
+    )
+    assert "they hold global_scale, which are not per column" in obstacle(layers())
 
 
 def test_group_indices_must_be_common():
