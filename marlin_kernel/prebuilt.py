@@ -13,20 +13,25 @@ line of `compiler` builds them. Rules that keep the number low:
    tokens (`GRID`, `TOKENS`, the tuned shapes, and shapes that the caller adds). With other shapes
    the package may select one outside of it, which is then compiled at first use; `complete` lists
    every configuration that exists.
+5. Besides the table: kernels that prepare activations and repack weights; on sm_90a those of scaled
+   8-bit products and of 2:4 sparse weights, chosen as in 4.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from marlin_kernel import kernel_configs, sm80_configs
+from marlin_kernel import kernel_configs, repack, scaled_configs, sm80_configs, sparse_marlin
 from marlin_kernel.compiler import KernelSource
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import KernelConfig
 from marlin_kernel.sm80_configs import GATHER_TOKENS, KernelTypes, Sm80Config, kernel_types
+from marlin_kernel.sparse_format import SPARSE_TYPES
 from marlin_kernel.validity import ARCHITECTURES, Combination, combinations
+from marlin_kernel.weight_types import WEIGHT_TYPES
 
 # Shared memory in bytes that a block may have, over all GPUs that run code of an architecture.
 SHARED_LIMITS = {arch: (limit,) for arch, limit in sm80_configs.SHARED_LIMITS.items()}
@@ -79,13 +84,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Specialization:
-    """One kernel to build: what, for which architecture, and for which types.
+    """One kernel to build: for which architecture, under which name, and what.
 
-    types: None for kernels that prepare activations, which many types share.
+    name: kernels with the same one belong together: activation, weight and output types, as in
+    "float16_u4b8_float16", or what else they do.
     """
 
     arch: str
-    types: KernelTypes | None
+    name: str
     source: KernelSource
 
 
@@ -139,7 +145,11 @@ def specializations(
     shapes: as in `variants`; complete: every configuration, also those that are hardly ever chosen.
     Raises ConfigError for an unknown architecture.
     """
-    return kernels_to_build(variants(arch, shapes), complete=complete)
+    shapes = tuple(shapes)
+    return [
+        *kernels_to_build(variants(arch, shapes), complete=complete),
+        *other_kernels(arch, shapes, complete=complete),
+    ]
 
 
 def kernels_to_build(
@@ -150,10 +160,60 @@ def kernels_to_build(
     for v in variants:
         for config in _all_configs(v) if complete else v.configs:
             source = v.source(config)
-            found.setdefault((v.arch, source), Specialization(v.arch, v.types, source))
+            t = v.types
+            name = f"{t.activation}_{t.weight.short}_{t.output}"
+            found.setdefault((v.arch, source), Specialization(v.arch, name, source))
         for source in _activation_sources(v.types):
-            found.setdefault((v.arch, source), Specialization(v.arch, None, source))
+            found.setdefault((v.arch, source), Specialization(v.arch, "activations", source))
     return list(found.values())
+
+
+def other_kernels(
+    arch: str, shapes: Iterable[tuple[int, int]] = (), *, complete: bool = False
+) -> list[Specialization]:
+    """Kernels outside the type table: repacking; on sm_90a scaled and sparse products."""
+    named = [("repack", source) for source in _repack_sources()]
+    if arch == "sm_90a":
+        grid = tuple(dict.fromkeys((*shapes, *GRID)))
+        named += [*_scaled_sources(grid, complete), *_sparse_sources(grid, complete)]
+    return [Specialization(arch, name, source) for name, source in dict.fromkeys(named)]
+
+
+def _repack_sources() -> list[KernelSource]:
+    return [
+        repack.kernel_source(source, bits, permuted)
+        for source in repack.SOURCES
+        for bits, permuted in itertools.product((4, 8), (False, True))
+        if source != "awq" or (bits == 4 and not permuted)
+    ]
+
+
+def _scaled_sources(
+    grid: tuple[tuple[int, int], ...], complete: bool
+) -> Iterable[tuple[str, KernelSource]]:
+    for sparse in (False, True):
+        configs = {scaled_configs.select(m, n, k, sparse) for m in TOKENS for k, n in grid}
+        if complete:
+            configs.update(scaled_configs.supported_configs(sparse))
+        for operand, output, config in itertools.product(
+            ("float8_e4m3fn", "int8"), ("float16", "bfloat16"), sorted(configs, key=str)
+        ):
+            name = f"scaled_{'sparse_' if sparse else ''}{operand}_{output}"
+            yield name, config.source(operand, output, sparse)
+
+
+def _sparse_sources(
+    grid: tuple[tuple[int, int], ...], complete: bool
+) -> Iterable[tuple[str, KernelSource]]:
+    for weight, group_size in itertools.product(SPARSE_TYPES, sparse_marlin.GROUP_SIZES):
+        t = WEIGHT_TYPES[weight]
+        select = functools.partial(sparse_marlin.select, bits=t.bits, group_size=group_size)
+        configs = {select(m, n, k) for m in TOKENS for k, n in grid}
+        if complete:
+            configs.update(sparse_marlin.supported_configs(t.bits, group_size))
+        for scalar, config in itertools.product(("float16", "bfloat16"), sorted(configs, key=str)):
+            name = f"sparse_{scalar}_{t.short}_{scalar}"
+            yield name, config.source(scalar, t.bits, group_size)
 
 
 def _activation_sources(types: KernelTypes) -> list[KernelSource]:

@@ -60,10 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arches = list(dict.fromkeys(arches))
     variants = [v for arch in arches for v in prebuilt.variants(arch, shapes) if wanted(v, options)]
     kernels = prebuilt.kernels_to_build(variants, complete=options.complete)
+    if options.types is options.activations is options.group_sizes is None:
+        for arch in arches:
+            kernels += prebuilt.other_kernels(arch, shapes, complete=options.complete)
     files = {**source_files(kernels), SELECTOR: selector(variants)}
     changed = write_files(options.output, files)
     for arch in arches:
-        report(arch, [k for k in kernels if k.arch == arch], files)
+        served = any(variant.arch == arch for variant in variants)
+        report(arch, [k for k in kernels if k.arch == arch], files, served)
     print(f"{len(kernels)} kernels in {len(files) - 1} files, {changed} written: {options.output}")
     return compile_kernels(kernels, options) if options.compile else 0
 
@@ -106,10 +110,7 @@ def wanted(variant: Variant, options: argparse.Namespace) -> bool:
 
 def file_name(kernel: Specialization) -> str:
     """Of the source that instantiates a kernel, such as sm80_kernel_float16_u4b8_float16.cu."""
-    arch, types = kernel.arch.replace("_", "").rstrip("a"), kernel.types
-    if types is None:
-        return f"{arch}_kernel_activations.cu"
-    return f"{arch}_kernel_{types.activation}_{types.weight.short}_{types.output}.cu"
+    return f"{kernel.arch.replace('_', '').rstrip('a')}_kernel_{kernel.name}.cu"
 
 
 def source_files(kernels: Iterable[Specialization]) -> dict[str, str]:
@@ -122,17 +123,11 @@ def source_files(kernels: Iterable[Specialization]) -> dict[str, str]:
 
 def source_file(kernels: Sequence[Specialization]) -> str:
     """Explicit instantiations of kernels that share architecture and types."""
-    arch, types = kernels[0].arch, kernels[0].types
-    if types is None:
-        content = "what happens to activations before a product"
-    else:
-        content = (
-            f"{types.activation} activations, {types.weight_type} weights, {types.output} output"
-        )
+    arch = kernels[0].arch
     lines = [
         f"// {MARK}",
-        f"// {arch}: {content}. Compile for {arch}",
-        "// with -std=c++17 (nvcc: --expt-relaxed-constexpr) and -I marlin_kernel/csrc.",
+        f"// {kernels[0].name}, {len(kernels)} kernels. Compile for {arch} with -std=c++17",
+        "// (nvcc: --expt-relaxed-constexpr) and -I marlin_kernel/csrc.",
     ]
     lines += [f'#include "{header}"' for header in sorted({k.source.header for k in kernels})]
     for expression in sorted(k.source.expression for k in kernels):
@@ -383,14 +378,16 @@ def write_files(output: Path, files: dict[str, str]) -> int:
     return changed
 
 
-def report(arch: str, kernels: Sequence[Specialization], files: dict[str, str]) -> None:
-    """Print what an architecture has, and what it lacks."""
+def report(
+    arch: str, kernels: Sequence[Specialization], files: dict[str, str], served: bool
+) -> None:
+    """Print what an architecture has, and what it lacks; served: there are kernels of some type."""
     names = {file_name(k) for k in kernels}
     size = sum(len(files[name]) for name in names)
     print(f"{arch}: {len(kernels)} kernels in {len(names)} files, {size / 1024:.0f} KB of source")
     lacking = Counter(f"{c.activation} x {c.weight_type.name}" for c in prebuilt.missing(arch))
-    if not kernels:
-        print(f"{arch}: no kernel of this project runs there; nothing is generated for it")
+    if not served:
+        print(f"{arch}: no product of the type table has a kernel there")
     elif lacking:
         text = ", ".join(f"{name} ({count})" for name, count in lacking.items())
         print(f"{arch}: valid combinations without a kernel, by types: {text}")

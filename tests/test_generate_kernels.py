@@ -69,18 +69,27 @@ def test_every_valid_combination_is_served_or_reported(arch: str) -> None:
 def test_pruned_kernels_are_part_of_all() -> None:
     few = {k.source for k in prebuilt.specializations("sm_90a")}
     everything = {k.source for k in prebuilt.specializations("sm_90a", complete=True)}
-    assert few < everything
+    assert few <= everything
     of_sm90 = [len([s for s in part if s.header.startswith("sm90/")]) for part in (few, everything)]
     assert 0 < of_sm90[0] < of_sm90[1] / 2
 
 
 def test_kernels_that_prepare_activations_are_built() -> None:
-    kernels = [k.source for k in prebuilt.specializations("sm_89") if k.types is None]
+    kernels = [k.source for k in prebuilt.specializations("sm_89") if k.name == "activations"]
     assert {k.header for k in kernels} == {"sm80/activations.cuh"} and len(kernels) == 5
     text = inspect.getsource(sm80_path)
     for kernel in kernels:
         name = kernel.expression.split("<")[0]
         assert f'"{kernel.expression}"' in text or f'f"{name}<{{scalar}}, {{code}}>"' in text
+
+
+def test_kernels_outside_the_type_table_are_built() -> None:
+    few = prebuilt.other_kernels("sm_90a")
+    everything = prebuilt.other_kernels("sm_90a", complete=True)
+    assert {k.source for k in few} <= {k.source for k in everything}
+    names = {k.name for k in few}
+    assert {"repack", "scaled_sparse_int8_float16", "sparse_bfloat16_u8b128_bfloat16"} <= names
+    assert {k.name for k in prebuilt.other_kernels("sm_75")} == {"repack"}
 
 
 def test_names_and_contents(generated: Path) -> None:
@@ -125,7 +134,7 @@ def test_missing_kernels_and_architectures_are_named(
     monkeypatch.setattr(prebuilt, "kernels_of", few)
     assert generator.main(["7.5,8.0", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "sm_75: no kernel of this project runs there" in printed
+    assert "sm_75: no product of the type table has a kernel there" in printed
     assert "sm_80: valid combinations without a kernel" in printed and "x uint8b128 (" in printed
     assert "x uint4b8 (" not in printed
     assert generator.main(["7.0", "--output", str(tmp_path)]) == 2
@@ -219,7 +228,7 @@ def test_a_changed_header_makes_only_its_kernels_new(
 def test_failures_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (kernel,) = some_kernels("sm_80", 1)
     broken = prebuilt.Specialization(
-        "sm_80", kernel.types, compiler.KernelSource(kernel.source.header, "nothing::at_all")
+        "sm_80", kernel.name, compiler.KernelSource(kernel.source.header, "nothing::at_all")
     )
     options = generator.parse(["8.0", "--output", str(tmp_path), "--jobs", "1"])
     assert generator.compile_kernels([broken], options) == 1
@@ -579,10 +588,10 @@ def imagined_gpu(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     build(generated, directory / "gemm", "g++", "-std=c++17", "-O1", str(EXAMPLE))
     (directory / "kernel.cubin").write_bytes(b"\177ELF")
     lines = []
-    for kernel in prebuilt.specializations("sm_80"):
-        if kernel.types is not None:
-            key = compiler.source_key(kernel.source, "sm_80")
-            lines.append(f"{key} kernel sm804gemm{kernel.types.weight_type}\n")
+    for variant in prebuilt.variants("sm_80"):
+        for config in variant.configs:
+            key = compiler.source_key(variant.source(config), "sm_80")
+            lines.append(f"{key} kernel sm804gemm{variant.types.weight_type}\n")
     (directory / "index.txt").write_text("".join(lines))
     return directory
 
