@@ -10,8 +10,8 @@ float32.
 
     python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt
 
-Variants and their seeds come from configs/bench/accuracy.yaml. Writes accuracy.json after every run
-and accuracy.md at the end; accuracy.md holds the tables of docs/accuracy.md.
+Variants and their seeds come from configs/bench/accuracy.yaml. Writes docs/results/accuracy.json
+after every run, and then the tables of docs/accuracy.md; without MODEL only those.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import argparse
 import json
 import math
 import multiprocessing
-import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -310,42 +310,58 @@ def commit() -> str | None:
 
 
 def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
-    """accuracy.json and accuracy.md with all results so far."""
+    """The JSON file with all results so far."""
     args.out.mkdir(parents=True, exist_ok=True)
-    model = args.name or Path(args.model).name
     facts = {
         "command": f"python scripts/bench_accuracy.py {Path(args.model).name} "
         f"--c4 {args.c4.name} --wiki {args.wiki.name}",
         "commit": commit(),
         "environment": environment(choose_device(QuantizeConfig(device=args.device))),
-        "model": model,
+        "model": args.name or Path(args.model).name,
+        "groupsize": recipe["groupsize"],
         "calibration": f"{recipe['rows']} rows of {recipe['row_length']} tokens",
         "layers": args.layers,
         "results": results,
     }
     text = json.dumps(facts, indent=1) + "\n"
     (args.out / f"{args.stem}.json").write_text(text, encoding="utf-8")
-    where = facts["environment"].get("gpu", "CPU")
-    layers = f"only the first {args.layers} layers quantized; " if args.layers else ""
-    predictions = ", ".join(
-        f"{key} {value['tokens']:,.0f}" for key, value in results[0].items() if key in results[0]
-        and isinstance(value, dict)
-    )  # fmt: skip
-    heading = (
-        f"# Accuracy of quantization recipes\n\n{model}, group size {recipe['groupsize']} unless "
-        f"said, {facts['calibration']}; {layers}{where}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}. KL and top-1 against full precision on the same tokens "
-        f"(predictions: {predictions}); means over calibration seeds ± their standard error. "
-        "Protocol: `scripts/bench_accuracy.py`.\n\n"
+
+
+def section(path: Path) -> str:
+    """The table of one JSON file, and how it was measured."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    where, results = facts["environment"], facts["results"]
+    layers = f"; only the first {facts['layers']} layers quantized" if facts.get("layers") else ""
+    counts = ", ".join(
+        f"{name} {found['tokens']:,.0f}"
+        for name, found in results[0].items()
+        if isinstance(found, dict) and "tokens" in found
     )
-    (args.out / f"{args.stem}.md").write_text(heading + table(results) + "\n", encoding="utf-8")
+    return (
+        f"{table(results)}\n\n{facts['model']}, group size {facts.get('groupsize', 64)} unless "
+        f"said, {facts['calibration']}{layers}; {where.get('gpu', 'CPU')}, torch {where['torch']}"
+        + (f"; predictions: {counts}" if counts else "")
+        + f": `{facts['command']}`."
+    )
+
+
+def write_tables() -> None:
+    """Every ``<!-- table: NAME -->`` of docs/accuracy.md from docs/results/NAME.json."""
+    document = ROOT / "docs" / "accuracy.md"
+    text = document.read_text(encoding="utf-8")
+
+    def fill(match: re.Match) -> str:
+        return f"{match[1]}{section(ROOT / 'docs' / 'results' / match[2])}\n{match[3]}"
+
+    pattern = r"(<!-- table: ([\w.-]+\.json) -->\n).*?(<!-- end -->)"
+    document.write_text(re.sub(pattern, fill, text, flags=re.S), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder, hub name or GGUF file")
-    parser.add_argument("--c4", type=Path, required=True, help="web text, one document per line")
-    parser.add_argument("--wiki", type=Path, required=True, help="WikiText-2 test as one string")
+    parser.add_argument("model", nargs="?", help="folder, hub name or GGUF file")
+    parser.add_argument("--c4", type=Path, help="web text, one document per line")
+    parser.add_argument("--wiki", type=Path, help="WikiText-2 test as one string")
     parser.add_argument(
         "--text", action="append", default=[], type=lambda s: tuple(s.split("=", 1)),
         metavar="NAME=FILE", help="one more domain to evaluate (may be repeated)",
@@ -362,6 +378,11 @@ def main() -> None:
     parser.add_argument("--stem", default="accuracy", help="of the files written")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     args = parser.parse_args()
+    if args.model is None:
+        write_tables()
+        return
+    if args.c4 is None or args.wiki is None:
+        parser.error("a MODEL needs --c4 and --wiki")
 
     began = time.perf_counter()
     recipe = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
@@ -402,7 +423,9 @@ def main() -> None:
                     flush=True,
                 )
             write(args, recipe, results())
-    print(f"\n{args.out / args.stem}.md")
+    if args.out.resolve() == ROOT / "docs" / "results":
+        write_tables()
+    print(f"\n{args.out / args.stem}.json")
 
 
 def _full() -> dict:
