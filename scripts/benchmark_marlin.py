@@ -7,7 +7,8 @@
 Sweeps weight types x activations x group sizes x act-order x k_full x reductions (every valid
 combination of marlin_kernel/validity.py that a kernel serves on this GPU) x layer shapes x batch
 sizes. MODEL/TPn takes the shard of one of n GPUs: N / n of layers split by columns, K / n of layers
-split by rows. Options given as --limit-... keep only the values listed.
+split by rows. Options given as --limit-... keep only the values listed. --others adds what is not in
+the type table: dense and 2:4 sparse products of 8-bit operands, 2:4 sparse 4- and 8-bit weights.
 
 Every result is compared with float64 before it is timed. Times are torch.utils.benchmark's
 blocked_autorange over replays of a CUDA graph, in which every launch reads another copy of the
@@ -19,6 +20,7 @@ as a program makes them. Speed-ups are over torch.matmul with FP16 weights, the 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import re
@@ -37,9 +39,19 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from marlin_kernel import backends, launch, prebuilt, reference, sm80_layout, sm80_path
+from marlin_kernel import (
+    backends,
+    launch,
+    prebuilt,
+    reference,
+    scaled_mm,
+    sm80_layout,
+    sm80_path,
+    sparse,
+)
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import QuantizedLinear, write
+from marlin_kernel.sparse_layer import SparseLayer
 from marlin_kernel.validity import (
     ACTIVATIONS,
     OUTPUTS,
@@ -57,7 +69,19 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # the output and one of each weight is about a third of it
 ERROR_LIMITS = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3}
 CHECKED_TOKENS = 512
+# Products outside the type table: activations, and the type of 2:4 sparse 16-bit-activation weights
+OTHERS = {
+    "scaled float8_e4m3fn": (torch.float8_e4m3fn, None),
+    "scaled int8": (torch.int8, None),
+    "2:4 scaled float8_e4m3fn": (torch.float8_e4m3fn, None),
+    "2:4 scaled int8": (torch.int8, None),
+    "2:4 float16-u4b8-float16-g128": (torch.float16, "uint4b8"),
+    "2:4 float16-u8b128-float16-g128": (torch.float16, "uint8b128"),
+}
 BASELINE, REPACK = "torch.matmul", "repack"
+
+
+Timings = dict[int, tuple[benchmark.Measurement, float]]  # M -> time and error; 0: repacking
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         for shape in shapes:
             print(f"{shape.name}: K={shape.k} N={shape.n}, M={options.batch_sizes}")
-        print("\n".join(map(str, cases)))
+        print("\n".join([*map(str, cases), *options.others]))
         print(f"{len(shapes)} shapes x {len(options.batch_sizes)} batch sizes x {len(cases)} types")
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -120,6 +144,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
     parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=["float16"])
     parser.add_argument("--reductions", nargs="+", choices=REDUCTIONS, default=list(REDUCTIONS))
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=[], help="outside the table")
     parser.add_argument("--json", type=Path, help="write every row to this file")
     parser.add_argument("--plot", type=Path, help="PNG or SVG file (needs matplotlib)")
     parser.add_argument("--dry-run", action="store_true", help="list the cases and stop")
@@ -236,7 +261,9 @@ class Product:
 
     def __init__(self, c: Combination, layer: QuantizedLinear, copies: int) -> None:
         """copies: of the prepared weights, for `__call__` to choose from."""
-        self.c, self.layer, self.device = c, layer, layer.codes.device
+        self.name, self.weight = str(c), layer.dequantize(torch.float32)
+        self.error_limit = max(ERROR_LIMITS[c.output], ERROR_LIMITS[c.reduction])
+        self.c, self.device = c, layer.codes.device
         self.family = family_of(c, self.device)
         self.spec = layer.spec
         self.stored = write(layer, "marlin", act_order=self.spec.act_order)
@@ -249,7 +276,7 @@ class Product:
         """What is done once after loading: the on-disk tensors in the order of the kernels."""
         spec = self.spec
         if self.family == "cpu":
-            return (self.layer.dequantize(_dtype(self.c.output)),)
+            return (self.weight.to(_dtype(self.c.output)),)
         if self.family == "sm90":
             perm = None
             if spec.act_order:
@@ -274,19 +301,19 @@ class Product:
         k_padded = self.held[0][0].shape[0] * 16
         return sm80_layout.kernel_activations(codes, k_padded), scales, exact
 
-    def __call__(self, a: Tensor, token_scales: Tensor | None, copy: int = 0) -> Tensor:
+    def __call__(self, a: Tensor, token_scales: Tensor | None, number: int = 0) -> Tensor:
         """a, token_scales: from `activations`. Returns [M, N] in the output dtype."""
         spec, shape = self.spec, self.spec.packed
         if self.family == "cpu":
-            return a @ self.held[copy][0]
+            return a @ self.held[number][0]
         out = torch.empty(a.shape[0], spec.n, dtype=_dtype(self.c.output), device=self.device)
         if self.family == "sm90":
-            weights, scales, perm = self.held[copy]
+            weights, scales, perm = self.held[number]
             x = a if perm is None else a.index_select(1, perm)
             sizes = (spec.k, spec.n, shape.k_padded, shape.n_padded, self._group_size())
             launch.gemm(x, weights, scales, None, out, *sizes)
             return out
-        weights, scales, zeros, perm, global_scale, group_size = self.held[copy]
+        weights, scales, zeros, perm, global_scale, group_size = self.held[number]
         k_padded = weights.shape[0] * 16
         k = k_padded if token_scales is not None else spec.k
         sizes = (k, spec.n, k_padded, shape.n_padded, group_size)
@@ -303,6 +330,52 @@ class Product:
 
     def _group_size(self) -> int:
         return backends.kernel_group_size(self.spec.group_size, self.spec.k)
+
+
+class OtherProduct:
+    """Products outside the type table: 8-bit operands ("scaled"), and 2:4 sparse weights."""
+
+    def __init__(self, name: str, shape: Shape, options: argparse.Namespace) -> None:
+        """name: one of OTHERS. Raises ConfigError where it has no kernel."""
+        device = torch.device(options.device)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+            raise ConfigError(f"{name}: needs compute capability 9.0")
+        self.name, self.sparse = name, name.startswith("2:4")
+        self.dtype, self.weight_type = OTHERS[name]
+        weight = torch.randn(shape.n, shape.k, device=device)
+        if self.sparse:
+            weight = sparse.prune_2_4(weight)
+        if self.weight_type is not None:
+            t = WEIGHT_TYPES[self.weight_type]
+            layer = QuantizedLinear.quantize(weight.t().contiguous(), t, 128)
+            self.error_limit, self.weight = ERROR_LIMITS["float16"], layer.dequantize()
+            made = [SparseLayer.from_quantized(layer).prepare(self.dtype)]
+        else:
+            codes, scales = reference.quantize_activations(weight, self.dtype)  # per feature
+            self.error_limit = 8e-3  # FP8 sums of the tensor cores keep fewer bits than float32
+            self.weight = (codes.float() * scales[:, None]).t()
+            stored = sparse.compress_2_4(codes) if self.sparse else (codes.t(),)
+            made = [(*stored, scales)]
+        nbytes = shape.k * shape.n // (2 if self.sparse else 1)
+        for _ in range(copies_of(nbytes, options) - 1):
+            made.append(copy.deepcopy(made[0]))
+        self.held = made
+
+    def activations(self, a: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `Product.activations`."""
+        if self.weight_type is not None:
+            return a.to(self.dtype), None, a.to(self.dtype)[:CHECKED_TOKENS].double()
+        codes, scales = reference.quantize_activations(a, self.dtype)
+        exact = codes[:CHECKED_TOKENS].double() * scales[:CHECKED_TOKENS].double()[:, None]
+        return codes, scales, exact
+
+    def __call__(self, a: Tensor, token_scales: Tensor | None, number: int = 0) -> Tensor:
+        """As `Product.__call__`; float16 [M, N]."""
+        if token_scales is None:
+            return self.held[number](a)
+        *stored, scales = self.held[number]
+        multiply = scaled_mm.scaled_sparse_mm if self.sparse else scaled_mm.scaled_mm
+        return multiply(a, *stored, token_scales, scales, torch.float16, None)
 
 
 def family_of(c: Combination, device: torch.device) -> str:
@@ -371,16 +444,25 @@ def bench_shape(
     results += baseline.values()
     for m, measured in baseline.items():
         report["rows"].append(row(shape, BASELINE, m, measured, measured))
+
+    def add(timings: Timings, name: str) -> None:
+        for m, (measured, error) in timings.items():
+            what = name if m else f"{REPACK} {name}"
+            report["rows"].append(row(shape, what, m, measured, baseline.get(m), error))
+            results.append(measured)
+
     for c in tqdm(cases, desc=f"K={shape.k} N={shape.n}", unit="type"):
         try:
-            measured = bench_combination(c, shape, activations, options)
+            add(bench_combination(c, shape, activations, options), str(c))
         except ConfigError as error:
             report["skipped"].append(str(error))
-            continue
-        for m, (seconds, error) in measured.items():
-            name = str(c) if m else f"{REPACK} {c}"
-            report["rows"].append(row(shape, name, m, seconds, baseline.get(m), error))
-            results.append(seconds)
+    for name in options.others:
+        try:
+            product = OtherProduct(name, shape, options)
+        except ConfigError as error:
+            report["skipped"].append(str(error))
+        else:
+            add(bench_product(product, shape, activations, options), name)
     print(f"\n{shape.name}: K={shape.k} N={shape.n}")
     table = benchmark.Compare(results)
     table.trim_significant_figures()
@@ -409,27 +491,34 @@ def matmul_times(
 
 def bench_combination(
     c: Combination, shape: Shape, activations: dict[int, Tensor], options: argparse.Namespace
-) -> dict[int, tuple[benchmark.Measurement, float]]:
-    """M -> (time, error) of a combination; M = 0: repacking.
-
-    Raises ConfigError if no kernel serves it, ArithmeticError if a result is wrong.
-    """
+) -> Timings:
+    """Times of a combination and of its repacking. Raises ConfigError if no kernel serves it."""
     family_of(c, torch.device(options.device))
     layer = make_layer(c, shape, options.device)
-    weight = layer.dequantize(torch.float32)
     nbytes = layer.codes.numel() * c.weight_type.bits // 8
     product = Product(c, layer, copies_of(nbytes, options))
-    limit = max(ERROR_LIMITS[c.output], ERROR_LIMITS[c.reduction])
-    found = {}
-    for m, a in activations.items():
-        x, token_scales, exact = product.activations(a)
-        error = relative_error(product(x, token_scales)[:CHECKED_TOKENS], exact, weight)
-        if not error < limit:
-            raise ArithmeticError(f"{c} at M={m}, K={shape.k}, N={shape.n}: error {error:.2g}")
-        calls = [partial(product, x, token_scales, i) for i in range(len(product.held))]
-        found[m] = (timed(calls, labels(shape, str(c), m), options), error)
+    found = bench_product(product, shape, activations, options)
     eager = argparse.Namespace(**{**vars(options), "no_graph": True})
     found[0] = (timed([product.repack], labels(shape, f"{REPACK} {c}", 0), eager), math.nan)
+    return found
+
+
+def bench_product(
+    product: Product | OtherProduct,
+    shape: Shape,
+    activations: dict[int, Tensor],
+    options: argparse.Namespace,
+) -> Timings:
+    """M -> (time, error) of products with one layer. Raises ArithmeticError for a wrong result."""
+    found: Timings = {}
+    for m, a in activations.items():
+        x, token_scales, exact = product.activations(a)
+        error = relative_error(product(x, token_scales)[:CHECKED_TOKENS], exact, product.weight)
+        if not error < product.error_limit:
+            text = f"{product.name} at M={m}, K={shape.k}, N={shape.n}: error {error:.2g}"
+            raise ArithmeticError(text)
+        calls = [partial(product, x, token_scales, i) for i in range(len(product.held))]
+        found[m] = (timed(calls, labels(shape, product.name, m), options), error)
     return found
 
 

@@ -76,7 +76,7 @@ def test_sweep_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     output = tmp_path / "results.json"
     small = [*SMALL, "--batch-sizes", "1", "3", "--device", "cpu", "--min-run-time", "0.001"]
     limits = ["--limit-group-size", "16", "32", "64", "--reductions", "float32"]
-    types = ["--types", "uint4b8", "uint4_hqq", "nvfp4"]
+    types = ["--types", "uint4b8", "uint4_hqq", "nvfp4", "--others", *script.OTHERS]
     assert script.main([*small, *limits, *types, "--json", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "K=576 N=576" in printed and "Times are in" in printed
@@ -85,6 +85,7 @@ def test_sweep_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     names = {r["what"] for r in report["rows"]}
     assert {"torch.matmul", "float16-u4b8-float16-g64", "int8-u4b8-float16-g32"} <= names
     assert {"float16-u4b8-float16-g64-act_order_shard", "repack float16-nvfp4-float16-g16"} <= names
+    assert set(script.OTHERS) <= names
     for r in report["rows"]:
         assert r["us"] > 0
         if r["m"] and r["what"] != "torch.matmul":
