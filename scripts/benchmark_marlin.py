@@ -7,8 +7,8 @@
 Sweeps weight types x activations x group sizes x act-order x k_full x reductions (every valid
 combination of marlin_kernel/validity.py that a kernel serves on this GPU) x layer shapes x batch
 sizes. MODEL/TPn takes the shard of one of n GPUs: N / n of layers split by columns, K / n of layers
-split by rows. Options given as --limit-... keep only the values listed. --others adds what is not in
-the type table: dense and 2:4 sparse products of 8-bit operands, 2:4 sparse 4- and 8-bit weights.
+split by rows. Options given as --limit-... keep only the values listed. --others adds what is not
+in the type table: dense and 2:4 products of 8-bit operands, 2:4 sparse 4- and 8-bit weights.
 
 Every result is compared with float64 before it is timed. Times are torch.utils.benchmark's
 blocked_autorange over replays of a CUDA graph, in which every launch reads another copy of the
