@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from marlin_kernel import backends, prebuilt
 from marlin_kernel.errors import ConfigError
+from marlin_kernel.formats import LayerSpec, read
+from marlin_kernel.layout import unpermute_columns
+from marlin_kernel.packing import unpack
+from marlin_kernel.sm80_layout import K_ORDER
 from marlin_kernel.validity import combinations
+from marlin_kernel.weight_types import WEIGHT_TYPES
 from scripts import benchmark_marlin as script
 
 SMALL = ["--models", "SmolLM2-135M", "--limit-k", "576", "--limit-n", "576"]
@@ -100,6 +107,71 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*SMALL, "--device", "cpu", "--batch-sizes", "2", "--types", "uint4b8"]
     with pytest.raises(ArithmeticError, match="M=2, K=576, N=576: error 0.01"):
         script.main([*arguments, "--limit-group-size", "64", "--min-run-time", "0.001"])
+
+
+# ---- what a GPU's kernels are called with, checked by plain multiplication ----
+
+
+def sm80_gemm(
+    a, weights, scales, bias, out, k, n, k_padded, n_padded, group_size, *, weight_type, zeros,
+    perm, token_scales, global_scale, reduce_half,
+) -> None:  # fmt: skip
+    """Stands in for sm80_path.gemm; symmetric integer types."""
+    assert (zeros, global_scale, bias) == (None, None, None) and scales.shape[1] == n_padded
+    wtype = WEIGHT_TYPES[weight_type]
+    codes = unpack(weights, wtype).float() - wtype.bias
+    if group_size:
+        natural = unpermute_columns(scales, grouped=True).float()
+        weight = codes * natural.repeat_interleave(group_size, 0)[:k_padded]
+    else:
+        weight = codes * scales.float()
+    x = a.float()
+    if token_scales is not None:
+        order = torch.tensor(K_ORDER)
+        natural = torch.empty_like(x).view(x.shape[0], -1, 16)
+        natural[:, :, order] = x.view(natural.shape)
+        x = natural.view(x.shape) * token_scales[:, None]
+    if perm is not None:
+        x = torch.where(perm >= 0, x[:, perm.clamp(min=0).long()], 0)
+    x = torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))
+    assert k in (a.shape[1], k_padded)
+    out.copy_((x @ weight)[:, :n])
+
+
+def sm90_gemm(a, weights, scales, bias, out, k, n, k_padded, n_padded, group_size) -> None:
+    """Stands in for launch.gemm."""
+    spec = LayerSpec(k, n, WEIGHT_TYPES["uint4b8"], k if group_size == -1 else group_size)
+    stored = backends.restore(backends.Prepared("sm90", weights, scales, None, None), spec)
+    out.copy_(a.float() @ read(stored, "marlin", spec).dequantize())
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_kernels_get_what_they_take(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = [c for c in combinations() if c.weight_type.name in ("uint4b8", "uint8b128")]
+    if family == "sm90":
+        served = [c for c in served if prebuilt.kernels_of(c, "sm_90a")[0][0] == "sm90"]
+    called = []
+
+    def stand_in(function, original):
+        signature = inspect.signature(original)
+
+        def gemm(*arguments, **options) -> None:
+            called.append(signature.bind(*arguments, **options))
+            function(*arguments, **options)
+
+        return gemm
+
+    monkeypatch.setattr(script, "family_of", lambda c, device: family)
+    for module, function in ((script.sm80_path, sm80_gemm), (script.launch, sm90_gemm)):
+        monkeypatch.setattr(module, "gemm", stand_in(function, module.gemm))
+    shape = script.Shape("layer", 192, 128)
+    for c in served:
+        product = script.Product(c, script.make_layer(c, shape, "cpu"), 2)
+        x, token_scales, exact = product.activations(torch.randn(3, 192))
+        for number in range(2):
+            error = script.relative_error(product(x, token_scales, number), exact, product.weight)
+            assert error < script.ERROR_LIMITS[c.output], str(c)
+    assert len(called) == 2 * len(served) > 0
 
 
 def test_relative_error() -> None:
