@@ -1,7 +1,8 @@
-// A libcuda.so.1 for programs that embed the kernels (marlin_kernel.h): an imagined sm_80 GPU whose
-// memory is the host's. A launch of the sm_80 kernel multiplies from the arguments that it was
-// given, in plain loops, so that a program's packing, sizes and pointers are put to the test.
-// The environment variable FAKE_GROUP holds the group size of the layer, 0 for one group.
+// A libcuda.so.1 for programs that embed the kernels (marlin_kernel.h): an imagined GPU whose
+// memory is the host's. A launch multiplies from the arguments that the kernel was given, in plain
+// loops, so that a program's packing, sizes and pointers are put to the test. Environment:
+//     FAKE_CAPABILITY   "80" or "90"
+//     FAKE_GROUP        group size of the layer, 0 for one group
 #include <cuda.h>
 
 #include <cmath>
@@ -9,13 +10,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #define MARLIN_KERNEL_IMPLEMENTATION
 #include "marlin_kernel.h"
 
 namespace {
-
-std::string symbol;  // of the function asked for last
 
 float from_half(std::uint16_t bits) {
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
@@ -32,16 +32,32 @@ std::uint16_t to_half(float value) {  // rounds to nearest; neither tiny nor hug
   return std::uint16_t((value < 0 ? 0x8000 : 0) | (((exponent + 14) << 10) + mantissa));
 }
 
-// Weight [k][n] of packed words, as FORMAT.md has it.
-float weight(const marlin_sm80_problem& p, int bits, int group, int k, int n) {
-  const std::uint16_t* order = bits == 4 ? marlin_tile_order_4 : marlin_tile_order_8;
-  const int place = k % 16 * 64 + n % 64, per_word = 32 / bits;
-  int at = 0;
-  while (order[at] != place) ++at;
+int group_size() { return std::atoi(std::getenv("FAKE_GROUP")); }
+bool hopper() { return std::strcmp(std::getenv("FAKE_CAPABILITY"), "90") == 0; }
+
+// Where code [k][n] lies in its packed 16 x 64 tile (FORMAT.md), counted in codes.
+int place_in_tile(int bits, int k, int n) {
+  static int places[2][1024];
+  static const bool filled = [] {
+    for (int i = 0; i < 1024; ++i) {
+      places[0][marlin_tile_order_4[i]] = i;
+      places[1][marlin_tile_order_8[i]] = i;
+    }
+    return true;
+  }();
+  return filled ? places[bits == 8][k % 16 * 64 + n % 64] : -1;
+}
+
+float value(std::uint32_t word, int bits, int number, std::uint16_t scale) {
+  const int code = word >> (bits * number) & ((1 << bits) - 1);
+  return (code - (1 << (bits - 1))) * from_half(scale);
+}
+
+// Weight [k][n] as the sm_80 kernels find it.
+float weight(const marlin_sm80_problem& p, int bits, int k, int n) {
+  const int at = place_in_tile(bits, k, n), per_word = 32 / bits, group = group_size();
   const std::size_t tile = std::size_t(k / 16) * (p.n_padded / 64) + n / 64;
   const auto* words = static_cast<const std::uint32_t*>(p.weights);
-  const std::uint32_t word = words[tile * (1024 / per_word) + at / per_word];
-  const int code = word >> (bits * (at % per_word)) & ((1 << bits) - 1);
   int column = n;  // of the scale: natural with one group
   if (group > 0) {
     column = n / 64 * 64;
@@ -49,8 +65,53 @@ float weight(const marlin_sm80_problem& p, int bits, int group, int k, int n) {
   }
   const std::size_t row = group > 0 ? k / group : 0;
   const auto* scales = static_cast<const std::uint16_t*>(p.scales);
-  return (code - (1 << (bits - 1))) * from_half(scales[row * p.n_padded + column]);
+  return value(words[tile * (1024 / per_word) + at / per_word], bits, at % per_word,
+               scales[row * p.n_padded + column]);
 }
+
+// Weight [k][n] as the sm_90 kernels find it (csrc/sm90/problem.cuh).
+float weight(const marlin_sm90_problem& p, int, int k, int n) {
+  const int at = place_in_tile(4, k, n), lane = at / 8 / 4, m = at / 8 % 4, group = group_size();
+  const int column = n / 64, first = column / 2 * 2, f = n % 64;
+  const int width = p.column_tiles - first < 2 ? 1 : 2;
+  const std::size_t tile =
+      std::size_t(first) * p.k_tiles + std::size_t(k / 64) * width + (column - first);
+  const int groups = group > 0 ? (p.k_tiles * 64 + group - 1) / group : 1;
+  const std::size_t row = std::size_t(first) * groups +
+                          std::size_t(group > 0 ? k / group : 0) * width + (column - first);
+  const auto* words = static_cast<const std::uint32_t*>(p.weights);
+  const auto* scales = static_cast<const std::uint16_t*>(p.scales);
+  return value(words[tile * 512 + (m * 32 + lane) * 4 + k / 16 % 4], 4, at % 8,
+               scales[row * 64 + f % 8 * 8 + f / 16 * 2 + f / 8 % 2]);
+}
+
+std::uint16_t* output(const marlin_sm80_problem& p) {
+  return static_cast<std::uint16_t*>(p.output);
+}
+std::uint16_t* output(const marlin_sm90_problem& p) { return static_cast<std::uint16_t*>(p.out); }
+
+template <class Problem>
+CUresult multiply(const Problem& p, int bits) {
+  const auto* a = static_cast<const std::uint16_t*>(p.activations);
+  const auto* bias = static_cast<const std::uint16_t*>(p.bias);
+  for (int n = 0; n < p.n; ++n) {
+    std::vector<double> sums(p.m, bias != nullptr ? from_half(bias[n]) : 0);
+    for (int k = 0; k < p.k; ++k) {
+      const double w = weight(p, bits, k, n);
+      for (int m = 0; m < p.m; ++m) sums[m] += w * from_half(a[m * p.row_stride + k]);
+    }
+    for (int m = 0; m < p.m; ++m) output(p)[std::size_t(m) * p.n + n] = to_half(float(sums[m]));
+  }
+  return CUDA_SUCCESS;
+}
+
+// What an encoded tensor map stands for.
+struct Map {
+  void* address;
+  cuuint64_t k, m, row_bytes;
+  cuuint32_t box_k, box_m;
+};
+static_assert(sizeof(Map) <= sizeof(CUtensorMap), "a map holds it");
 
 }  // namespace
 
@@ -69,21 +130,22 @@ CUresult cuGetErrorString(CUresult, const char** text) {
 }
 
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+  const int shared = hopper() ? 227 << 10 : 163 << 10;
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
-      *value = 8;
+      *value = hopper() ? 9 : 8;
       break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
       *value = 0;
       break;
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
-      *value = 108;
+      *value = hopper() ? 132 : 108;
       break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
-      *value = 163 << 10;
+      *value = shared;
       break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
-      *value = 164 << 10;
+      *value = shared + 1024;
       break;
     default:
       return CUDA_ERROR_INVALID_VALUE;
@@ -115,35 +177,46 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 }
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
-  symbol = name;
-  // which types: the mangled name of weights::uint8b128 or of weights::uint4b8
-  const int bits = symbol.find("uint8b128") != std::string::npos ? 8 : 4;
-  *function = reinterpret_cast<CUfunction>(std::uintptr_t(bits));
-  return symbol.find("sm804gemm") != std::string::npos ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+  *function = reinterpret_cast<CUfunction>(strdup(name));  // a function is its name
+  return CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
 
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                CUtensorMapFloatOOBfill) {
+  if (type != CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || rank != 2 || strides[0] % 16 != 0 ||
+      swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[1] > 256)
+    return CUDA_ERROR_INVALID_VALUE;
+  const Map content = {address, sizes[0], sizes[1], strides[0], box[0], box[1]};
+  std::memcpy(map, &content, sizeof(content));
+  return CUDA_SUCCESS;
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments,
                           void**) {
-  if (config->gridDimX == 0 || config->blockDimX % 32 != 0 || config->sharedMemBytes > 163 << 10)
+  const std::string name = reinterpret_cast<const char*>(function);
+  if (config->gridDimX == 0 || config->blockDimX % 32 != 0 ||
+      config->sharedMemBytes > (hopper() ? 227 << 10 : 163 << 10))
     return CUDA_ERROR_INVALID_VALUE;
-  const auto& p = *static_cast<const marlin_sm80_problem*>(arguments[0]);
-  const int bits = int(reinterpret_cast<std::uintptr_t>(function));
-  const int group = std::atoi(std::getenv("FAKE_GROUP"));
-  const auto* a = static_cast<const std::uint16_t*>(p.activations);
-  const auto* bias = static_cast<const std::uint16_t*>(p.bias);
-  auto* out = static_cast<std::uint16_t*>(p.output);
-  for (int n = 0; n < p.n; ++n) {
-    double* sums = new double[p.m];
-    for (int m = 0; m < p.m; ++m) sums[m] = bias != nullptr ? from_half(bias[n]) : 0;
-    for (int k = 0; k < p.k; ++k) {
-      const double w = weight(p, bits, group, k, n);
-      for (int m = 0; m < p.m; ++m) sums[m] += w * from_half(a[m * p.row_stride + k]);
-    }
-    for (int m = 0; m < p.m; ++m) out[std::size_t(m) * p.n + n] = to_half(float(sums[m]));
-    delete[] sums;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION &&
+        config->gridDimX % config->attrs[i].value.clusterDim.x != 0)
+      return CUDA_ERROR_INVALID_CLUSTER_SIZE;
+  if (name.find("sm804gemm") != std::string::npos)
+    return multiply(*static_cast<const marlin_sm80_problem*>(arguments[0]),
+                    name.find("uint8b128") != std::string::npos ? 8 : 4);
+  const auto& p = *static_cast<const marlin_sm90_problem*>(arguments[0]);
+  if (name.find("gemm_kernel") != std::string::npos) {
+    Map map;
+    std::memcpy(&map, arguments[1], sizeof(map));
+    if (map.address != p.activations || map.k != cuuint64_t(p.k) || map.m != cuuint64_t(p.m) ||
+        map.row_bytes != 2 * cuuint64_t(p.row_stride) || map.box_k != 64)
+      return CUDA_ERROR_INVALID_VALUE;
   }
-  return CUDA_SUCCESS;
+  return multiply(p, 4);
 }
 
 }  // extern "C"
