@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .reference import decode
 from .weight_types import WeightType
 
 # Weights dequantized at once on a CPU: 8 MB of float32, so that the buffer is written and read in
@@ -31,20 +32,21 @@ def multiply(
     group_size: int,
     wtype: WeightType,
 ) -> Tensor:
-    """``rows @ W + bias`` for W = scale * (code - zero).
+    """``rows @ W + bias`` for W = scale * (value(code) - zero).
 
-    rows: float [M, K]; codes, zeros: centred int8 [K, N], [G, N] (zeros None: 0); scales: float16
-    [G, N] in natural column order; bias: float [N]; group_size: inputs per scale.
+    rows: float [M, K]; codes, scales, zeros: of backends.natural, [K, N], [G, N], [G, N] or None;
+    bias: float [N]; group_size: inputs per scale.
     Returns [M, N] of the dtype of `rows`. On a CPU products are formed in float32 whatever that
     dtype is: torch's float16 products there are 50 times slower.
     """
     if rows.device.type != "cpu":
-        return _multiply_at_once(rows, codes, scales, zeros, bias, group_size)
+        return _multiply_at_once(rows, codes, scales, zeros, bias, group_size, wtype)
     if _int4_fits(rows, codes, zeros, group_size, wtype):
         packed, scales_and_zeros = _int4_copy(codes, scales)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
         return out if bias is None else out.add_(bias)
-    return _multiply_blocks(rows.float(), codes, scales, zeros, bias, group_size).to(rows.dtype)
+    args = (codes, scales, zeros, bias, group_size, wtype)
+    return _multiply_blocks(rows.float(), *args).to(rows.dtype)
 
 
 def _multiply_at_once(
@@ -54,8 +56,9 @@ def _multiply_at_once(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    wtype: WeightType,
 ) -> Tensor:
-    out = torch.mm(rows, dequantize(codes, scales, zeros, group_size).to(rows.dtype))
+    out = torch.mm(rows, dequantize(codes, scales, zeros, group_size, wtype).to(rows.dtype))
     return out if bias is None else out.add_(bias)
 
 
@@ -66,6 +69,7 @@ def _multiply_blocks(
     zeros: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    wtype: WeightType,
 ) -> Tensor:
     k, n = codes.shape
     step = max(1, _BLOCK // (n * group_size)) * group_size
@@ -82,6 +86,7 @@ def _multiply_blocks(
             scales[groups],
             None if zeros is None else zeros[groups],
             group_size,
+            wtype,
             buffer[: stop - start],
         )
         out.addmm_(rows[:, start:stop], weight)
@@ -93,14 +98,16 @@ def dequantize(
     scales: Tensor,
     zeros: Tensor | None,
     group_size: int,
+    wtype: WeightType,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Weights ``scale * (code - zero)`` as float32 [K, N], in few passes over memory.
+    """Weights ``scale * (value(code) - zero)`` as float32 [K, N], in few passes over memory.
 
     Arguments as in `multiply`; out: float32 [K, N] to write into. The last group may be partial.
     """
     k, n = codes.shape
-    weight = codes.to(torch.float32) if out is None else out.copy_(codes)
+    values = decode(codes, wtype) if wtype.is_float else codes
+    weight = values.to(torch.float32) if out is None else out.copy_(values)
     whole = k // group_size
     parts = [(weight[: whole * group_size].view(whole, group_size, n), slice(0, whole))]
     if k % group_size:
@@ -129,7 +136,7 @@ def _int4_fits(
     return (
         rows.dtype is torch.bfloat16
         and rows.shape[0] <= _INT4_MAX_TOKENS
-        and wtype.bits == 4
+        and wtype.name == "uint4b8"
         and zeros is None
         and group_size in _INT4_GROUP_SIZES
         and k % group_size == 0

@@ -13,10 +13,12 @@ from . import backends, formats, ops
 from .backends import Prepared, Selection
 from .errors import ConfigError
 from .formats import LayerSpec, QuantizedLinear
-from .weight_types import normalize_group_size
+from .validity import Combination, check
+from .weight_types import INTEGER_TYPES, normalize_group_size
 from .weight_types import weight_type as lookup
 
-_STORED = ("B", "s", "z", "g_idx")  # on-disk tensors; "bias" is the same in every layout
+# On-disk tensors; "bias" and "global_scale" are the same in every layout.
+_STORED = ("B", "s", "z", "g_idx")
 _PREPARED = ("weights", "scales", "zeros", "perm")
 
 
@@ -24,9 +26,9 @@ class Layer(nn.Module):
     """``y = x @ W + bias`` with W stored as integer codes, [in_features, out_features].
 
     A new layer holds the on-disk tensors as buffers (FORMAT.md): ``B``, ``s``, ``z`` for types with
-    stored zero points, ``g_idx`` for act-order, ``bias``. `prepare` converts them once to the
-    layout of the device; `state_dict` always gives the on-disk tensors. Scales stay float16
-    whatever dtype the module is moved to.
+    stored zero points, ``g_idx`` for act-order, ``global_scale``, ``bias``. `prepare` converts them
+    once to the layout of the device; `state_dict` always gives the on-disk tensors. Scales keep
+    their dtype whatever dtype the module is moved to.
     """
 
     def __init__(
@@ -41,26 +43,38 @@ class Layer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         batch_invariant: bool = False,
+        activation: str | None = None,
+        reduce_half: bool = False,
+        shard_groups: int | None = None,
     ) -> None:
-        """in_features, out_features: any sizes; group_size: -1, 32, 64 or 128; dtype: of the bias;
-        batch_invariant: a row's result may not depend on the other rows of its batch.
+        """in_features, out_features: any sizes; group_size: one that the type allows, -1 for one
+        group; dtype: of the bias; batch_invariant: a row's result may not depend on the other rows
+        of its batch; activation: "int8" or "float8_e4m3fn": inputs are rounded to 8 bits, with one
+        scale per token; reduce_half: sums may be exchanged between blocks of a kernel in fp16;
+        shard_groups: the layer holds a part of the inputs of an act-order layer that has so many
+        groups (k_full=False).
 
-        Raises ConfigError for an unknown weight type or group size.
+        Raises ConfigError for an unknown weight type, or the rule of `validity` that is broken.
         """
         super().__init__()
         wtype = lookup(weight_type)
         group_size = normalize_group_size(group_size, in_features)
-        act_order = act_order and group_size < in_features
-        self.spec = LayerSpec(in_features, out_features, wtype, group_size, act_order, bias)
+        act_order = act_order and (group_size < in_features or shard_groups is not None)
+        self.spec = LayerSpec(
+            in_features, out_features, wtype, group_size, act_order, bias, shard_groups
+        )
+        _check_features(self.spec, activation)
         self.in_features, self.out_features = in_features, out_features
         self.batch_invariant = batch_invariant
+        self.activation, self.reduce_half = activation, reduce_half
+        self._group_size: int | None = None  # inputs per scale of the prepared layout, if others
         self.layout: str | None = None  # None: the on-disk tensors
         self._dtype: torch.dtype | None = None  # of activations, as given to prepare()
         for suffix, (shape, stored) in formats.tensor_shapes("marlin", self.spec).items():
             empty = torch.zeros(shape, dtype=stored or dtype, device=device)
             self.register_buffer(suffix, empty)
-        if not bias:
-            self.register_buffer("bias", None)
+        for absent in {"bias", "global_scale"} - self._buffers.keys():
+            self.register_buffer(absent, None)
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLinear, act_order: bool | None = None) -> Layer:
@@ -77,7 +91,7 @@ class Layer(nn.Module):
     def from_tensors(cls, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> Layer:
         """A layer that holds these on-disk tensors (by suffix), as they are."""
         args = (spec.k, spec.n, spec.group_size, spec.bias, spec.weight_type.name, spec.act_order)
-        layer = cls(*args, device="meta")
+        layer = cls(*args, device="meta", shard_groups=spec.shard_groups)
         for suffix, tensor in tensors.items():
             setattr(layer, suffix, tensor)
         return layer
@@ -105,6 +119,11 @@ class Layer(nn.Module):
         groups = torch.arange(spec.k, device=scales.device) // spec.group_size
         groups = groups if g_idx is None else g_idx.long()
         weight = linear.weight.detach().T.double()  # float64: the division must not blur the grid
+        if spec.weight_type.name not in INTEGER_TYPES:
+            raise ConfigError(
+                f"pack() takes integer types, not {spec.weight_type.name}; build such a layer with "
+                "Layer.from_quantized(QuantizedLinear.quantize(...))"
+            )
         zero = spec.weight_type.bias if zeros is None else zeros.double()[groups]
         step = scales.double()[groups]
         ratio = torch.where((step == 0) & (weight == 0), 0.0, weight / step) + zero
@@ -154,7 +173,8 @@ class Layer(nn.Module):
 
     def select_backend(self, dtype: torch.dtype | None = None) -> Selection:
         """The layout that `prepare` would choose, and why; changes nothing."""
-        return backends.select_backend(self._device(), self.spec, dtype or torch.float16)
+        dtype = dtype or torch.float16
+        return backends.select_backend(self._device(), self.spec, dtype, self.activation)
 
     def prepare(self, dtype: torch.dtype | None = None) -> Layer:
         """Convert to the layout of the device, releasing the on-disk tensors. Returns self.
@@ -171,7 +191,8 @@ class Layer(nn.Module):
         self._drop(_PREPARED)
         for name in _PREPARED:
             self.register_buffer(name, getattr(prepared, name), persistent=False)
-        self.layout = layout
+        self.layout = prepared.layout
+        self._group_size = prepared.group_size
         self._dtype = dtype
         return self
 
@@ -184,12 +205,17 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: float16, bfloat16 or float32 [..., in_features] -> [..., out_features], same dtype."""
         spec = self.spec
+        group_size = spec.group_size
+        if self.layout is None and not spec.k_full:
+            raise ConfigError("a shard of K (shard_groups) is multiplied after prepare() only")
         if self.layout is None:
             perm = torch.argsort(self.g_idx, stable=True) if spec.act_order else None
             tensors = (self.B, self.s, getattr(self, "z", None), perm)
         else:  # attributes of a module take a microsecond each
             held = self._buffers
             tensors = (held["weights"], held["scales"], held["zeros"], held["perm"])
+            if self._group_size is not None:
+                group_size = self._group_size
         layout = self.layout or "marlin"
         return ops.eager_gemm(x, layout)(
             x,
@@ -197,10 +223,13 @@ class Layer(nn.Module):
             self._buffers["bias"] if "bias" in self._buffers else self.bias,
             spec.k,
             spec.n,
-            spec.group_size,
+            group_size,
             spec.weight_type.name,
             layout,
             self.batch_invariant,
+            self._buffers.get("global_scale"),
+            self.activation or "",
+            self.reduce_half,
         )
 
     def extra_repr(self) -> str:
@@ -226,9 +255,11 @@ class Layer(nn.Module):
         if self.layout is None:
             held = {name: self._buffers.get(name) for name in _STORED}
         else:
-            prepared = Prepared(self.layout, *(self._buffers[name] for name in _PREPARED))
-            held = backends.restore(prepared, self.spec)
+            tensors = (self._buffers[name] for name in _PREPARED)
+            prepared = Prepared(self.layout, *tensors, self._group_size)
+            held = backends.restore(prepared, self.spec, self._buffers.get("global_scale"))
         held["bias"] = self.bias
+        held["global_scale"] = self._buffers.get("global_scale")
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def _set_stored(self, tensors: Mapping[str, Tensor]) -> None:
@@ -239,7 +270,8 @@ class Layer(nn.Module):
                 self.register_buffer(name, tensors[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
-        """Moves of the module. Scales change device, never dtype; integers likewise by nature.
+        """Moves of the module. Scales and zero points change device, never dtype; integers likewise
+        by nature.
 
         A prepared layer is converted again if the device or the activations' dtype change.
         """
@@ -251,7 +283,8 @@ class Layer(nn.Module):
             if not stays:
                 self.unprepare()._apply(fn, recurse)
                 return self.prepare(None if dtype is None else moved.dtype)
-        exact = {name: self._buffers.get(name) for name in ("s", "scales")}
+        names = ("s", "z", "global_scale", "scales", "zeros")
+        exact = {name: self._buffers.get(name) for name in names}
         super()._apply(fn, recurse)
         for name, scales in exact.items():
             if scales is not None and self._buffers[name].dtype != scales.dtype:
@@ -270,6 +303,20 @@ class Layer(nn.Module):
         super()._load_from_state_dict(*args)
         if prepared:
             self.prepare(self._dtype)
+
+
+def _check_features(spec: LayerSpec, activation: str | None) -> None:
+    """Raise ConfigError naming the rule of `validity` that a layer of this spec breaks."""
+    t = spec.weight_type
+    # few inputs may make one group smaller than any that the type allows
+    group_size = -1 if spec.group_size == spec.k and spec.k_full else spec.group_size
+    if group_size == -1 and -1 not in t.group_sizes:
+        group_size = t.group_sizes[0]
+    dtype = activation or t.activations[0]
+    output = dtype if activation is None else "float16"
+    # Without a kernel, act-order is still dequantized; rounded inputs and shards need one.
+    act_order = spec.act_order and (activation is not None or not spec.k_full)
+    check(Combination(t, dtype, output, group_size, act_order, spec.k_full))
 
 
 def replace_linear(

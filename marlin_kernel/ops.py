@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends, dense
+from . import backends, dense, reference
 from .errors import ConfigError
 from .formats import LayerSpec
 from .layout import packed_shape
@@ -20,11 +20,13 @@ from .weight_types import weight_type as lookup
 
 _SCHEMA = (
     "gemm(Tensor a, Tensor weights, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
-    "int k, int n, int group_size, str weight_type, str layout, bool batch_invariant) -> Tensor"
+    "int k, int n, int group_size, str weight_type, str layout, bool batch_invariant, "
+    "Tensor? global_scale=None, str activation='', bool reduce_half=False) -> Tensor"
 )
 _KERNEL_LAYOUTS = ("sm80", "sm90")
 _KERNEL_ACTIVATIONS = (torch.float16, torch.bfloat16)
 _ACTIVATIONS = (*_KERNEL_ACTIVATIONS, torch.float32)
+ACTIVATION_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 def _gemm(
@@ -40,20 +42,34 @@ def _gemm(
     weight_type: str,
     layout: str,
     batch_invariant: bool,
+    global_scale: Tensor | None = None,
+    activation: str = "",
+    reduce_half: bool = False,
 ) -> Tensor:
     _check_activations(a, weights, k)
     rows = a if a.dim() == 2 else a.reshape(-1, k)
-    if perm is not None:
+    if perm is not None and layout != "sm80":
         rows = rows.index_select(1, perm)
     if rows.shape[0] == 0:
         out = rows.new_empty(0, n)
+    elif layout == "sm80":
+        tensors = (weights, scales, zeros, perm, global_scale, bias)
+        features = (weight_type, activation, batch_invariant, reduce_half)
+        out = _run_sm80(rows, *tensors, n, group_size, *features)
     elif layout in _KERNEL_LAYOUTS:
         out = _run_kernel(rows, weights, scales, bias, k, n, group_size, layout, batch_invariant)
     else:
+        wtype = lookup(weight_type)
         if layout == "marlin":
-            wtype = lookup(weight_type)
-            weights, scales, zeros = backends.natural(weights, scales, zeros, k, n, wtype)
-        out = dense.multiply(rows, weights, scales, zeros, bias, group_size, lookup(weight_type))
+            natural = (weights, scales, zeros, k, n, wtype, global_scale)
+            weights, scales, zeros = backends.natural(*natural)
+        if activation:  # as the kernels round them, in float32
+            codes, factors = reference.quantize_activations(rows, ACTIVATION_DTYPES[activation])
+            rounded = codes.float() * factors[:, None]
+            out = dense.multiply(rounded, weights, scales, zeros, bias, group_size, wtype)
+            out = out.to(rows.dtype)
+        else:
+            out = dense.multiply(rows, weights, scales, zeros, bias, group_size, wtype)
     return out if a.dim() == 2 else out.view(*a.shape[:-1], n)
 
 
@@ -70,6 +86,9 @@ def _gemm_fake(
     weight_type: str,
     layout: str,
     batch_invariant: bool,
+    global_scale: Tensor | None = None,
+    activation: str = "",
+    reduce_half: bool = False,
 ) -> Tensor:
     _check_activations(a, weights, k)
     return a.new_empty(*a.shape[:-1], n)
@@ -86,8 +105,11 @@ gemm = torch.ops.marlin_kernel.gemm.default
 
 a: float16, bfloat16 or float32 [..., k], any strides; weights, scales, zeros, perm: the tensors of
 backends.Prepared; bias: [n] or None; k, n: sizes without padding; group_size: inputs per scale, k
-for one group; batch_invariant: a row's result must not depend on the other rows (kernel layouts).
-Returns a new tensor of the dtype of `a`, accumulated in float32.
+for one group ("sm80": that of backends.Prepared); batch_invariant: a row's result must not depend
+on the other rows (kernel layouts); global_scale: float32 [1] of types that have one; activation:
+"", "int8" or "float8_e4m3fn": `a` is rounded to 8 bits with one scale per token; reduce_half:
+blocks of the sm80 kernel may exchange sums in fp16 (`a` float16). Returns a new tensor of the dtype
+of `a`, accumulated in float32.
 """
 
 
@@ -121,6 +143,54 @@ def _check_activations(a: Tensor, weights: Tensor, k: int) -> None:
         )
 
 
+def _kernel_rows(rows: Tensor, layout: str) -> Tensor:
+    """Activations as the kernels read them, or ConfigError."""
+    if rows.dtype not in _KERNEL_ACTIVATIONS:
+        raise ConfigError(
+            f"the {layout} kernels do not take activations of {rows.dtype}; convert them to "
+            "float16 or bfloat16, or call the layer's prepare() with this dtype"
+        )
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _run_sm80(
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    weight_type: str,
+    activation: str,
+    batch_invariant: bool,
+    reduce_half: bool,
+) -> Tensor:
+    rows = _kernel_rows(rows, "sm80")
+    path = backends.kernels("sm80")
+    out = rows.new_empty(rows.shape[0], n)
+    if bias is not None and bias.dtype != rows.dtype:
+        bias = bias.to(rows.dtype)
+    k_padded, token_scales = weights.shape[0] * 16, None
+    if activation:
+        dtype = ACTIVATION_DTYPES[activation]
+        rows, token_scales = path.quantize_activations(rows, dtype, k_padded)
+    path.gemm(
+        *(rows, weights, scales, bias, out, rows.shape[1], n),
+        *(k_padded, scales.shape[1], group_size),
+        weight_type=weight_type,
+        zeros=zeros,
+        perm=perm,
+        token_scales=token_scales,
+        global_scale=global_scale,
+        batch_invariant=batch_invariant,
+        reduce_half=reduce_half,
+    )
+    return out
+
+
 def _run_kernel(
     rows: Tensor,
     weights: Tensor,
@@ -132,13 +202,7 @@ def _run_kernel(
     layout: str,
     batch_invariant: bool,
 ) -> Tensor:
-    if rows.dtype not in _KERNEL_ACTIVATIONS:
-        raise ConfigError(
-            f"the {layout} kernels do not take activations of {rows.dtype}; convert them to "
-            "float16 or bfloat16, or call the layer's prepare() with this dtype"
-        )
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = _kernel_rows(rows, layout)
     out = rows.new_empty(rows.shape[0], n)
     if bias is not None and bias.dtype != rows.dtype:
         bias = bias.to(rows.dtype)
@@ -169,48 +233,66 @@ def mul(
     thread_n: int = -1,
     sms: int = -1,
     max_par: int = 16,
+    *,
+    weight_type: str = "uint4b8",
+    z: Tensor | None = None,
+    g_idx: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> None:
-    """``C = A @ dequantize(B, s)`` with the arguments of the original Marlin.
+    """``C = A @ dequantize(B, s)`` with the arguments of the original Marlin, for every type.
 
-    A: float16 [M, K]; B: int32 [K / 16, 2 N], symmetric 4-bit codes in Marlin order; C: float16
-    [M, N], overwritten; s: float16 [G, N] in Marlin's column order, one group if G == 1. workspace,
-    thread_k, thread_n, sms, max_par: accepted and not needed; workspace is left as it is.
+    A: float16 or bfloat16 [M, K]; B: int32 [K / 16, N * bits / 2], codes in Marlin order; C:
+    [M, N], overwritten; s: scales [G, N] in Marlin's column order, one group if G == 1; z, g_idx,
+    global_scale: as in FORMAT.md, where the type or act-order has them. workspace, thread_k,
+    thread_n, sms, max_par: accepted and not needed; workspace is left as it is.
     Raises ConfigError if the shapes do not belong together.
     """
-    k, n = A.shape[-1], C.shape[-1]
-    if B.dim() != 2 or s.dim() != 2 or B.shape != (k // 16, 2 * n) or s.shape[1] != n or k % 64:
+    k, n, wtype = A.shape[-1], C.shape[-1], lookup(weight_type)
+    width = n * wtype.bits // 2
+    if B.dim() != 2 or s.dim() != 2 or B.shape != (k // 16, width) or s.shape[1] != n or k % 64:
         raise ConfigError(
             f"A {list(A.shape)}, B {list(B.shape)}, C {list(C.shape)} and s {list(s.shape)} do not "
-            "belong together: B is [K / 16, 2 N], s is [K / group_size, N], K a multiple of 64"
+            f"belong together: B is [K / 16, {wtype.bits // 2} N], s is [K / group_size, N], K a "
+            "multiple of 64"
         )
     if C.shape[:-1] != A.shape[:-1] or C.dtype != A.dtype:
         raise ConfigError(
             f"C is {C.dtype} {list(C.shape)}, A is {A.dtype} {list(A.shape)}; they must share the "
             "dtype and all dimensions but the last"
         )
-    spec = LayerSpec(k, n, lookup("uint4b8"), k // s.shape[0])
+    spec = LayerSpec(k, n, wtype, k // s.shape[0], act_order=g_idx is not None)
+    if (z is None) != wtype.symmetric or (global_scale is None) == wtype.global_scale:
+        raise ConfigError(
+            f"z and global_scale do not fit {weight_type}: it has "
+            f"{'no' if wtype.symmetric else 'its'} zero points and "
+            f"{'a' if wtype.global_scale else 'no'} global scale"
+        )
     layout = backends.select_backend(A.device, spec, A.dtype).layout
     if layout == "codes":  # would unpack on every call what a Layer unpacks once
         layout = "marlin"
-    B, s = _converted(layout, B, s, spec, A.dtype)
-    C.copy_(gemm(A, B, s, None, None, None, k, n, spec.group_size, "uint4b8", layout, False))
+    tensors = {"B": B, "s": s, "z": z, "g_idx": g_idx, "global_scale": global_scale}
+    held = _converted(layout, {x: t for x, t in tensors.items() if t is not None}, spec, A.dtype)
+    arguments = (held.weights, held.scales, held.zeros, held.perm, None, k, n)
+    group_size = spec.group_size if held.group_size is None else held.group_size
+    C.copy_(gemm(A, *arguments, group_size, weight_type, layout, False, global_scale))
 
 
 _conversions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _converted(
-    layout: str, B: Tensor, s: Tensor, spec: LayerSpec, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    layout: str, tensors: dict[str, Tensor], spec: LayerSpec, dtype: torch.dtype
+) -> backends.Prepared:
     """Weights of `mul` in a kernel's layout, converted once per `B` and kept as long as it lives.
 
     `Layer.prepare` needs no such copy.
     """
     if layout == "marlin":
-        return B, s
-    key = (layout, dtype, B._version, s.data_ptr(), s._version)
+        return backends.prepare(layout, tensors, spec, dtype)
+    B = tensors["B"]
+    rest = tuple((x, t.data_ptr(), t._version) for x, t in tensors.items() if x != "B")
+    key = (layout, dtype, spec, B._version, rest)
     found = _conversions.get(B)
     if found is None or found[0] != key:
-        prepared = backends.prepare(layout, {"B": B, "s": s}, spec, dtype)
-        found = _conversions[B] = (key, prepared.weights, prepared.scales)
-    return found[1:]
+        found = _conversions[B] = (key, backends.prepare(layout, tensors, spec, dtype))
+    return found[1]

@@ -156,11 +156,13 @@ def supports(
     group_size: int,
     dtype: torch.dtype,
     activation: str | None = None,
+    act_order: bool = False,
+    k_full: bool = True,
 ) -> bool:
     """Can this kernel serve such a layer on `device`? group_size: -1 for one group.
 
     dtype: of the layer's inputs and outputs; activation: "int8" or "float8_e4m3fn" if inputs are
-    rounded to 8 bits. Compiles nothing.
+    rounded to 8 bits; act_order, k_full: as in validity.Combination. Compiles nothing.
     """
     if device.type != "cuda" or dtype not in NAMES or importlib.util.find_spec("cuda") is None:
         return False
@@ -171,7 +173,7 @@ def supports(
     if group_size not in t.group_sizes:  # one group of fewer inputs than the smallest group
         group_size = t.group_sizes[0]
     generation = "7.5" if version < (8, 0) else "8.9" if version >= (8, 9) else "8.0"
-    c = Combination(t, activation or name, name, group_size)
+    c = Combination(t, activation or name, name, group_size, act_order, k_full)
     return is_supported(c, generation)
 
 
@@ -240,7 +242,9 @@ def gemm(
             )
     output = NAMES[out.dtype]
     activation = output if token_scales is None else _EIGHT_BIT[a.dtype]
-    group_size = group_size if group_size > 0 and scales.shape[0] > 1 else 0
+    t = WEIGHT_TYPES[weight_type]
+    if group_size < 0 or (scales.shape[0] == 1 and t.symmetric and t.scale == "float16"):
+        group_size = 0
     types = _types(weight_type, activation, output, group_size, sm75 or _is_sm75(index))
     if reduce_half:
         types = replace(types, reduce_half=True)

@@ -74,9 +74,11 @@ def same_layer(a: QuantizedLinear, b: QuantizedLinear) -> bool:
     """Bit equality of everything but the bias' dtype."""
 
     def same(x: Tensor | None, y: Tensor | None) -> bool:
-        return x is y if x is None or y is None else torch.equal(x, y)
+        if x is None or y is None:
+            return x is y
+        return torch.equal(x.float(), y.float())
 
-    names = ("codes", "scales", "zeros", "g_idx", "bias")
+    names = ("codes", "scales", "zeros", "g_idx", "bias", "global_scale")
     facts = (a.weight_type, a.group_size) == (b.weight_type, b.group_size)
     return facts and all(same(getattr(a, x), getattr(b, x)) for x in names)
 

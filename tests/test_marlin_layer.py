@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, ConfigError, Layer, reference, replace_linear
+from marlin_kernel import (
+    INTEGER_TYPES,
+    WEIGHT_TYPES,
+    ConfigError,
+    Layer,
+    QuantizedLinear,
+    reference,
+    replace_linear,
+)
 from marlin_kernel.formats import write
 from tests.cases import TYPED_SIZES, random_layer, same_layer
 
@@ -212,3 +220,79 @@ def test_replace_linear_by_names_and_by_predicate():
     assert chosen == ["b"] and by_rule["b"].spec.weight_type.name == "uint8"
     with pytest.raises(ConfigError, match=r"\['a.1'\] are not torch.nn.Linear"):
         replace_linear(model(), ["a.1"])
+
+
+# ---- types that are not integers, 8-bit activations, shards of K ---------------------------------
+
+OTHER_TYPES = [t for t in WEIGHT_TYPES.values() if t.name not in INTEGER_TYPES]
+
+
+@pytest.mark.parametrize("wtype", OTHER_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize(("k", "n"), [(128, 64), (200, 100)])
+def test_other_types_in_both_forms(k, n, wtype):
+    for group_size in wtype.group_sizes:
+        quantized = QuantizedLinear.quantize(
+            torch.randn(k, n) / k**0.5, wtype, group_size, torch.randn(n).half()
+        )
+        layer = Layer.from_quantized(quantized)
+        x = torch.randn(3, k)
+        expected = reference.matmul(x, quantized.dequantize(), quantized.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        before = {name: t.clone() for name, t in layer.state_dict().items()}
+        torch.testing.assert_close(layer.prepare()(x), expected, rtol=1e-4, atol=1e-4)
+        layer.bfloat16()  # scales, zero points and codes keep their dtypes
+        after = layer.state_dict()
+        assert before.keys() == after.keys()
+        for name in before.keys() - {"bias"}:
+            assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
+        empty = Layer(k, n, group_size, bias=True, weight_type=wtype.name)
+        empty.load_state_dict(before)
+        assert same_layer(empty.quantized(), quantized)
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+def test_rounded_activations(activation):
+    weight = torch.randn(96, 40) / 10
+    quantized = QuantizedLinear.quantize(weight, U4B8, 32)
+    plain = Layer.from_quantized(quantized).prepare()
+    layer = Layer(96, 40, 32, weight_type="uint4b8", activation=activation)
+    layer.load_state_dict(plain.state_dict())
+    layer.prepare()
+    x = torch.randn(2, 3, 96)
+    error = float((layer(x) - plain(x)).norm() / plain(x).norm())
+    assert 1e-3 < error < 0.05 and layer(x).shape == (2, 3, 40)
+
+
+def test_what_no_kernel_can_do_is_named():
+    with pytest.raises(ConfigError, match=r"group_size=128 is not in \(16,\) for nvfp4"):
+        Layer(256, 64, 128, weight_type="nvfp4")
+    with pytest.raises(ConfigError, match="uint8 is not multiplied with int8"):
+        Layer(256, 64, 128, weight_type="uint8", activation="int8")
+    with pytest.raises(ConfigError, match="act_order with int8 activations"):
+        Layer(256, 64, 128, act_order=True, activation="int8")
+    with pytest.raises(ConfigError, match="act_order with zero points"):
+        Layer(256, 64, 128, act_order=True, weight_type="uint4", shard_groups=4)
+
+
+def test_shard_of_an_act_order_layer():
+    """Two shards of K add up to the whole layer, whatever groups their inputs belong to."""
+    whole = random_layer(256, 40, U4B8, 32, act_order=True)
+    x, parts = torch.randn(3, 256), []
+    for rows in (slice(0, 96), slice(96, 256)):
+        shard = QuantizedLinear.of(
+            whole.codes[rows],
+            whole.scales,
+            U4B8,
+            32,
+            g_idx=whole.g_idx[rows],
+            shard_groups=whole.scales.shape[0],
+        )
+        assert not shard.spec.k_full
+        layer = Layer.from_quantized(shard)
+        assert same_layer(layer.quantized(), shard)
+        with pytest.raises(ConfigError, match="after prepare"):
+            layer(x[:, rows])
+        parts.append(layer.prepare()(x[:, rows]))
+        with pytest.raises(ConfigError, match="cannot be restored"):
+            layer.state_dict()
+    torch.testing.assert_close(sum(parts), reference.matmul(x, whole.dequantize()))

@@ -5,9 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlin_kernel import WEIGHT_TYPES, ConfigError, backends, dense, gemm, mul, reference
+from marlin_kernel import (
+    INTEGER_TYPES,
+    WEIGHT_TYPES,
+    ConfigError,
+    QuantizedLinear,
+    backends,
+    dense,
+    gemm,
+    mul,
+    ops,
+    reference,
+)
 from marlin_kernel.backends import Prepared, prepare, restore, select_backend
 from marlin_kernel.formats import LayerSpec, write
+from marlin_kernel.layout import permute_columns
 from tests.cases import TYPED_SIZES, random_layer
 
 U4B8 = WEIGHT_TYPES["uint4b8"]
@@ -23,7 +35,8 @@ def arguments(layer, layout, dtype=torch.float32):
     p = prepare(layout, write(layer, "marlin", act_order=act_order), layer.spec, dtype)
     k, n = layer.codes.shape
     tensors = (p.weights, p.scales, p.zeros, p.perm, layer.bias)
-    return *tensors, k, n, layer.group_size, layer.weight_type.name, layout, False
+    group_size = layer.group_size if p.group_size is None else p.group_size
+    return *tensors, k, n, group_size, layer.weight_type.name, p.layout, False, layer.global_scale
 
 
 def relative_error(out, expected):
@@ -135,25 +148,93 @@ def test_kernel_layouts_are_permutations(layout, k, n, group_size, act_order):
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
+OTHER_TYPES = [t for t in WEIGHT_TYPES.values() if t.name not in INTEGER_TYPES]
+
+
+def any_layer(k, n, wtype, group_size, bias=False):
+    """Random weights rounded to any type."""
+    b = torch.randn(n).half() if bias else None
+    return QuantizedLinear.quantize(torch.randn(k, n), wtype, group_size, b)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "sm80"])
+@pytest.mark.parametrize("wtype", OTHER_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize(("k", "n"), [(128, 64), (200, 100), (12, 8)])
+def test_restore_inverts_prepare_for_other_types(layout, k, n, wtype):
+    for group_size in wtype.group_sizes:
+        layer = any_layer(k, n, wtype, group_size)
+        tensors = write(layer, "marlin")
+        prepared = prepare(layout, tensors, layer.spec, torch.bfloat16)
+        back = restore(prepared, layer.spec, layer.global_scale)
+        assert back.keys() == tensors.keys()
+        for name in tensors:
+            same = (t.view(torch.uint8) for t in (back[name], tensors[name]))
+            assert torch.equal(*same), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("wtype", OTHER_TYPES, ids=lambda t: t.name)
+def test_other_types_multiply(layout, dtype, wtype):
+    for k, n, group_size in ((200, 100, wtype.group_sizes[0]), (12, 8, wtype.group_sizes[-1])):
+        layer = any_layer(k, n, wtype, group_size, bias=True)
+        a = torch.randn(3, k).to(dtype)
+        out = gemm(a, *arguments(layer, layout, dtype))
+        expected = reference.matmul(a, layer.dequantize(), layer.bias)
+        assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rounded_activations(activation, layout):
+    layer = any_layer(200, 100, U4B8, 64, bias=True)
+    a = torch.randn(5, 200).half()
+    out = gemm(a, *arguments(layer, layout), activation=activation)
+    codes, scales = reference.quantize_activations(a, ops.ACTIVATION_DTYPES[activation])
+    rounded = codes.double() * scales.double()[:, None]
+    expected = rounded @ layer.dequantize(torch.float64) + layer.bias.double()
+    assert relative_error(out, expected) < TOLERANCE[torch.float16]
+    assert relative_error(out, reference.matmul(a, layer.dequantize(), layer.bias)) > 2e-3
+
+
 class FakeKernels:
     """Stands in for the module of a GPU kernel: another order of words, float32 arithmetic."""
 
     def __init__(self):
         self.calls = []
 
-    def supports(self, device, weight_type_name, group_size, dtype):
+    def supports(self, device, weight_type_name, group_size, dtype, *features):
         self.calls.append((device.type, weight_type_name, group_size, dtype))
         return weight_type_name == "uint4b8" and dtype is torch.float16
 
     def convert_layout(self, B, s, k, n, group_size, dtype):
         return B.T.flip(0).contiguous(), s.T.contiguous()
 
-    def gemm(self, a, b, s, bias, out, k, n, k_padded, n_padded, group_size, batch_invariant=False):
+    def gemm(
+        self,
+        a,
+        b,
+        s,
+        bias,
+        out,
+        k,
+        n,
+        k_padded,
+        n_padded,
+        group_size,
+        batch_invariant=False,
+        **more,
+    ):
         assert a.stride(1) == 1 and out.shape == (a.shape[0], n)
-        self.calls.append((k, n, k_padded, n_padded, group_size, batch_invariant))
-        words = b.flip(0).T.contiguous()
-        spec_group = k if group_size == -1 else group_size
-        codes, scales, _ = backends.natural(words, s.T, None, k, n, U4B8)
+        self.calls.append((k, n, k_padded, n_padded, max(group_size, 0), batch_invariant))
+        spec_group = k if group_size <= 0 else group_size
+        if more:  # sm80: every type, the words as on disk, one group in natural order
+            assert more["weight_type"] == "uint4b8" and more["zeros"] is None
+            s = s if group_size > 0 else permute_columns(s, grouped=False)
+            codes, scales, _ = backends.natural(b, s, None, k, n, U4B8)
+        else:
+            words = b.flip(0).T.contiguous()
+            codes, scales, _ = backends.natural(words, s.T, None, k, n, U4B8)
         out.copy_(dense.multiply(a, codes, scales, None, bias, spec_group, U4B8))
 
 
@@ -172,7 +253,7 @@ def test_kernel_layouts_call_their_module(fake_kernels, layout, group_size):
     out = gemm(a, *arguments(layer, layout, torch.float16))
     expected = reference.matmul(a, layer.dequantize(), layer.bias)
     assert relative_error(out, expected) < TOLERANCE[torch.float16]
-    assert fake_kernels.calls == [(100, 40, 128, 64, group_size, False)]
+    assert fake_kernels.calls == [(100, 40, 128, 64, max(group_size, 0), False)]
     tensors = write(layer, "marlin")
     prepared = prepare(layout, tensors, layer.spec, torch.float16)
     back = restore(prepared, layer.spec)
@@ -216,6 +297,21 @@ def test_kernels_that_are_not_installed_are_not_chosen(monkeypatch):
 
 
 # ---- mul -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wtype", WEIGHT_TYPES.values(), ids=lambda t: t.name)
+def test_mul_of_every_type(wtype):
+    layer = any_layer(256, 128, wtype, wtype.group_sizes[-1])
+    tensors = write(layer, "marlin")
+    a = torch.randn(3, 256).bfloat16()
+    out = torch.full((3, 128), 7.0).bfloat16()
+    more = {name: tensors.get(name) for name in ("z", "g_idx", "global_scale")}
+    mul(a, tensors["B"], out, tensors["s"], weight_type=wtype.name, **more)
+    expected = reference.matmul(a, layer.dequantize())
+    assert relative_error(out, expected) < TOLERANCE[torch.bfloat16]
+    if wtype.global_scale or not wtype.symmetric:
+        with pytest.raises(ConfigError, match=f"do not fit {wtype.name}"):
+            mul(a, tensors["B"], out, tensors["s"], weight_type=wtype.name)
 
 
 @pytest.mark.parametrize("group_size", [-1, 128])
