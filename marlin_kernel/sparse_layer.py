@@ -12,7 +12,7 @@ from .formats import LayerSpec, QuantizedLinear
 from .layer import Layer
 from .sparse_format import SPARSE_FORMAT
 
-LAYOUT = "sparse90"  # of csrc/sparse/config.cuh
+LAYOUT = "sparse24"  # of csrc/sparse/config.cuh
 _STORED = ("B_24", "B_meta", "s")
 _PREPARED = ("weights", "scales", "zeros", "perm")
 

@@ -1,9 +1,11 @@
-"""FP16 or BF16 activations times 2:4 sparse 4- or 8-bit weights on sm_90a: kernels and operator.
+"""FP16 or BF16 activations times 2:4 sparse 4- or 8-bit weights: kernels and operator.
 
     torch.ops.marlin_kernel.sparse_gemm(a, weights, scales, bias, k, n, group_size, weight_type)
 
-Weights are in the device layout of csrc/sparse/config.cuh, which `device_weights` makes of the
-stored tensors (sparse_format.py). `SparseLayer` (sparse_layer.py) is what models hold.
+The kernel of this file (csrc/sparse/kernel.cuh) is for compute capability 9.0; `sparse_sm80` serves
+the others from 8.0 on. Weights are in the device layout of csrc/sparse/config.cuh, which
+`device_weights` makes of the stored tensors (sparse_format.py). `SparseLayer` (sparse_layer.py) is
+what models hold.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import launch
+from . import launch, sparse_sm80
 from .compiler import KernelSource
 from .errors import ConfigError
 from .formats import LayerSpec
@@ -187,7 +189,7 @@ def supports(device: torch.device, spec: LayerSpec, dtype: torch.dtype) -> bool:
         and spec.weight_type.name in SPARSE_TYPES
         and kernel_group(spec.group_size, spec.k) in GROUP_SIZES
         and dtype in _DTYPES
-        and launch.device_arch(launch._index(device)) == "sm_90a"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -358,10 +360,14 @@ def _sparse_gemm(
     out = rows.new_empty(rows.shape[0], n)
     if rows.shape[0]:
         group = kernel_group(group_size, k)
+        bias = bias if bias is None else bias.to(a.dtype)
+        if launch.device_arch(index) != "sm_90a":
+            config = sparse_sm80.select(rows.shape[0])
+            sparse_sm80.launch_config(config, rows, weights, scales, bias, out, bits, group)
+            return out.view(*a.shape[:-1], n)
         gpu = torch.cuda.get_device_name(index).removeprefix("NVIDIA ").lower()
         size = rows.shape[0], n, k, bits, group
         config = select(*size, gpu, launch.multiprocessors(index))
-        bias = bias if bias is None else bias.to(a.dtype)
         launch_config(config, rows, weights, scales, bias, out, bits, group)
     return out.view(*a.shape[:-1], n)
 
@@ -403,7 +409,7 @@ _library.impl("sparse_gemm", _sparse_gemm, "CUDA")
 torch.library.register_fake("marlin_kernel::sparse_gemm", _sparse_gemm_fake, lib=_library)
 
 sparse_gemm = torch.ops.marlin_kernel.sparse_gemm.default
-"""``out[..., n] = a[..., k] @ W[k, n] + bias`` on a GPU of compute capability 9.0.
+"""``out[..., n] = a[..., k] @ W[k, n] + bias`` on a GPU of compute capability 8.0 or newer.
 
 a: float16 or bfloat16; weights, scales: of `device_weights`; bias: [n] or None; group_size: inputs
 per scale (128, or k for one group); weight_type: "uint4b8" or "uint8b128".

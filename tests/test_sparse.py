@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlin_kernel import formats, scaled_configs, sparse_format, sparse_marlin
+from marlin_kernel import formats, scaled_configs, sparse_format, sparse_marlin, sparse_sm80
 from marlin_kernel.errors import CheckpointError, ConfigError
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_mm import scaled_mm, scaled_sparse_mm
@@ -352,3 +352,19 @@ def test_sparse_kernels_compile_without_spills(bits: int, tmp_path) -> None:
     text = sass(cubin, tmp_path / "kernel.cubin")
     assert "HGMMA.SP" in text and "UTMALDG" in text and "UBLKCP" in text
     assert "LDL" not in text and "STL" not in text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ("sm_80", "sm_86", "sm_90a", "sm_120"))
+def test_sparse_kernels_of_other_gpus_compile(arch: str, tmp_path) -> None:
+    from marlin_kernel import compiler
+
+    for number, config in enumerate(sparse_sm80.CONFIGS):
+        dtype = (torch.float16, torch.bfloat16)[number % 2]
+        bits = (4, 8)[number // 2]
+        assert config.storage_bytes(8, 128) <= 99 * 1024
+        cubin = compiler.compile_kernel(config.source(dtype, bits, 128), arch)
+        assert cubin.stack_bytes == 0 and cubin.registers * config.threads <= REGISTERS
+    text = sass(cubin, tmp_path / "kernel.cubin")
+    assert "HMMA.SP.16832.F32" in text and "LDGSTS" in text and "LDL" not in text
+    assert sparse_sm80.select(1).tokens == 8 and sparse_sm80.select(1000).tokens == 64

@@ -18,6 +18,7 @@ from marlin_kernel.scaled_configs import ScaledConfig
 from marlin_kernel.scaled_mm import _aligned, reference
 from marlin_kernel.sparse import compress_2_4, prune_2_4
 from marlin_kernel.sparse_marlin import SparseConfig
+from marlin_kernel.sparse_sm80 import Sm80SparseConfig
 from marlin_kernel.weight_types import weight_type
 
 pytestmark = pytest.mark.skipif(
@@ -190,6 +191,10 @@ MARLIN_CONFIGS = (
     SparseConfig(tokens=16, groups=2, split=2, stages=2, blocks_per_sm=1),
     SparseConfig(tokens=64, groups=2, split=1, stages=2, blocks_per_sm=1),
 )
+SM80_CONFIGS = (
+    Sm80SparseConfig(tokens=8, k_parts=2, stages=3),
+    Sm80SparseConfig(tokens=32, k_parts=2, stages=2),
+)
 MARLIN_SHAPES = ((1, 64, 128, 1), (17, 200, 300, 2), (70, 136, 512, 2))  # M, N, K, processors
 MARLIN_TYPES = {4: "uint4b8", 8: "uint8b128"}
 DTYPES = (torch.float16, torch.bfloat16)
@@ -203,6 +208,10 @@ def marlin_kernels(bits: int) -> list[tuple[SparseConfig, torch.dtype, int, int]
     ]
     if bits == 4:
         kernels += [(c, torch.float16, bits, 128) for c in MARLIN_CONFIGS[::2]]
+        kernels += [(c, torch.float16, bits, 128) for c in SM80_CONFIGS]
+        kernels += [(SM80_CONFIGS[0], torch.bfloat16, bits, -1)]
+    else:
+        kernels += [(SM80_CONFIGS[1], torch.float16, bits, 128)]
     return kernels
 
 
@@ -232,7 +241,7 @@ def marlin_run(built: SparseLibrary, kernel, m: int, n: int, k: int, sms: int, s
 def test_sparse_marlin_matches_float64(kernel) -> None:
     config, dtype, bits, group_size = kernel
     for m, n, k, sms in MARLIN_SHAPES:
-        if not config.fits(-(-k // 128), bits, group_size):
+        if isinstance(config, SparseConfig) and not config.fits(-(-k // 128), bits, group_size):
             continue
         for seed in SEEDS:
             verdict, error = marlin_run(marlin_library(bits), kernel, m, n, k, sms, seed)
@@ -251,13 +260,28 @@ MARLIN_MUTATIONS = {
 }
 
 
+SM80_MUTATIONS = {
+    "sm_80: a stage is not waited for": "ptx::cp_async_wait<Config::STAGES - 2>();",
+    "sm_80: a stage is refilled while it is read": (
+        "ptx::named_sync(1 + part_, 128);  // stage i has arrived, stage i - 1 has been read"
+    ),
+    "sm_80: sums overwrite a ring that is still read": (
+        "ptx::block_sync();  // all rings have been read: their place takes the sums"
+    ),
+}
+
+
 def marlin_outcomes(mutation: str | None) -> list[str]:
     """What goes wrong, in each of several runs."""
     change = None
-    if mutation is not None:
+    kernels = [(c, torch.float16, 4, 128) for c in (*MARLIN_CONFIGS[:2], SM80_CONFIGS[0])]
+    if mutation in SM80_MUTATIONS:
+        change = ("sparse/sm80.cuh", SM80_MUTATIONS[mutation], "")
+        kernels = kernels[2:]
+    elif mutation is not None:
         text = MARLIN_MUTATIONS[mutation]
         change = ("sparse/kernel.cuh", text, "copy_out(" if text.endswith("copy_out(") else ";")
-    kernels = [(c, torch.float16, 4, 128) for c in MARLIN_CONFIGS[:2]]
+        kernels = kernels[:2]
     built = SparseLibrary(kernels, change)
     wrong = []
     for kernel in kernels:
@@ -274,6 +298,6 @@ def test_unmutated_sparse_marlin_is_sound() -> None:
     assert marlin_outcomes(None) == []
 
 
-@pytest.mark.parametrize("mutation", MARLIN_MUTATIONS)
+@pytest.mark.parametrize("mutation", [*MARLIN_MUTATIONS, *SM80_MUTATIONS])
 def test_mutation_of_sparse_marlin_is_caught(mutation: str) -> None:
     assert marlin_outcomes(mutation)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_kernel import formats, scaled_configs, scaled_mm, sparse_marlin
+from marlin_kernel import formats, scaled_configs, scaled_mm, sparse_marlin, sparse_sm80
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_configs import ScaledConfig
 from marlin_kernel.sparse import compress_2_4, decompress, prune_2_4
@@ -182,13 +182,32 @@ def test_every_sparse_marlin_configuration(dtype, name: str, group_size: int) ->
             assert guarded[0].isnan().all() and guarded[-1].isnan().all()
 
 
+@pytest.mark.parametrize("config", sparse_sm80.CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "name, group_size", (("uint4b8", 128), ("uint4b8", -1), ("uint8b128", 128))
+)
+def test_sparse_kernel_of_older_gpus(config, name: str, group_size: int) -> None:
+    bits = weight_type(name).bits
+    for dtype in (torch.float16, torch.bfloat16):
+        for m, n, k in SPARSE_SHAPES:
+            a, layer, want = sparse_problem(m, n, k, dtype, name, group_size)
+            stored = formats.write(layer, "marlin-24")
+            tensors = stored["B_24"], stored["B_meta"], stored["s"]
+            weights, scales = sparse_marlin.device_weights(*tensors, group_size)
+            out = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+            rest = layer.bias, out, bits, group_size
+            sparse_sm80.launch_config(config, sparse_marlin._aligned(a), weights, scales, *rest)
+            error = float((out.double() - want).norm() / want.norm())
+            assert error < (6e-4 if dtype == torch.float16 else 4e-3), (config, m, n, k)
+
+
 @pytest.mark.parametrize("group_size", (-1, 64, 128))
 def test_sparse_layer_moves_saves_and_multiplies(group_size: int) -> None:
     a, layer, want = sparse_problem(33, 200, 576, torch.float16, "uint4b8", group_size)
     module = SparseLayer.from_quantized(layer)
     before = {name: t.clone() for name, t in module.state_dict().items()}
     module.prepare(torch.float16)
-    assert module.layout == ("sparse90" if group_size != 64 else module.layout)
+    assert module.layout == ("sparse24" if group_size != 64 else module.layout)
     assert float((module(a).double() - want).norm() / want.norm()) < 6e-4
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -1,6 +1,8 @@
-// Runs the 2:4 Marlin kernels under the emulator. Compiled with -DCASES="X(0, ...) ...", one X per
-// configuration: its number and its template arguments.
+// Runs the 2:4 Marlin kernels under the emulator. Compiled with -DCASES="X(0, ...) Y(1, ...) ...":
+// one X per configuration of the sm_90a kernel, one Y per configuration of the sm_80 kernel: its
+// number and its template arguments.
 #include "sparse/kernel.cuh"
+#include "sparse/sm80.cuh"
 
 namespace {
 struct Arguments {
@@ -30,6 +32,25 @@ int run_case(unsigned seed, int grid, int shared_bytes, const Arguments& a) {
   return emu::launch({unsigned(grid)}, {Config::THREADS}, shared_bytes, Config::SPLIT, seed,
                      [=] { sparse::marlin24_kernel<Config>(p, map); });
 }
+
+template <class Config>
+int run_sm80_case(unsigned seed, int grid, int shared_bytes, const Arguments& a) {
+  using Scalar = typename Config::Scalar;
+  sparse::Sm80Problem<Scalar> p = {};
+  p.activations = static_cast<const Scalar*>(a.a);
+  p.weights = static_cast<const uint8_t*>(a.weights);
+  p.scales = static_cast<const __half*>(a.scales);
+  p.bias = static_cast<const Scalar*>(a.bias);
+  p.out = static_cast<Scalar*>(a.out);
+  p.row_stride = a.row_stride;
+  p.m = a.m;
+  p.n = a.n;
+  p.k = a.k;
+  p.k_tiles = a.k_tiles;
+  const unsigned rows = (a.m + Config::TOKENS - 1) / Config::TOKENS;
+  return emu::launch({unsigned(a.feature_tiles), rows}, {Config::THREADS}, shared_bytes, 1, seed,
+                     [=] { sparse::sm80_kernel<Config>(p); });
+}
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const char* violation() {
@@ -39,9 +60,13 @@ extern "C" __attribute__((visibility("default"))) const char* violation() {
 #define X(number, ...) \
   case number:         \
     return run_case<sparse::Config<__VA_ARGS__>>(seed, grid, shared_bytes, *a);
+#define Y(number, ...) \
+  case number:         \
+    return run_sm80_case<sparse::Sm80Config<__VA_ARGS__>>(seed, grid, shared_bytes, *a);
 extern "C" __attribute__((visibility("default"))) int run(int config, unsigned seed, int grid,
                                                           int shared_bytes, const Arguments* a) {
   switch (config) { CASES }
   return -1;
 }
 #undef X
+#undef Y

@@ -9,8 +9,10 @@ from emulator.build import STATUS, build
 from torch import Tensor
 
 from marlin_kernel.sparse_marlin import SparseConfig
+from marlin_kernel.sparse_sm80 import Sm80SparseConfig
 
-Kernel = tuple[SparseConfig, torch.dtype, int, int]  # config, dtype, bits, group size
+# config, dtype, bits, group size
+Kernel = tuple[SparseConfig | Sm80SparseConfig, torch.dtype, int, int]
 
 
 class _Arguments(ctypes.Structure):
@@ -28,8 +30,10 @@ class SparseLibrary:
         self._numbers = {kernel: number for number, kernel in enumerate(kernels)}
         cases = []
         for (config, dtype, bits, group_size), number in self._numbers.items():
-            expression = config.source(str(dtype)[6:], bits, group_size).expression
-            cases.append(f"X({number}, {expression.split('Config<')[1].split('>')[0]})")
+            old = isinstance(config, Sm80SparseConfig)
+            source = config.source(dtype if old else str(dtype)[6:], bits, group_size)
+            arguments = source.expression.split("Config<")[1].split(">")[0]
+            cases.append(f"{'Y' if old else 'X'}({number}, {arguments})")
         self._library = build("run_sparse.cpp", {"CASES": " ".join(cases)}, mutation)
         self._library.violation.restype = ctypes.c_char_p
 
@@ -52,7 +56,9 @@ class SparseLibrary:
         status = self._library.run(
             self._numbers[kernel],
             ctypes.c_uint(seed),
-            config.grid(m, weights.shape[0], multiprocessors),
+            0
+            if isinstance(config, Sm80SparseConfig)
+            else config.grid(m, weights.shape[0], multiprocessors),
             config.storage_bytes(bits, group_size),
             ctypes.byref(arguments),
         )
