@@ -21,6 +21,10 @@ TILE_N = 64  # columns of one packed tile: 8 fragments of 8 columns
 WARP = 32  # lanes
 PAD_K = 64  # K is padded to whole pipeline steps of the kernels (4 tiles)
 PAD_N = TILE_N
+# In the sm_80 kernels stored zero points come with groups: a layer with one group has its rows
+# repeated for so many inputs.
+ONE_GROUP_WITH_ZEROS = 128
+SHARD_GROUP_SIZE = 32  # there, groups of a shard of K are filled up to whole runs of so many inputs
 
 # Which of a lane's codes a bit field holds, low bits first: (row offset, column offset). Rows come
 # in the order (0, 8 | 1, 9) so that one mask extracts the pair (k, k + 1) of a half2 after a shift.

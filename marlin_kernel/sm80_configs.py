@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from .compiler import KernelSource
 from .errors import ConfigError
+from .layout import ONE_GROUP_WITH_ZEROS, SHARD_GROUP_SIZE
 from .validity import ARCHITECTURES, Combination, combinations
 from .weight_types import WEIGHT_TYPES, WeightType
 
@@ -22,10 +23,6 @@ WARP_FEATURES = 64
 FRAGMENT_BYTES = 16  # one accumulator fragment of one lane
 MIN_K_PER_BLOCK = 512  # shorter k ranges cost more in adding up than they save
 FIXED_SPLIT_BLOCKS = 256  # batch_invariant: k ranges x column tiles stay within this many blocks
-# Stored zero points come with groups: a layer with one group has its rows repeated for so many
-# inputs.
-ONE_GROUP_WITH_ZEROS = 128
-SHARD_GROUP_SIZE = 32  # groups of a shard of K are filled up to whole runs of so many inputs
 
 _CPP = {
     "float16": "__half",

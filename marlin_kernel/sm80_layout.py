@@ -19,9 +19,16 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .formats import LayerSpec
-from .layout import PAD_K, TILE_N, permute_columns, unpermute_columns, zero_order
+from .layout import (
+    ONE_GROUP_WITH_ZEROS,
+    PAD_K,
+    SHARD_GROUP_SIZE,
+    TILE_N,
+    permute_columns,
+    unpermute_columns,
+    zero_order,
+)
 from .packing import pack, pack_rows, unpack, unpack_rows
-from .sm80_configs import ONE_GROUP_WITH_ZEROS, SHARD_GROUP_SIZE
 from .weight_types import WeightType
 
 RUN = SHARD_GROUP_SIZE
