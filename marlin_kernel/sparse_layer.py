@@ -30,6 +30,8 @@ class SparseLayer(Layer):
         self.spec = spec
         self.in_features, self.out_features = spec.k, spec.n
         self.batch_invariant = False
+        self.activation, self.reduce_half = None, False
+        self._group_size: int | None = None
         self.layout: str | None = None
         self._dtype: torch.dtype | None = None
         for suffix in (*_STORED, "bias"):
@@ -66,7 +68,7 @@ class SparseLayer(Layer):
             dense = Layer.from_quantized(formats.read(stored, SPARSE_FORMAT, self.spec))
             dense.prepare(dtype)
             held = tuple(dense._buffers[name] for name in _PREPARED)
-            layout = dense.layout
+            layout, self._group_size = dense.layout, dense._group_size
         self._drop((*_STORED, *_PREPARED))
         for name, tensor in zip(_PREPARED, held, strict=True):
             self.register_buffer(name, tensor, persistent=False)
