@@ -13,8 +13,8 @@ line of `compiler` builds them. Rules that keep the number low:
    tokens (`GRID`, `TOKENS`, the tuned shapes, and shapes that the caller adds). With other shapes
    the package may select one outside of it, which is then compiled at first use; `complete` lists
    every configuration that exists.
-5. Besides the table: kernels that prepare activations and repack weights; on sm_90a those of scaled
-   8-bit products and of 2:4 sparse weights, chosen as in 4.
+5. Besides the table: kernels that prepare activations and repack weights; those of 2:4 sparse
+   weights from sm_80 on, and on sm_90a those of scaled 8-bit products, both chosen as in 4.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from marlin_kernel import kernel_configs, repack, scaled_configs, sm80_configs, sparse_marlin
+import torch
+
+from marlin_kernel import (
+    kernel_configs,
+    repack,
+    scaled_configs,
+    sm80_configs,
+    sparse_marlin,
+    sparse_sm80,
+)
 from marlin_kernel.compiler import KernelSource
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import KernelConfig
@@ -171,11 +180,13 @@ def kernels_to_build(
 def other_kernels(
     arch: str, shapes: Iterable[tuple[int, int]] = (), *, complete: bool = False
 ) -> list[Specialization]:
-    """Kernels outside the type table: repacking; on sm_90a scaled and sparse products."""
+    """Kernels outside the type table: repacking, sparse and (sm_90a) scaled products."""
     named = [("repack", source) for source in _repack_sources()]
     if arch == "sm_90a":
         grid = tuple(dict.fromkeys((*shapes, *GRID)))
         named += [*_scaled_sources(grid, complete), *_sparse_sources(grid, complete)]
+    elif arch != "sm_75":
+        named += _sparse_sm80_sources()
     return [Specialization(arch, name, source) for name, source in dict.fromkeys(named)]
 
 
@@ -226,6 +237,18 @@ def _activation_sources(types: KernelTypes) -> list[KernelSource]:
     scalar = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[types.output]
     code = {"int8": "int8_t", "float8_e4m3fn": "float8_e4m3"}[types.activation]
     return [KernelSource(header, f"sm80::quantize_activations<{scalar}, {code}>")]
+
+
+def _sparse_sm80_sources() -> list[tuple[str, KernelSource]]:
+    types = itertools.product(SPARSE_TYPES, sparse_marlin.GROUP_SIZES, ("float16", "bfloat16"))
+    return [
+        (
+            f"sparse_{scalar}_{WEIGHT_TYPES[weight].short}_{scalar}",
+            config.source(getattr(torch, scalar), WEIGHT_TYPES[weight].bits, group_size),
+        )
+        for weight, group_size, scalar in types
+        for config in sparse_sm80.CONFIGS
+    ]
 
 
 # ---- the families --------------------------------------------------------------------------------

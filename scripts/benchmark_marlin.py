@@ -338,10 +338,14 @@ class OtherProduct:
     def __init__(self, name: str, shape: Shape, options: argparse.Namespace) -> None:
         """name: one of OTHERS. Raises ConfigError where it has no kernel."""
         device = torch.device(options.device)
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
-            raise ConfigError(f"{name}: needs compute capability 9.0")
         self.name, self.sparse = name, name.startswith("2:4")
         self.dtype, self.weight_type = OTHERS[name]
+        if device.type == "cuda":
+            version = torch.cuda.get_device_capability(device)
+            if self.weight_type is None and version != (9, 0):
+                raise ConfigError(f"{name}: needs compute capability 9.0, not {version}")
+            if version < (8, 0):
+                raise ConfigError(f"{name}: needs compute capability 8.0, not {version}")
         weight = torch.randn(shape.n, shape.k, device=device)
         if self.sparse:
             weight = sparse.prune_2_4(weight)
