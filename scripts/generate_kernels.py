@@ -39,7 +39,7 @@ from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig
 from marlin_kernel.prebuilt import Choice, Config, Specialization, Variant
 from marlin_kernel.validity import ACTIVATIONS
-from marlin_kernel.weight_types import WEIGHT_TYPES
+from marlin_kernel.weight_types import WEIGHT_TYPES, WeightType
 
 ROOT = Path(__file__).resolve().parent.parent
 SELECTOR = "kernel_selector.h"
@@ -161,7 +161,9 @@ typedef struct {{
   const char* name;
   int bits;
   int symmetric;       /* no zero points are stored */
-  int float16_scales;
+  int integer_zeros;   /* they are stored as integers */
+  int scale_bytes;     /* of one scale */
+  int packable;        /* by marlin_pack_codes */
   int padding;         /* code of the padding */
   int group_sizes[MARLIN_MAX_GROUP_SIZES];
 }} marlin_weight_info;
@@ -182,6 +184,14 @@ static const uint8_t marlin_scale_order_grouped[64] = {{
 }};
 static const uint8_t marlin_scale_order_single[32] = {{
 {scale_order_single}
+}};
+
+/* Column of each zero point within 64, in the order in which lanes read them. */
+static const uint8_t marlin_zero_order_4[64] = {{
+{zero_order_4}
+}};
+static const uint8_t marlin_zero_order_8[64] = {{
+{zero_order_8}
 }};
 
 /* Constants of sm80_configs.geometry. */
@@ -273,15 +283,13 @@ def selector(variants: Sequence[Variant]) -> str:
         dtypes=", ".join(map(enumerator, ACTIVATIONS)),
         weights=",\n  ".join(enumerator(name, "WEIGHT") for name in WEIGHT_TYPES),
         max_groups=max_groups,
-        weight_infos="\n".join(
-            f'  {{"{t.name}", {t.bits}, {int(t.symmetric)}, {int(t.scale == "float16")}, '
-            f"{t.midpoint}, {{{', '.join(map(str, t.group_sizes))}}}}},"
-            for t in WEIGHT_TYPES.values()
-        ),
+        weight_infos="\n".join(weight_info(t) for t in WEIGHT_TYPES.values()),
         tile_order_4=numbers_text(layout.tile_order(4).tolist()),
         tile_order_8=numbers_text(layout.tile_order(8).tolist()),
         scale_order_grouped=numbers_text(layout.scale_order(True).tolist()),
         scale_order_single=numbers_text(layout.scale_order(False).tolist()),
+        zero_order_4=numbers_text(layout.zero_order(4).tolist()),
+        zero_order_8=numbers_text(layout.zero_order(8).tolist()),
         min_k=sm80_configs.MIN_K_PER_BLOCK,
         fixed_split_blocks=sm80_configs.FIXED_SPLIT_BLOCKS,
         domain_count=len(kernel_configs._DOMAINS),
@@ -294,6 +302,21 @@ def selector(variants: Sequence[Variant]) -> str:
         choice_lists="\n".join(choice_list(name, rows) for rows, name in choice_lists.items()),
         variant_rows="\n".join(variant_rows) or "  {0},",
     )
+
+
+def weight_info(t: WeightType) -> str:
+    """A row of marlin_weight_infos."""
+    plain_scales = t.scale == "float16"
+    numbers = (
+        t.bits,
+        int(t.symmetric),
+        int(t.zeros == "integer"),
+        2 if plain_scales else 1,
+        int(plain_scales and t.zeros != "float"),
+        t.midpoint,
+    )
+    groups = ", ".join(map(str, t.group_sizes))
+    return f'  {{"{t.name}", {", ".join(map(str, numbers))}, {{{groups}}}}},'
 
 
 def selectable(variants: Iterable[Variant]) -> list[Variant]:

@@ -28,6 +28,7 @@ from marlin_kernel.compiler import CompileError
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import QuantizedLinear, write
 from marlin_kernel.kernel_configs import DecodeConfig
+from marlin_kernel.sm80_layout import kernel_tensors
 from marlin_kernel.validity import ACTIVATIONS, ARCHITECTURES, Combination, combinations
 from marlin_kernel.weight_types import WEIGHT_TYPES, weight_type
 from scripts import generate_kernels as generator
@@ -258,7 +259,7 @@ class Layer(ctypes.Structure):
 class Sizes(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("k_padded", "n_padded", "groups")),
-        *((name, ctypes.c_size_t) for name in ("weight_bytes", "scale_bytes")),
+        *((name, ctypes.c_size_t) for name in ("weight_bytes", "scale_bytes", "zero_bytes")),
     ]
 
 
@@ -345,8 +346,8 @@ def layer(name: str, k: int, n: int, group_size: int) -> Layer:
     return Layer(list(WEIGHT_TYPES).index(name), k, n, group_size)
 
 
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 LAYERS = [
@@ -384,7 +385,7 @@ def test_packing_in_c_equals_python(
             continue
         b, s = torch.empty_like(tensors["B"]), torch.empty_like(tensors["s"])
         function = getattr(library, f"marlin_pack_{pack}")
-        arguments = (pointer(t) for t in (values, scales, b, s))
+        arguments = [pointer(t) for t in (values, scales, None, b, s, None)]
         assert function(ctypes.byref(described), *arguments) == 0, library.marlin_error()
         assert torch.equal(b, tensors["B"]) and torch.equal(s, tensors["s"])
 
@@ -406,10 +407,38 @@ def test_repacking_in_c_equals_python(
     status = library.marlin_repack(
         ctypes.byref(device(capability)),
         ctypes.byref(layer("uint4b8", k, n, group_size)),
-        *(pointer(t) for t in (b, s, weights, scales)),
+        *(pointer(t) for t in (b, s, None, weights, scales, None)),
     )
     assert status == 0, library.marlin_error()
     assert torch.equal(weights, expected[0]) and torch.equal(scales, expected[1])
+
+
+@needs_gcc
+@pytest.mark.parametrize("name", ["uint4", "uint8"])
+@pytest.mark.parametrize("k, n, group_size", [(256, 128, 128), (200, 200, 64), (100, 64, 32)])
+def test_zero_points_in_c_equal_python(
+    library: ctypes.CDLL, name: str, k: int, n: int, group_size: int
+) -> None:
+    wtype = weight_type(name)
+    quantized = QuantizedLinear.quantize(torch.randn(k, n), wtype, group_size)
+    tensors = write(quantized, "marlin")
+    described, sizes = layer(name, k, n, group_size), Sizes()
+    assert library.marlin_layer_sizes(ctypes.byref(described), ctypes.byref(sizes)) == 0
+    assert sizes.zero_bytes == tensors["z"].nbytes
+    packed = [torch.empty_like(tensors[suffix]) for suffix in ("B", "s", "z")]
+    given = (quantized.codes, quantized.scales, quantized.zeros)
+    status = library.marlin_pack_codes(ctypes.byref(described), *map(pointer, (*given, *packed)))
+    assert status == 0, library.marlin_error()
+    for suffix, tensor in zip(("B", "s", "z"), packed, strict=True):
+        assert torch.equal(tensor, tensors[suffix]), suffix
+    expected = kernel_tensors(tensors, quantized.spec)
+    out = [torch.empty_like(t) for t in packed]
+    status = library.marlin_repack(
+        *map(ctypes.byref, (device((8, 0)), described)), *map(pointer, (*packed, *out))
+    )
+    assert status == 0, library.marlin_error()
+    for tensor, held in zip(out, ("weights", "scales", "zeros"), strict=True):
+        assert torch.equal(tensor, getattr(expected, held)), held
 
 
 def chosen(
@@ -514,10 +543,23 @@ def test_c_errors_name_the_rule(library: ctypes.CDLL) -> None:
     assert "group_size=48 is not allowed for uint4b8" in refused(
         Problem(odd, 0, 0, 1, 0, 0), device((8, 0))
     )
+    one_group = layer("uint4", 256, 256, -1)
+    nothing = [None] * 6
+    assert library.marlin_pack_codes(ctypes.byref(one_group), *map(pointer, nothing)) != 0
+    assert b"uint4 with one group is not packed here" in library.marlin_error()
+    for name, words in (("mxfp4", b"does not pack"), ("uint4", b"uint4 needs zero points")):
+        other = layer(name, 256, 256, 32)
+        assert library.marlin_pack_codes(ctypes.byref(other), *map(pointer, nothing)) != 0
+        assert words in library.marlin_error()
     codes = torch.full((256, 256), 16, dtype=torch.uint8)
     scales = torch.ones(2, 256).half()
     b, s = torch.empty(16, 512, dtype=torch.int32), torch.empty(2, 256).half()
-    assert library.marlin_pack_codes(ctypes.byref(good), *map(pointer, (codes, scales, b, s))) != 0
+    assert (
+        library.marlin_pack_codes(
+            ctypes.byref(good), *map(pointer, (codes, scales, None, b, s, None))
+        )
+        != 0
+    )
     assert b"code 16 at k=0, n=0 has more than 4 bits" in library.marlin_error()
 
 

@@ -30,11 +30,12 @@ void check(marlin_status status, const char* what) {
 // The driver calls of this example, found at run time, so that it links on machines without a
 // driver.
 struct Driver {
-#define DRIVER_CALLS(X)                                                                     \
-  X(cuInit)                                                                                 \
-  X(cuDeviceGet)                                                                            \
-  X(cuDevicePrimaryCtxRetain) X(cuCtxSetCurrent) X(cuMemAlloc) X(cuMemFree) X(cuMemcpyHtoD) \
-      X(cuMemcpyDtoH) X(cuMemsetD8) X(cuCtxSynchronize)
+#define DRIVER_CALLS(X)                                                                       \
+  X(cuInit)                                                                                   \
+  X(cuDeviceGet)                                                                              \
+  X(cuDevicePrimaryCtxRetain)                                                                 \
+  X(cuCtxSetCurrent) X(cuMemAlloc) X(cuMemFree) X(cuMemcpyHtoD) X(cuMemcpyDtoH) X(cuMemsetD8) \
+      X(cuCtxSynchronize)
 #define DECLARE(name) decltype(&name) call_##name;
   DRIVER_CALLS(DECLARE)
 
@@ -126,12 +127,13 @@ struct Layer {
     check(marlin_layer_sizes(&shape, &sizes), "marlin_layer_sizes");
     std::vector<std::uint32_t> b(sizes.weight_bytes / 4);
     std::vector<std::uint16_t> s(sizes.scale_bytes / 2);
-    check(marlin_pack_gptq(&shape, qweight.data(), scales.data(), b.data(), s.data()),
+    check(marlin_pack_gptq(&shape, qweight.data(), scales.data(), nullptr, b.data(), s.data(),
+                           nullptr),
           "marlin_pack_gptq");
     repacked_weights.resize(b.size());
     repacked_scales.resize(s.size());
-    check(marlin_repack(&device, &shape, b.data(), s.data(), repacked_weights.data(),
-                        repacked_scales.data()),
+    check(marlin_repack(&device, &shape, b.data(), s.data(), nullptr, repacked_weights.data(),
+                        repacked_scales.data(), nullptr),
           "marlin_repack");
   }
 };

@@ -50,6 +50,7 @@ typedef struct {
 typedef struct {
   int k_padded, n_padded, groups;
   size_t weight_bytes, scale_bytes;
+  size_t zero_bytes; /* 0 for types without stored zero points */
 } marlin_sizes;
 
 /* What matters about a GPU. */
@@ -105,21 +106,25 @@ const char* marlin_error(void);
 /* Sizes of a layer's tensors, the same on disk and on every device. */
 marlin_status marlin_layer_sizes(const marlin_layer* layer, marlin_sizes* sizes);
 
-/* Host memory, plain codes -> on-disk order (tensors B and s of FORMAT.md), padding included.
- * codes: [k, n], one byte each; scales: float16 bits [ceil(k / group_size), n]; b: weight_bytes;
- * s: scale_bytes. */
+/* Host memory, plain codes -> on-disk order (tensors B, s and z of FORMAT.md), padding included,
+ * for integer types and float8_e4m3fn. codes: [k, n], one byte each; scales: float16 bits [ceil(k /
+ * group_size), n]; zeros: as many bytes, or NULL for types without stored zero points; b:
+ * weight_bytes; s: scale_bytes; z: zero_bytes, or NULL. */
 marlin_status marlin_pack_codes(const marlin_layer* layer, const uint8_t* codes,
-                                const uint16_t* scales, uint32_t* b, uint16_t* s);
+                                const uint16_t* scales, const uint8_t* zeros, uint32_t* b,
+                                uint16_t* s, uint32_t* z);
 
-/* The same from a GPTQ checkpoint of a symmetric type, without act-order: qweight [k * bits / 32,
- * n] with code k at bits `bits * (k mod 32 / bits)`, scales float16 bits [groups, n]. */
+/* The same from a GPTQ checkpoint without act-order: qweight [k * bits / 32, n] with code k at bits
+ * `bits * (k mod 32 / bits)`, scales float16 bits [groups, n], true zero points as bytes. */
 marlin_status marlin_pack_gptq(const marlin_layer* layer, const uint32_t* qweight,
-                               const uint16_t* scales, uint32_t* b, uint16_t* s);
+                               const uint16_t* scales, const uint8_t* zeros, uint32_t* b,
+                               uint16_t* s, uint32_t* z);
 
-/* Host memory, on-disk order -> the order that the kernels of `device` read. Outputs must not
- * overlap inputs. */
+/* Host memory, on-disk order -> the order that the kernels of `device` read; z and zeros may be
+ * NULL for types without stored zero points. Outputs must not overlap inputs. */
 marlin_status marlin_repack(const marlin_device* device, const marlin_layer* layer,
-                            const uint32_t* b, const uint16_t* s, void* weights, void* scales);
+                            const uint32_t* b, const uint16_t* s, const uint32_t* z, void* weights,
+                            void* scales, void* zeros);
 
 /* Choose a kernel and lay out its launch. Touches no GPU. */
 marlin_status marlin_choose(const marlin_device* device, const marlin_problem* problem,
@@ -211,7 +216,26 @@ marlin_status marlin_layer_sizes(const marlin_layer* layer, marlin_sizes* sizes)
   sizes->n_padded = marlin_ceil_div(layer->n, MARLIN_TILE_N) * MARLIN_TILE_N;
   sizes->groups = one_group ? 1 : sizes->k_padded / group;
   sizes->weight_bytes = (size_t)sizes->k_padded * sizes->n_padded * info->bits / 8;
-  sizes->scale_bytes = (size_t)sizes->groups * sizes->n_padded * 2;
+  sizes->scale_bytes = (size_t)sizes->groups * sizes->n_padded * info->scale_bytes;
+  sizes->zero_bytes =
+      info->integer_zeros ? (size_t)sizes->groups * sizes->n_padded * info->bits / 8 : 0;
+  return MARLIN_OK;
+}
+
+/* Whether this header packs and repacks a layer. */
+static marlin_status marlin_check_packable(const marlin_layer* layer, const marlin_sizes* sizes,
+                                           int has_zeros) {
+  const marlin_weight_info* info = &marlin_weight_infos[layer->type];
+  if (!info->packable)
+    return marlin_fail(MARLIN_INVALID, "%s has tensors that this header does not pack", info->name);
+  if (info->integer_zeros && sizes->groups == 1 && marlin_group_size(layer) == layer->k)
+    return marlin_fail(MARLIN_INVALID,
+                       "%s with one group is not packed here: repeat its scales and zero points in "
+                       "groups of 128",
+                       info->name);
+  if (has_zeros != info->integer_zeros)
+    return marlin_fail(MARLIN_INVALID, "%s %s zero points", info->name,
+                       info->integer_zeros ? "needs" : "takes no");
   return MARLIN_OK;
 }
 
@@ -232,16 +256,15 @@ static uint32_t marlin_gptq_code(const void* codes, const marlin_layer* layer, i
 }
 
 static marlin_status marlin_pack(const marlin_layer* layer, marlin_code_reader read,
-                                 const void* codes, const uint16_t* scales, uint32_t* b,
-                                 uint16_t* s) {
+                                 const void* codes, const uint16_t* scales, const uint8_t* zeros,
+                                 uint32_t* b, uint16_t* s, uint32_t* z) {
   marlin_sizes sizes;
-  const marlin_status status = marlin_layer_sizes(layer, &sizes);
+  marlin_status status = marlin_layer_sizes(layer, &sizes);
+  if (status == MARLIN_OK) status = marlin_check_packable(layer, &sizes, zeros != NULL);
   if (status != MARLIN_OK) return status;
   const marlin_weight_info* info = &marlin_weight_infos[layer->type];
-  if (!info->symmetric || !info->float16_scales)
-    return marlin_fail(MARLIN_INVALID, "%s has more tensors than codes and float16 scales",
-                       info->name);
-  const int factor = 32 / info->bits;
+  const int factor = 32 / info->bits, group = marlin_group_size(layer);
+  const int stored = marlin_ceil_div(layer->k, group); /* groups that have scales */
   const int tile_words = MARLIN_TILE_K * MARLIN_TILE_N / factor;
   const uint16_t* order = info->bits == 4 ? marlin_tile_order_4 : marlin_tile_order_8;
   uint32_t* word = b;
@@ -252,8 +275,11 @@ static marlin_status marlin_pack(const marlin_layer* layer, marlin_code_reader r
         for (int i = 0; i < factor; ++i) {
           const int place = order[w * factor + i];
           const int k = k0 + place / MARLIN_TILE_N, n = n0 + place % MARLIN_TILE_N;
-          const uint32_t code = k < layer->k && n < layer->n ? read(codes, layer, info->bits, k, n)
-                                                             : (uint32_t)info->padding;
+          uint32_t code = (uint32_t)info->padding; /* weighs zero */
+          if (k < layer->k && n < layer->n)
+            code = read(codes, layer, info->bits, k, n);
+          else if (zeros != NULL && n < layer->n && k / group < stored)
+            code = zeros[(size_t)(k / group) * layer->n + n];
           if (code >> info->bits)
             return marlin_fail(MARLIN_INVALID, "code %u at k=%d, n=%d has more than %d bits", code,
                                k, n, info->bits);
@@ -263,23 +289,35 @@ static marlin_status marlin_pack(const marlin_layer* layer, marlin_code_reader r
   const int grouped = sizes.groups > 1;
   const uint8_t* scale_order = grouped ? marlin_scale_order_grouped : marlin_scale_order_single;
   const int run = grouped ? 64 : 32;
-  const int stored = marlin_ceil_div(layer->k, marlin_group_size(layer));
   for (int g = 0; g < sizes.groups; ++g)
     for (int i = 0; i < sizes.n_padded; ++i) {
       const int n = i / run * run + scale_order[i % run];
       s[(size_t)g * sizes.n_padded + i] =
           g < stored && n < layer->n ? scales[(size_t)g * layer->n + n] : 0;
     }
+  if (zeros == NULL) return MARLIN_OK;
+  memset(z, 0, sizes.zero_bytes);
+  for (int g = 0; g < sizes.groups; ++g)
+    for (int n = 0; n < sizes.n_padded; ++n) {
+      const uint32_t zero =
+          g < stored && n < layer->n ? zeros[(size_t)g * layer->n + n] : (uint32_t)info->padding;
+      if (zero >> info->bits)
+        return marlin_fail(MARLIN_INVALID, "zero point %u of group %d, n=%d has more than %d bits",
+                           zero, g, n, info->bits);
+      z[((size_t)g * sizes.n_padded + n) / factor] |= zero << (info->bits * (n % factor));
+    }
   return MARLIN_OK;
 }
 
 marlin_status marlin_pack_codes(const marlin_layer* layer, const uint8_t* codes,
-                                const uint16_t* scales, uint32_t* b, uint16_t* s) {
-  return marlin_pack(layer, marlin_plain_code, codes, scales, b, s);
+                                const uint16_t* scales, const uint8_t* zeros, uint32_t* b,
+                                uint16_t* s, uint32_t* z) {
+  return marlin_pack(layer, marlin_plain_code, codes, scales, zeros, b, s, z);
 }
 
 marlin_status marlin_pack_gptq(const marlin_layer* layer, const uint32_t* qweight,
-                               const uint16_t* scales, uint32_t* b, uint16_t* s) {
+                               const uint16_t* scales, const uint8_t* zeros, uint32_t* b,
+                               uint16_t* s, uint32_t* z) {
   const int factor = layer->type >= 0 && layer->type < MARLIN_WEIGHT_TYPES
                          ? 32 / marlin_weight_infos[layer->type].bits
                          : 1;
@@ -287,7 +325,7 @@ marlin_status marlin_pack_gptq(const marlin_layer* layer, const uint32_t* qweigh
     return marlin_fail(MARLIN_INVALID,
                        "k=%d is not a multiple of the %d codes in a word of qweight", layer->k,
                        factor);
-  return marlin_pack(layer, marlin_gptq_code, qweight, scales, b, s);
+  return marlin_pack(layer, marlin_gptq_code, qweight, scales, zeros, b, s, z);
 }
 
 /* -- choice of a kernel -- */
@@ -510,10 +548,26 @@ static void marlin_repack_sm90(const marlin_layer* layer, const marlin_sizes* si
   }
 }
 
+/* Zero points: natural order -> the order in which lanes read them (layout.zero_order). */
+static void marlin_repack_zeros(const marlin_sizes* sizes, int bits, const uint32_t* z,
+                                uint32_t* zeros) {
+  const uint8_t* order = bits == 4 ? marlin_zero_order_4 : marlin_zero_order_8;
+  const int factor = 32 / bits;
+  const size_t count = (size_t)sizes->groups * sizes->n_padded;
+  memset(zeros, 0, sizes->zero_bytes);
+  for (size_t i = 0; i < count; ++i) {
+    const size_t from = i / 64 * 64 + order[i % 64];
+    const uint32_t zero = z[from / factor] >> (bits * (from % factor)) & ((1u << bits) - 1);
+    zeros[i / factor] |= zero << (bits * (i % factor));
+  }
+}
+
 marlin_status marlin_repack(const marlin_device* device, const marlin_layer* layer,
-                            const uint32_t* b, const uint16_t* s, void* weights, void* scales) {
+                            const uint32_t* b, const uint16_t* s, const uint32_t* z, void* weights,
+                            void* scales, void* zeros) {
   marlin_sizes sizes;
-  const marlin_status status = marlin_layer_sizes(layer, &sizes);
+  marlin_status status = marlin_layer_sizes(layer, &sizes);
+  if (status == MARLIN_OK) status = marlin_check_packable(layer, &sizes, z != NULL);
   if (status != MARLIN_OK) return status;
   const int arch = marlin_find_arch(device);
   if (arch < 0)
@@ -534,6 +588,8 @@ marlin_status marlin_repack(const marlin_device* device, const marlin_layer* lay
     return MARLIN_OK;
   }
   memcpy(weights, b, sizes.weight_bytes); /* tiles hold whole operand fragments already */
+  if (z != NULL)
+    marlin_repack_zeros(&sizes, marlin_weight_infos[layer->type].bits, z, (uint32_t*)zeros);
   if (group != -1) {
     memcpy(scales, s, sizes.scale_bytes);
   } else { /* one group: natural column order */
@@ -548,12 +604,12 @@ marlin_status marlin_repack(const marlin_device* device, const marlin_layer* lay
 #define MARLIN_STRING(x) #x
 #define MARLIN_SYMBOL(x) \
   MARLIN_STRING(x) /* expands cuda.h's renaming, as in cuMemAlloc -> cuMemAlloc_v2 */
-#define MARLIN_DRIVER_CALLS(X)                                                       \
-  X(cuCtxGetDevice)                                                                  \
-  X(cuDeviceGetAttribute)                                                            \
-  X(cuGetErrorString)                                                                \
-  X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) \
-      X(cuLaunchKernelEx)
+#define MARLIN_DRIVER_CALLS(X) \
+  X(cuCtxGetDevice)            \
+  X(cuDeviceGetAttribute)      \
+  X(cuGetErrorString)          \
+  X(cuModuleLoadData)          \
+  X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) X(cuLaunchKernelEx)
 
 struct marlin_runtime {
   void* library;
