@@ -255,7 +255,7 @@ MARLIN_MUTATIONS = {
     ),
     "the last products are not waited for": "ptx::wgmma_wait<0>();",
     "output rows are copied before they are complete": (
-        "ptx::named_sync(1 + group_, kWarpgroupThreads);\n      copy_out("
+        "ptx::named_sync(1 + group_, kWarpgroupThreads);\n      common::copy_rows<"
     ),
 }
 
@@ -280,7 +280,7 @@ def marlin_outcomes(mutation: str | None) -> list[str]:
         kernels = kernels[2:]
     elif mutation is not None:
         text = MARLIN_MUTATIONS[mutation]
-        change = ("sparse/kernel.cuh", text, "copy_out(" if text.endswith("copy_out(") else ";")
+        change = ("sparse/kernel.cuh", text, "common::copy_rows<" if "copy_rows" in text else ";")
         kernels = kernels[:2]
     built = SparseLibrary(kernels, change)
     wrong = []

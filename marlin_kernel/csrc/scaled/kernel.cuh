@@ -9,6 +9,8 @@
 // order of k.
 #pragma once
 
+#include "common/copy_rows.cuh"
+#include "common/ring.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
@@ -27,19 +29,6 @@ namespace scaled {
 struct Maps {
   TensorMap weights;
   TensorMap tokens;
-};
-
-// Position in the ring: stage index and the parity of its barriers' phase.
-template <int STAGES>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // The tiles of this block, in bands of kBand token tiles, so that blocks running at the same time
@@ -125,7 +114,7 @@ class Feeder {
       if (ptx::elect_one()) fetch_tokens(tokens, stage);
       tokens.advance(p_);
     }
-    RingPosition<Config::STAGES> position;
+    common::RingPosition<Config::STAGES> position;
 #pragma unroll 1
     for (; !cursor_.walk.done(); cursor_.advance(p_), position.advance()) {
       ptx::mbarrier_wait(&shared_.empty[position.stage], position.parity);
@@ -330,32 +319,11 @@ class Consumer {
                                     packed[0], packed[1]);
       }
       ptx::named_sync(1 + group_, kWarpgroupThreads);
-      copy_out(out, first, token + chunk * Config::OUT_TOKENS);
+      common::copy_rows<kGroupFeatures, kWarpgroupThreads>(
+          out, p_.out, p_.m, p_.n, token + chunk * Config::OUT_TOKENS, first,
+          threadIdx.x % kWarpgroupThreads);
     }
     ptx::named_sync(1 + group_, kWarpgroupThreads);  // before scales or output are overwritten
-  }
-
-  // Shared [OUT_TOKENS][64] to global rows, 16 bytes at a time where alignment allows.
-  __device__ __forceinline__ void copy_out(
-      const Out (&tile)[Config::OUT_TOKENS][Config::OUT_ROW], int first, int token) {
-    constexpr int kChunk = 8;
-    constexpr int kChunks = kGroupFeatures / kChunk;  // of a row
-    const int tokens = min(Config::OUT_TOKENS, p_.m - token);
-    const bool aligned =
-        (reinterpret_cast<unsigned long long>(p_.out) | p_.n * sizeof(Out)) % 16 == 0;
-    for (int item = threadIdx.x % kWarpgroupThreads; item < tokens * kChunks;
-         item += kWarpgroupThreads) {
-      const int row = item / kChunks;
-      const int at = item % kChunks * kChunk;
-      const int n = first + at;
-      Out* target = p_.out + static_cast<long long>(token + row) * p_.n + n;
-      if (aligned && n + kChunk <= p_.n) {
-        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(&tile[row][at]);
-      } else {
-        for (int i = 0; i < kChunk; ++i)
-          if (n + i < p_.n) target[i] = tile[row][at + i];
-      }
-    }
   }
 
   static __device__ __forceinline__ uint32_t bits(Sum v) {
@@ -415,7 +383,7 @@ class Consumer {
   const int group_;  // warpgroup
   const int warp_;   // in the warpgroup
   const int lane_;
-  RingPosition<Config::STAGES> position_;
+  common::RingPosition<Config::STAGES> position_;
   int previous_ = 0;  // stage to be released
   float scales_[kOwnTokens];
   uint32_t metadata_[2][2];

@@ -1,7 +1,7 @@
 // Integer codes to A fragments of 16-bit values, for the 2:4 sparse kernel.
 //
-// A word of 4-bit codes holds a whole fragment of 16 features x 16 kept values: code e of register r
-// (ptx/wgmma_sparse.cuh) has the bits 4 (r / 2 + 2 (r % 2)) + 16 e. Two words of 8-bit codes hold
+// A word of 4-bit codes holds a whole fragment of 16 features x 16 kept values: code e of register
+// r (ptx/wgmma_sparse.cuh) has the bits 4 (r / 2 + 2 (r % 2)) + 16 e. Two words of 8-bit codes hold
 // one: code e of register r is byte r / 2 + 2 e of word r % 2. These places make every register two
 // or three instructions.
 #pragma once
