@@ -17,11 +17,12 @@ from torch import Tensor
 from . import reference, sparse_format
 from .errors import CheckpointError, ConfigError
 from .layout import PackedShape, packed_shape, permute_columns, unpermute_columns, words_shape
-from .packing import check_codes, pack, pack_rows, unpack, unpack_rows
+from .packing import check_codes, pack, pack_rows, unpack, unpack_awq, unpack_rows
 from .sparse_format import SPARSE_FORMAT
 from .weight_types import INTEGER_TYPES, WeightType, normalize_group_size
 
 FORMATS = ("marlin", "gptq", "compressed-tensors")
+AWQ_FORMAT = "awq"  # read, not written
 SCALE_DTYPE = torch.float16
 Stored = tuple[tuple[int, ...], "torch.dtype | None"]  # shape and dtype of one tensor
 # The suffix by which a reader recognises a quantized layer of each format.
@@ -29,6 +30,7 @@ CODE_SUFFIX = {
     "marlin": "B",
     "gptq": "qweight",
     "compressed-tensors": "weight_packed",
+    AWQ_FORMAT: "qweight",
     SPARSE_FORMAT: "B_24",
 }
 
@@ -262,7 +264,8 @@ def tensor_shapes(fmt: str, spec: LayerSpec) -> dict[str, Stored]:
 
     dtype None: that of the model. A dtype is what `write` makes; `read` also takes bf16 scales.
     """
-    check_format(fmt)
+    if fmt != AWQ_FORMAT:
+        check_format(fmt)
     k, n, groups, wtype = spec.k, spec.n, spec.groups, spec.weight_type
     factor = wtype.pack_factor
     shapes: dict[str, Stored]
@@ -289,6 +292,19 @@ def tensor_shapes(fmt: str, spec: LayerSpec) -> dict[str, Stored]:
             "scales": ((groups, n), SCALE_DTYPE),
             "g_idx": ((k,), torch.int32),
         }
+    elif fmt == AWQ_FORMAT:
+        shapes = {
+            "qweight": ((k, n // factor), torch.int32),
+            "qzeros": ((groups, n // factor), torch.int32),
+            "scales": ((groups, n), SCALE_DTYPE),
+        }
+    elif wtype.is_float:  # nvfp4-pack-quantized, mxfp4-pack-quantized
+        shapes = {
+            "weight_packed": ((n, -(-k // 2)), torch.uint8),
+            "weight_scale": ((n, groups), scale_dtype(wtype)),
+        }
+        if wtype.global_scale:
+            shapes["weight_global_scale"] = ((1,), torch.float32)
     else:
         shapes = {
             "weight_packed": ((n, -(-k // factor)), torch.int32),
@@ -401,6 +417,10 @@ def read(
             codes, scales = sparse_format.read(tensors, spec)
             own = {"bias": tensors.get("bias") if spec.bias else None}
             return QuantizedLinear.of(codes, scales, spec.weight_type, spec.group_size, **own)
+        if fmt == AWQ_FORMAT:
+            return _read_awq(tensors, spec)
+        if fmt == "compressed-tensors" and spec.weight_type.is_float:
+            return _read_compressed_float4(tensors, spec)
         return (_read_marlin if fmt == "marlin" else _read_compressed_tensors)(tensors, spec)
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from error
@@ -553,4 +573,34 @@ def _read_compressed_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> 
         spec.group_size,
         zeros=zeros,
         bias=tensors["bias"] if spec.bias else None,
+    )
+
+
+def _read_awq(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLinear:
+    """AutoAWQ's "gemm" packing: eight outputs per word, in the order of packing.AWQ_ORDER."""
+    return QuantizedLinear.of(
+        unpack_awq(tensors["qweight"]),
+        tensors["scales"],
+        spec.weight_type,
+        spec.group_size,
+        zeros=unpack_awq(tensors["qzeros"]),
+        bias=tensors["bias"] if spec.bias else None,
+    )
+
+
+def _read_compressed_float4(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLinear:
+    """NVFP4 and MXFP4 of compressed-tensors: two codes per byte, even inputs in the low nibble.
+
+    It divides by its global scale; ours multiplies.
+    """
+    packed = tensors["weight_packed"].view(torch.uint8)
+    codes = torch.stack((packed & 15, packed >> 4), dim=2).view(spec.n, -1)[:, : spec.k]
+    divisor = tensors.get("weight_global_scale")
+    return QuantizedLinear.of(
+        codes.T.contiguous(),
+        tensors["weight_scale"].T.contiguous(),
+        spec.weight_type,
+        spec.group_size,
+        bias=tensors["bias"] if spec.bias else None,
+        global_scale=None if divisor is None else 1 / divisor.float(),
     )

@@ -33,7 +33,7 @@ from .schemes import Scheme, quantization_config, scheme_of
 from .sparse_format import SPARSE_FORMAT
 from .sparse_layer import SparseLayer
 
-READABLE = ("marlin", "gptq", "compressed-tensors")
+READABLE = ("marlin", "gptq", "compressed-tensors", "awq")
 # Largest difference of a probe logit, relative to the largest logit, by the dtype of the model. The
 # stored logits are float32; what remains is rounding of activations, which grows through the
 # layers.

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import CheckpointError, ConfigError
-from .formats import CODE_SUFFIX, LayerSpec, check_format
+from .formats import AWQ_FORMAT, CODE_SUFFIX, LayerSpec, check_format
 from .sparse_format import SPARSE_FORMAT, SPARSITY
-from .weight_types import WeightType, integer_type, normalize_group_size
+from .weight_types import WEIGHT_TYPES, WeightType, integer_type, normalize_group_size
+from .weight_types import weight_type as lookup
 
 MARLIN_FORMAT_VERSION = 1
+_FLOAT4_FORMATS = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}  # checkpoint_format -> how zero points are stored
 
 
@@ -19,9 +21,9 @@ _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}  # checkpoint_format -> how zero point
 class Scheme:
     """What holds for all quantized layers of a checkpoint.
 
-    fmt: one of formats.FORMATS, or "marlin-24" (sparse_format); group_size: -1 or inputs per scale; act_order: layers carry a group
-    index; gptq_version: 1 (zero points stored minus one) or 2; modules: path of every quantized
-    layer -> (inputs, outputs).
+    fmt: one of formats.FORMATS, or "marlin-24" (sparse_format); group_size: -1 or inputs per scale;
+    act_order: layers carry a group index; gptq_version: 1 (zero points stored minus one) or 2;
+    modules: path of every quantized layer -> (inputs, outputs).
     """
 
     fmt: str
@@ -63,6 +65,7 @@ def quantization_config(
             "quant_method": "marlin",
             "format_version": MARLIN_FORMAT_VERSION,
             **common,
+            "weight_type": wtype.name,
             **({"sparsity": SPARSITY} if scheme.fmt == SPARSE_FORMAT else {}),
             "modules": {name: list(sizes) for name, sizes in scheme.modules.items()},
         }
@@ -120,6 +123,7 @@ def scheme_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         "marlin": _read_marlin,
         "gptq": _read_gptq,
         "compressed-tensors": _read_compressed_tensors,
+        "awq": _read_awq,
     }
     if method not in readers:
         raise CheckpointError(
@@ -162,10 +166,32 @@ def _read_marlin(config: Mapping[str, Any], packed: Shapes) -> Scheme:
         raise CheckpointError(f"sparsity={sparsity!r} is not read; known: {SPARSITY}")
     return Scheme(
         SPARSE_FORMAT if sparsity else "marlin",
-        integer_type(config["bits"], config["sym"]),
+        _marlin_type(config),
         config["group_size"],
         config["desc_act"],
         modules=modules,
+    )
+
+
+def _marlin_type(config: Mapping[str, Any]) -> WeightType:
+    """By name; files that have none hold integers."""
+    if "weight_type" in config:
+        return lookup(config["weight_type"])
+    return integer_type(config["bits"], config["sym"])
+
+
+def _read_awq(config: Mapping[str, Any], packed: Shapes) -> Scheme:
+    version, zero_point = config.get("version", "gemm"), config.get("zero_point", True)
+    if str(version).lower() != "gemm" or not zero_point or config["bits"] != 4:
+        raise CheckpointError(
+            f"AWQ files of bits={config['bits']}, version={version!r}, zero_point={zero_point} are "
+            'not read; known: 4, "gemm", true'
+        )
+    return Scheme(
+        AWQ_FORMAT,
+        WEIGHT_TYPES["uint4"],
+        config["group_size"],
+        modules={name: (k, words * 8) for name, (k, words) in packed.items()},
     )
 
 
@@ -192,6 +218,19 @@ def _read_gptq(config: Mapping[str, Any], packed: Shapes) -> Scheme:
 def _read_compressed_tensors(config: Mapping[str, Any], packed: Shapes) -> Scheme:
     groups = list(config["config_groups"].values())
     weights = groups[0]["weights"]
+    if config["format"] in _FLOAT4_FORMATS and len(groups) == 1:
+        wtype = WEIGHT_TYPES[_FLOAT4_FORMATS[config["format"]]]
+        if groups[0].get("input_activations") or weights["group_size"] not in wtype.group_sizes:
+            raise CheckpointError(
+                f"compressed-tensors files of format {config['format']} are read with weights only "
+                f"and group_size={wtype.group_sizes[0]}"
+            )
+        return Scheme(
+            "compressed-tensors",
+            wtype,
+            weights["group_size"],
+            modules={name: (columns * 2, n) for name, (n, columns) in packed.items()},
+        )
     readable = (
         len(groups) == 1
         and config["format"] == "pack-quantized"
@@ -203,7 +242,8 @@ def _read_compressed_tensors(config: Mapping[str, Any], packed: Shapes) -> Schem
     if not readable:
         raise CheckpointError(
             "only compressed-tensors files with one group of format pack-quantized, integer "
-            "weights by group or channel, plain activations and no group index are read"
+            "weights by group or channel, plain activations and no group index are read, and of "
+            f"{' and '.join(_FLOAT4_FORMATS)}"
         )
     wtype = integer_type(weights["num_bits"], weights["symmetric"])
     return Scheme(

@@ -144,10 +144,14 @@ def write_packed(
         linear = model.get_submodule(name)
         weight = linear.weight.detach().T
         k, n = weight.shape
+        bias = None if linear.bias is None else linear.bias.half()
+        if wtype.name not in INTEGER_TYPES:
+            quantized[name] = QuantizedLinear.quantize(weight, wtype, group_size, bias)
+            linear.weight.data = quantized[name].dequantize().T.contiguous()
+            continue
         layer = random_layer(k, n, wtype, group_size, act_order=act_order)
         codes, scales, zeros = reference.quantize(weight, wtype, group_size)
         if layer.g_idx is None:
-            bias = None if linear.bias is None else linear.bias.half()
             quantized[name] = QuantizedLinear.of(
                 codes, scales, wtype, group_size, zeros=zeros, bias=bias
             )

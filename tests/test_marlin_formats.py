@@ -230,7 +230,7 @@ def test_gptq_config_has_the_keys_that_servers_demand():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "awq"}, "'awq' cannot be read"),
+        ({"quant_method": "aqlm"}, "'aqlm' cannot be read"),
         ({"quant_method": "gptq", "bits": 4}, "no tensor named"),
     ],
 )
@@ -307,3 +307,94 @@ def test_eight_bits_in_marlin_order_by_definition():
     k, n = 2 * (5 % 4), 8 * 3 + 5 // 4
     expected = [int(codes[k + r, n]) for r in (0, 8, 1, 9)]
     assert [word >> shift & 255 for shift in (0, 8, 16, 24)] == expected
+
+
+# ---- formats that are read only, and types that are not integers --------------------------------
+
+
+def awq_tensors(layer):
+    """As AutoAWQ writes them: along outputs, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+
+    def words(values):
+        blocks = values.long().view(values.shape[0], -1, 8)
+        packed = sum(blocks[:, :, c] << (4 * i) for i, c in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+        return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+    return {
+        "qweight": words(layer.codes),
+        "qzeros": words(layer.zeros),
+        "scales": layer.scales,
+    }
+
+
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+def test_awq(group_size):
+    layer = random_layer(256, 72, U4, group_size)
+    layer.zeros[0, 0] = 0  # stored as it is, unlike GPTQ v1
+    tensors = awq_tensors(layer)
+    shapes = {f"a.{suffix}": tuple(t.shape) for suffix, t in tensors.items()}
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
+    scheme = scheme_of(config | {"version": "gemm"}, shapes)
+    assert scheme == Scheme("awq", U4, group_size, modules={"a": (256, 72)})
+    assert same_layer(read(tensors, "awq", scheme.layer("a", bias=False)), layer)
+    for broken in ({"bits": 8}, {"zero_point": False}, {"version": "gemv"}):
+        with pytest.raises(CheckpointError, match="AWQ files of bits=.* are not read"):
+            scheme_of(config | broken, shapes)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_float4_of_compressed_tensors(name):
+    wtype = WEIGHT_TYPES[name]
+    k, n, g = 128, 24, wtype.group_sizes[0]
+    layer = QuantizedLinear.quantize(torch.randn(k, n), wtype, g)
+    codes = layer.codes.T.contiguous()
+    tensors = {
+        "weight_packed": codes[:, 0::2] | (codes[:, 1::2] << 4),
+        "weight_scale": layer.scales.view(torch.uint8).T.contiguous().view(layer.scales.dtype),
+    }
+    if wtype.global_scale:
+        tensors["weight_global_scale"] = 1 / layer.global_scale
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": g}
+    groups = {"group_0": {"weights": weights, "input_activations": None}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": f"{name}-pack-quantized",
+        "config_groups": groups,
+    }
+    scheme = scheme_of(config, {"a.weight_packed": tuple(tensors["weight_packed"].shape)})
+    assert scheme == Scheme("compressed-tensors", wtype, g, modules={"a": (k, n)})
+    again = read(tensors, "compressed-tensors", scheme.layer("a", bias=False))
+    assert torch.equal(again.codes, layer.codes)
+    torch.testing.assert_close(again.dequantize(), layer.dequantize(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wtype", WEIGHT_TYPES.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize(("k", "n"), [(128, 64), (200, 100), (12, 8)])
+def test_every_type_in_our_format(k, n, wtype):
+    for group_size in wtype.group_sizes:
+        bias = torch.randn(n).half()
+        layer = QuantizedLinear.quantize(torch.randn(k, n), wtype, group_size, bias)
+        tensors = write(layer, "marlin")
+        expected = tensor_shapes("marlin", layer.spec)
+        assert {x: tuple(t.shape) for x, t in tensors.items()} == {
+            x: shape for x, (shape, _) in expected.items()
+        }
+        assert all(tensors[x].dtype == dtype for x, (_, dtype) in expected.items() if dtype)
+        assert same_layer(read(tensors, "marlin", layer.spec), layer)
+        scheme = Scheme("marlin", wtype, group_size, modules={"a": (k, n)})
+        shapes = {f"a.{suffix}": tuple(t.shape) for suffix, t in tensors.items()}
+        assert scheme_of(quantization_config(scheme), shapes) == scheme
+        if wtype.name not in INTEGER_TYPES:
+            for fmt in ("gptq", "compressed-tensors"):
+                with pytest.raises(ConfigError, match="is written for integer types"):
+                    write(layer, fmt)
+
+
+def test_shard_of_an_act_order_layer():
+    whole = random_layer(256, 40, U4B8, 32, act_order=True)
+    parts = (whole.codes[:96], whole.scales, U4B8, 32)
+    shard = QuantizedLinear.of(*parts, g_idx=whole.g_idx[:96], shard_groups=8)
+    assert torch.equal(shard.dequantize(), whole.dequantize()[:96])
+    assert same_layer(read(write(shard, "marlin"), "marlin", shard.spec), shard)
+    with pytest.raises(ConfigError, match="not shards of K"):
+        write(shard, "gptq")
