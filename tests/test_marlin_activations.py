@@ -1,0 +1,68 @@
+"""Gathering and rounding of activations: the kernels' own text on the CPU, and the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+
+import pytest
+import torch
+from emulator.build import build, compiler
+
+from marlin_kernel import reference, sm80_path
+from marlin_kernel.sm80_layout import K_ORDER, kernel_activations
+
+pytestmark = pytest.mark.skipif(
+    compiler() is None or platform.machine() != "x86_64",
+    reason="the emulator needs g++ on x86-64",
+)
+KINDS = [
+    (dtype, code)
+    for dtype in (torch.float16, torch.bfloat16)
+    for code in (torch.int8, torch.float8_e4m3fn)
+]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    return build("run_activations.cpp", {})
+
+
+@pytest.mark.parametrize(("dtype", "code"), KINDS, ids=str)
+@pytest.mark.parametrize(("m", "k", "offset"), [(1, 64, 0), (5, 333, 0), (3, 4200, 1)])
+def test_rounding_equals_the_reference(dtype, code, m: int, k: int, offset: int) -> None:
+    buffer = (torch.randn(m * k + offset) * 3).to(dtype)
+    a = buffer[offset:].view(m, k)
+    a[-1] = 0
+    k_padded = -(-k // 64) * 64
+    expected, expected_scales = reference.quantize_activations(a, code)
+    for seed, grid in ((0, 1), (1, 2), (2, 7)):
+        codes = torch.full((m, k_padded), 85, dtype=torch.uint8)
+        scales = torch.full((m,), float("nan"))
+        pointers = (a.data_ptr(), codes.data_ptr(), scales.data_ptr())
+        block = sm80_path._QUANTIZE.pack(*pointers, a.stride(0), m, k, k_padded)
+        kind = KINDS.index((dtype, code))
+        assert library().run_quantize(kind, ctypes.c_uint(seed), grid, block) == 0
+        assert torch.equal(scales, expected_scales)
+        ordered = kernel_activations(expected, k_padded).float()
+        assert torch.equal(codes.view(code).float(), ordered)  # 0 and -0 are one number
+
+
+def test_gathering() -> None:
+    a = torch.randn(7, 330).half()[:, :300]
+    perm = torch.randint(-1, 300, (320,), dtype=torch.int32)
+    expected = torch.where(perm >= 0, a[:, perm.clamp(min=0)], 0)
+    for seed, grid in ((0, 1), (1, 3)):
+        out = torch.full((7, 320), float("nan")).half()
+        pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
+        block = sm80_path._GATHER.pack(*pointers, a.stride(0), 7, 320)
+        assert library().run_gather(ctypes.c_uint(seed), grid, block) == 0
+        assert torch.equal(out, expected)
+
+
+def test_order_of_inputs() -> None:
+    assert sorted(K_ORDER) == list(range(16))
+    codes = torch.arange(32, dtype=torch.int8)[None]
+    assert kernel_activations(codes, 48)[0, :16].tolist() == list(K_ORDER)
+    assert kernel_activations(codes, 48)[0, 16:].tolist() == [16 + i for i in K_ORDER] + [0] * 16
