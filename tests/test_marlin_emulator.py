@@ -13,8 +13,6 @@ from emulator.sm80 import Kernel, Problem, Sm80Library
 
 from marlin_kernel import WEIGHT_TYPES
 from marlin_kernel.sm80_configs import (
-    BATCH_INVARIANT_CONFIGS,
-    KernelTypes,
     Sm80Config,
     configs,
     kernel_types,
@@ -139,30 +137,36 @@ def test_rows_of_any_alignment(alignment: int, k: int) -> None:
         assert p.error(out) < TOLERANCE["float16"]
 
 
-@functools.cache
-def invariant_library(output: str) -> Sm80Library:
-    types = [KernelTypes(activation=output, output=output, group_size=g) for g in (0, 64)]
-    return Sm80Library([Kernel(c, t) for t in types for c in BATCH_INVARIANT_CONFIGS])
+INVARIANT = [
+    Combination(WEIGHT_TYPES[name], activation, output, group_size)
+    for name, activation, output, group_size in (
+        ("uint4b8", "float16", "float16", 64),
+        ("uint4b8", "bfloat16", "bfloat16", -1),
+        ("nvfp4", "bfloat16", "bfloat16", 16),
+        ("uint8b128", "int8", "float16", 128),
+    )
+]
 
 
-@pytest.mark.parametrize("group_size", [-1, 64])
-@pytest.mark.parametrize("output", TOLERANCE)
-def test_batch_invariant_rows(output: str, group_size: int) -> None:
+@pytest.mark.parametrize("c", INVARIANT, ids=str)
+def test_batch_invariant_rows(c: Combination) -> None:
     """Row 0 has the same bits in every batch, tile shape and grid."""
-    n, k = 300, 384
-    c = Combination(WEIGHT_TYPES["uint4b8"], output, output, group_size)
-    build, types = invariant_library(output), kernel_types(c)
-    first, rows = Problem(c, 1, n, k), []
-    for config in BATCH_INVARIANT_CONFIGS:
+    n, k, types = 300, 384, kernel_types(c)
+    rows = configs(types, batch_invariant=True)
+    build = Sm80Library([Kernel(row, types) for row in rows])
+    first, results = Problem(c, 1, n, k), []
+    for config in rows:
         for m, blocks in ((1, 5), (1, 64), (config.tile_m + 1, 3)):
             p = Problem(c, m, n, k)
             p.weights, p.bias = first.weights, first.bias
             p.a[0] = first.a[0]
+            if first.token_scales is not None:
+                p.token_scales[0] = first.token_scales[0]
             verdict, out = p.run(build, Kernel(config, types), blocks, m, batch_invariant=True)
             assert verdict == "finished"
-            rows.append(out[0])
-    assert first.error(rows[0][None]) < TOLERANCE[output]
-    assert all(torch.equal(rows[0], row) for row in rows)
+            results.append(out[0])
+    assert first.error(results[0][None]) < TOLERANCE[c.output]
+    assert all(torch.equal(results[0], row) for row in results)
 
 
 # What a careless edit may break: (header, text, replacement). Each must be noticed.

@@ -146,6 +146,37 @@ assert len(compiled) == len(set(compiled)), "a kernel is loaded once"
     run(fake_directory, f"ARCH = {arch!r}\n{program}", *gpu)
 
 
+def test_sm80_operands_of_other_types(fake_directory: Path) -> None:
+    program = """
+from marlin_kernel.sm80_configs import KernelTypes
+half, n = torch.float16, 4096
+def call(m, weight_type, group_size, a_dtype=half, rows=32, **more):
+    a = tensor(0x100, m, 4096, stride=4096, dtype=a_dtype)
+    out = tensor(0x500, dtype=half)
+    arguments = (a, tensor(0x200), tensor(0x300, rows, n), tensor(0x400), out)
+    sm80_path.gemm(*arguments, 4096, n, 4096, n, group_size, weight_type=weight_type, **more)
+    return struct.unpack_from("<11Q", bytes(record.arguments))
+assert call(1, "uint4", 128, zeros=tensor(0x31)) == (
+    0x100, 0x200, 0x300, 0x31, 0, 0, 0, 0x400, 0x500, 0x6000, 0x7000)
+assert "weights::uint4, __half, __half, 8" in compiled[-1][0].expression
+assert call(16, "uint4b8", 128, perm=tensor(0x32, 4096))[4] == 0x32
+assert "128, true, false>" in compiled[-1][0].expression, "gathered by the kernel"
+assert call(1, "nvfp4", 16, rows=256, global_scale=tensor(0x33))[6] == 0x33
+assert call(1, "uint4b8", 0, torch.int8, rows=1, token_scales=tensor(0x34))[5] == 0x34
+assert "weights::uint4b8, int8_t, __half" in compiled[-1][0].expression
+call(1, "uint4b8", 64, reduce_half=True)
+assert "64, false, true>" in compiled[-1][0].expression
+call(1, "uint8", 128, rows=1, zeros=tensor(0x31))
+assert "weights::uint8, __half" in compiled[-1][0].expression
+assert "128, false, false>" in compiled[-1][0].expression, "zero points come with groups"
+call(1, "uint4b8", 128, rows=1)
+assert "false, 0, false, false>" in compiled[-1][0].expression
+call(1, "uint4b8", 128, sm75=True)
+assert compiled[-1][0].header == "sm75/kernel.cuh"
+"""
+    run(fake_directory, program, *HOPPER)
+
+
 def test_sm80_split_knows_only_k_and_n(fake_directory: Path) -> None:
     program = """
 splits = set()
