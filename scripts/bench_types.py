@@ -23,6 +23,9 @@ from torch import Tensor
 
 from marlin_kernel import WEIGHT_TYPES, formats, sm80_path
 from marlin_kernel.formats import QuantizedLinear
+from marlin_kernel.layout import packed_shape
+from marlin_kernel.packing import pack
+from marlin_kernel.repack import repack, unpack_source
 from marlin_kernel.sm80_layout import KernelTensors, kernel_tensors
 
 SHAPES = ((4096, 4096), (8192, 8192))
@@ -147,6 +150,38 @@ def baseline(k: int, n: int) -> list[dict]:
     return rows
 
 
+def repacking() -> list[dict]:
+    """Packed codes of checkpoints to the Marlin layout, each launch with another source."""
+    rows = []
+    for k, n in ((4096, 4096), (8192, 57344)):
+        shape = packed_shape(k, n, 128)
+        sources = {"gptq": (k // 8, n), "awq": (k, n // 8), "compressed-tensors": (n, k // 8)}
+        for source, size in sources.items():
+            wtype = WEIGHT_TYPES["uint4" if source == "awq" else "uint4b8"]
+            copies = max(2, -(-ROTATE_BYTES // (k * n // 2)))
+            words = [
+                torch.randint(-(2**31), 2**31, size, dtype=torch.int32, device="cuda")
+                for _ in range(copies)
+            ]
+            codes = unpack_source(words[0], source, k, n, 4)
+            assert torch.equal(repack(words[0], source, wtype, shape), pack(codes, wtype))
+            for order in (None, torch.randperm(k, device="cuda").int()):
+                if source == "awq" and order is not None:
+                    continue
+                launches = [partial(repack, w, source, wtype, shape, perm=order) for w in words]
+                rows.append(
+                    {
+                        "weight_type": f"repack {source}",
+                        "act_order": order is not None,
+                        "k": k,
+                        "n": n,
+                        "us": round(graph_time(launches), 2),
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write rows and circumstances here")
@@ -158,6 +193,7 @@ def main() -> None:
             times = " ".join(f"{row['us']:8.2f}" for row in rows[-len(TOKENS) :])
             print(f"{k} x {n} {case or 'torch.matmul'}: {times}", flush=True)
             torch.cuda.empty_cache()
+    rows += repacking()
     if options.json:
         result = {"circumstances": circumstances("scripts/bench_types.py", options), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
