@@ -208,13 +208,16 @@ def device_weights(
     """
     rows, columns = codes.shape[:2]
     parts = [t.reshape(rows, columns, -1).view(torch.uint8) for t in (codes, positions)]
+    own = scales.new_empty(0) if group_size > 0 else scales[0].contiguous()
     if group_size > 0:
         wide = scales.new_zeros(columns, rows * TILE_N)
         wide[: scales.shape[0], : scales.shape[1]] = scales
         tiles = wide.view(columns, rows, TILE_N).transpose(0, 1).contiguous()
         parts.append(tiles.view(torch.uint8))
-        return torch.cat(parts, 2).contiguous(), scales.new_empty(0)
-    return torch.cat(parts, 2).contiguous(), scales[0].contiguous()
+    weights = torch.cat(parts, 2).contiguous()
+    if weights.is_cuda:  # the kernel fetches weights before its predecessor in the stream has ended
+        torch.cuda.current_stream(weights.device).synchronize()
+    return weights, own
 
 
 def stored_weights(

@@ -99,33 +99,28 @@ class Feeder {
       : p_(p), maps_(maps), shared_(ptx::shared_memory<Shared>()), cursor_{Walk<Config>(p)} {}
 
   __device__ __forceinline__ void run() {
-    // The first round finds the ring empty: weights at once, tokens when the preceding kernel has
-    // written them.
     cursor_.enter(p_);
-    Cursor tokens = cursor_;
+    ptx::wait_for_predecessors();  // weights too: the caller may have written them just now
+    // The first round finds the ring empty.
 #pragma unroll 1
     for (int stage = 0; stage < Config::STAGES && !cursor_.walk.done(); ++stage) {
-      if (ptx::elect_one()) fetch_weights(stage);
+      if (ptx::elect_one()) fetch(stage);
       cursor_.advance(p_);
-    }
-    ptx::wait_for_predecessors();
-#pragma unroll 1
-    for (int stage = 0; stage < Config::STAGES && !tokens.walk.done(); ++stage) {
-      if (ptx::elect_one()) fetch_tokens(tokens, stage);
-      tokens.advance(p_);
     }
     common::RingPosition<Config::STAGES> position;
 #pragma unroll 1
     for (; !cursor_.walk.done(); cursor_.advance(p_), position.advance()) {
       ptx::mbarrier_wait(&shared_.empty[position.stage], position.parity);
-      if (ptx::elect_one()) {
-        fetch_weights(position.stage);
-        fetch_tokens(cursor_, position.stage);
-      }
+      if (ptx::elect_one()) fetch(position.stage);
     }
   }
 
  private:
+  __device__ __forceinline__ void fetch(int stage) {
+    fetch_weights(stage);
+    fetch_tokens(stage);
+  }
+
   // Also announces the bytes of the whole stage.
   __device__ __forceinline__ void fetch_weights(int stage) {
     uint64_t* full = &shared_.full[stage];
@@ -144,16 +139,16 @@ class Feeder {
     }
   }
 
-  __device__ __forceinline__ void fetch_tokens(const Cursor& cursor, int stage) {
+  __device__ __forceinline__ void fetch_tokens(int stage) {
     uint64_t* full = &shared_.full[stage];
     if constexpr (Config::MULTICAST == 1) {
-      ptx::byte_tensor_copy(shared_.ring.tokens[stage], &maps_->tokens, cursor.k * kStageK,
-                            cursor.token, full);
+      ptx::byte_tensor_copy(shared_.ring.tokens[stage], &maps_->tokens, cursor_.k * kStageK,
+                            cursor_.token, full);
     } else {
       constexpr int kShare = Config::TOKENS / Config::MULTICAST;
-      const int first = cursor.walk.rank * kShare;
+      const int first = cursor_.walk.rank * kShare;
       ptx::byte_tensor_multicast(shared_.ring.tokens[stage] + first * kStageK, &maps_->tokens,
-                                 cursor.k * kStageK, cursor.token + first, full,
+                                 cursor_.k * kStageK, cursor_.token + first, full,
                                  (1 << Config::MULTICAST) - 1);
     }
   }
