@@ -299,8 +299,9 @@ def choices(types: KernelTypes, batch_invariant: bool = False) -> Choices:
             table = (*table[:3], *((_ANY, row) for tokens, row in table if tokens == 128))
     else:
         table = _BATCH_INVARIANT_CHOICES if batch_invariant else _CHOICES
-    if types.weight_type != "uint4b8" and not (batch_invariant or types.sm75):
-        # what else dequantization needs does not fit the registers beside 64 tokens per warp there
+    plain = types.weight_type == "uint4b8" and types.group_size > 0
+    if not (plain or batch_invariant or types.sm75):
+        # what else they need does not fit the registers beside 64 tokens per warp (sm_120 spills)
         few = tuple(choice for choice in table if choice[1] != _MANY_TOKENS_SMALL)
         table = table if few == table else (*few, (_ANY, _TOKENS_64_SMALL))
     if t.zeros == "float":  # whose subtraction takes too many registers for 64 tokens per warp
