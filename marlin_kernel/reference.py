@@ -100,13 +100,16 @@ def scale_values(scales: Tensor, wtype: WeightType, global_scale: Tensor | None 
     return values if global_scale is None else values * global_scale.float()
 
 
-def quantize_stored(weight: Tensor, wtype: WeightType, group_size: int) -> Quantized:
+def quantize_stored(
+    weight: Tensor, wtype: WeightType, group_size: int, global_scale: Tensor | None = None
+) -> Quantized:
     """Round a weight to the nearest point of the type's grid, per group and output.
 
     weight: float [K, N]; group_size: one that the type allows. Integer types: `quantize`. HQQ: the
     min-max grid with a zero point in float16. float8: the largest weight of a group becomes 448.
     NVFP4: that of the tensor becomes 6 * 448, group scales are rounded to e4m3. MXFP4: the scale is
     2**(floor(log2(max|w|)) - 2), as OCP MX 1.0 (section 6.3) has it; larger weights saturate.
+    global_scale: float32 [1], that of a tensor which `weight` is a part of (NVFP4).
     Raises ConfigError for a group size that the type does not allow.
     """
     k, n = weight.shape
@@ -125,14 +128,15 @@ def quantize_stored(weight: Tensor, wtype: WeightType, group_size: int) -> Quant
         codes = (w / scales.float()[:, None] + zeros.float()[:, None]).round()
         codes = codes.clamp(0, wtype.levels - 1).reshape(-1, n)[:k].to(torch.uint8)
         return Quantized(codes, scales, zeros, None)
-    largest, global_scale = w.abs().amax(1), None
+    largest = w.abs().amax(1)
     if wtype.scale == "float16":
         scales = round_scales(largest / wtype.largest).half()
     elif wtype.scale == "e8m0":
         exponent = torch.floor(torch.log2(largest)) - (2**wtype.exponent - 2)
         scales = exponent.clamp(-126, 127).add(127).to(torch.uint8)  # 2**-126 where all are zero
     else:
-        global_scale = (largest.amax() / (wtype.largest * 448)).clamp(min=2.0**-100).reshape(1)
+        if global_scale is None:
+            global_scale = (largest.amax() / (wtype.largest * 448)).clamp(min=2.0**-100).reshape(1)
         scales = (largest / wtype.largest / global_scale).clamp(2.0**-9, 448)
         scales = scales.to(torch.float8_e4m3fn)
     factors = scale_values(scales, wtype, global_scale)
