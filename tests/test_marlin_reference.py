@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, reference
+from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, ConfigError, reference
 from marlin_kernel.dense import dequantize, multiply
 from tests.cases import random_layer
 
@@ -55,7 +55,7 @@ def test_round_scales_keeps_signs_and_never_gives_zero():
 def test_fast_dequantize_equals_the_reference(wtype, k, group_size):
     layer = random_layer(k, 40, wtype, group_size)
     codes, zeros = centred(layer)
-    fast = dequantize(codes, layer.scales, zeros, layer.group_size)
+    fast = dequantize(codes, layer.scales, zeros, layer.group_size, wtype)
     assert torch.equal(fast, layer.dequantize())
 
 
@@ -85,7 +85,8 @@ def test_multiply_at_once(bias):
     layer = random_layer(100, 40, WEIGHT_TYPES["uint4"], 32, bias=bias)
     codes, zeros = centred(layer)
     rows = torch.randn(5, 100)
-    out = _multiply_at_once(rows, codes, layer.scales, zeros, layer.bias, layer.group_size)
+    facts = (layer.group_size, layer.weight_type)
+    out = _multiply_at_once(rows, codes, layer.scales, zeros, layer.bias, *facts)
     expected = reference.matmul(rows, layer.dequantize(), layer.bias)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -115,3 +116,55 @@ def centred(layer):
     middle = layer.weight_type.midpoint
     codes = (layer.codes.int() - middle).to(torch.int8)
     return codes, None if layer.zeros is None else (layer.zeros.int() - middle).to(torch.int8)
+
+
+# ---- floating-point types, zero points in fp16, rounded activations ------------------------------
+
+
+def test_float_values():
+    e2m1 = reference.float_values(WEIGHT_TYPES["nvfp4"]).tolist()
+    assert e2m1[:8] == [0, 0.5, 1, 1.5, 2, 3, 4, 6] and e2m1[8:] == [-x for x in e2m1[:8]]
+    ours = reference.float_values(WEIGHT_TYPES["float8_e4m3fn"])
+    theirs = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert torch.equal(ours.nan_to_num(1e9), theirs.nan_to_num(1e9))
+
+
+def test_encode_rounds_ties_to_even_and_saturates():
+    e2m1, e4m3 = WEIGHT_TYPES["mxfp4"], WEIGHT_TYPES["float8_e4m3fn"]
+    values = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, 100.0, -5.0, -0.2])
+    assert reference.encode(values, e2m1).tolist() == [0, 2, 2, 4, 4, 6, 6, 7, 7, 14, 8]
+    x = torch.randn(20000) * 100
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(reference.encode(x, e4m3), expected.view(torch.uint8))
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert torch.equal(reference.encode(reference.decode(codes, e2m1), e2m1), codes)
+
+
+@pytest.mark.parametrize("name", ["uint4_hqq", "float8_e4m3fn", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("k", [200, 12])
+def test_stored_grids(name, k):
+    """Errors of rounding stay within the grid's steps; zero groups are exact."""
+    wtype = WEIGHT_TYPES[name]
+    limit = {"uint4_hqq": 0.12, "float8_e4m3fn": 0.03, "nvfp4": 0.12, "mxfp4": 0.14}[name]
+    for group_size in wtype.group_sizes:
+        weight = torch.randn(k, 40)
+        weight[:, 3] = 0
+        q = reference.quantize_stored(weight, wtype, group_size)
+        groups = reference.group_index(k, min(group_size, k) if group_size > 0 else -1)
+        args = (q.codes, q.scales, q.zeros, wtype, groups)
+        out = reference.dequantize(*args, global_scale=q.global_scale)
+        assert float((out - weight).norm() / weight.norm()) < limit
+        assert not out[:, 3].any()
+    with pytest.raises(ConfigError, match=f"group_size=48 is not in .* for {name}"):
+        reference.quantize_stored(weight, wtype, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_rounded_activations(dtype):
+    a = torch.randn(5, 64) * torch.tensor([1e-3, 1, 1e3, 0, 1])[:, None]
+    codes, scales = reference.quantize_activations(a, dtype)
+    assert codes.dtype == dtype and scales.shape == (5,)
+    back = codes.float() * scales[:, None]
+    assert bool(((back - a).norm(dim=1) <= 0.05 * a.norm(dim=1)).all())
+    largest = 127 if dtype == torch.int8 else 448
+    assert codes[[0, 1, 2, 4]].float().abs().amax(1).tolist() == [largest] * 4
