@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from marlin_kernel import formats, scaled_configs, sparse_format, sparse_marlin, sparse_sm80
+from marlin_kernel.checkpoint import CheckpointWriter, convert, open_checkpoint
 from marlin_kernel.errors import CheckpointError, ConfigError
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_mm import scaled_mm, scaled_sparse_mm
@@ -368,3 +369,16 @@ def test_sparse_kernels_of_other_gpus_compile(arch: str, tmp_path) -> None:
     text = sass(cubin, tmp_path / "kernel.cubin")
     assert "HMMA.SP.16832.F32" in text and "LDGSTS" in text and "LDL" not in text
     assert sparse_sm80.select(1).tokens == 8 and sparse_sm80.select(1000).tokens == 64
+
+
+def test_checkpoints_convert_both_ways(tmp_path) -> None:
+    scheme = Scheme("marlin-24", weight_type("uint4b8"), 64)
+    layer = quantized(128, 256, "uint4b8", 64)
+    with CheckpointWriter(tmp_path / "sparse", scheme) as writer:
+        writer.add_layer("a.b", layer)
+        writer.finish({})
+    convert(tmp_path / "sparse", tmp_path / "gptq", "gptq")
+    convert(tmp_path / "gptq", tmp_path / "back", "marlin-24")
+    first, last = open_checkpoint(tmp_path / "sparse"), open_checkpoint(tmp_path / "back")
+    assert set(first) == set(last) == {"a.b.B_24", "a.b.B_meta", "a.b.s"}
+    assert all(torch.equal(first[name], last[name]) for name in first)
