@@ -109,7 +109,7 @@ def test_matches_reference(
         a, w, scale_a, scale_b = problem(m, n, k, dtype, sparse)
         bias = torch.randn(n).to(out_dtype) if m > 1 else None
         expected = reference(a, w, scale_a, scale_b, out_dtype, bias)
-        for seed in SEEDS:
+        for seed in SEEDS if m < 64 else SEEDS[-1:]:  # large ones take long
             case = f"M={m} N={n} K={k}, seed {seed}"
             verdict, out = run(
                 library(sparse), config, a, w, scale_a, scale_b, bias, out_dtype, sparse, sms, seed
@@ -243,7 +243,7 @@ def test_sparse_marlin_matches_float64(kernel) -> None:
     for m, n, k, sms in MARLIN_SHAPES:
         if isinstance(config, SparseConfig) and not config.fits(-(-k // 128), bits, group_size):
             continue
-        for seed in SEEDS:
+        for seed in SEEDS if m < 64 else SEEDS[-1:]:  # large ones take long
             verdict, error = marlin_run(marlin_library(bits), kernel, m, n, k, sms, seed)
             assert verdict == "finished", f"M={m} N={n} K={k}, seed {seed}: {verdict}"
             assert error < TOLERANCE[dtype], f"M={m} N={n} K={k}, seed {seed}"
