@@ -30,6 +30,9 @@ from .weight_types import WeightType
 ENVIRONMENT = "MARLIN_KERNEL_BACKEND"
 LAYOUTS = ("codes", "marlin", "sm80", "sm90")
 _KERNEL_MODULES = {"sm90": "launch", "sm80": "sm80_path"}  # preferred first
+# Weight types whose kernels have passed all their tests on a GPU. Those of the others, and of 8-bit
+# activations, have passed them in the emulator; they serve when MARLIN_KERNEL_BACKEND names them.
+_PROVEN_TYPES = ("uint4b8",)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def select_backend(
     """Choose the layout for a layer on `device` with activations of `dtype`. Changes nothing.
 
     activation: "int8" or "float8_e4m3fn" if the layer rounds them. The environment variable
-    MARLIN_KERNEL_BACKEND names a layout to use instead.
+    MARLIN_KERNEL_BACKEND names a layout to use instead. Kernels that no GPU has tested yet
+    (`_PROVEN_TYPES`) are used only so.
     Raises ConfigError if that one is unknown or cannot serve the layer.
     """
     forced = os.environ.get(ENVIRONMENT)
@@ -116,12 +120,18 @@ def select_backend(
         return Selection(forced, f"{ENVIRONMENT} is set")
     if device.type != "cuda":
         return Selection("codes", f"dequantize and multiply on {device.type}")
+    what = f"{spec.weight_type.name} and {activation or dtype} on {device}"
     for layout in _KERNEL_MODULES:
-        if _supports(layout, device, spec, dtype, activation):
-            return Selection(layout, f"kernel for {spec.weight_type.name} and {dtype} on {device}")
-    return Selection(
-        "marlin", f"no kernel for {spec.weight_type.name} and {dtype} on {device}: dequantize"
-    )
+        if not _supports(layout, device, spec, dtype, activation):
+            continue
+        if spec.weight_type.name in _PROVEN_TYPES and activation is None:
+            return Selection(layout, f"kernel for {what}")
+        return Selection(
+            "marlin",
+            f"the kernel for {what} has not been tested on a GPU: dequantize "
+            f"({ENVIRONMENT}={layout} uses it)",
+        )
+    return Selection("marlin", f"no kernel for {what}: dequantize")
 
 
 def prepare(
