@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -59,7 +60,73 @@ def quantize() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "quantize": quantize}
+def large() -> str:
+    """Models whose weights are random and made on the spot: only time and memory mean something."""
+    lines = [
+        "| model, recipe | layers timed | seconds | a layer | GPU memory | host memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("bench_quantize_llama2-*.json"), key=_size_first):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model, *recipe = path.stem.removeprefix("bench_quantize_llama2-").split("_")
+        later = content["seconds_of_each_layer"][1:]
+        device, host = (content[f"peak_{side}_bytes"] / 2**30 for side in ("device", "host"))
+        lines.append(
+            f"| Llama-2-{model.upper()}, {RECIPES[' '.join(recipe)]} "
+            f"| {content['layers']} of {content['layers_of_model']} | {content['seconds']:.1f} "
+            f"| {sum(later) / len(later):.2f} | {device:.1f} GiB | {host:.1f} GiB |"
+        )
+    where = content["environment"]
+    lines.append(
+        f"\n{where['gpu']}, torch {where['torch']}, {content['calibration_tokens']:,} calibration "
+        "tokens, group size 128: `python scripts/bench_quantize.py --from_config "
+        "configs/bench/llama2-7b.json --config configs/quantize/marlin.yaml --true-sequential`."
+    )
+    return "\n".join(lines)
+
+
+RECIPES = {
+    "marlin": "Marlin's recipe in one pass (`--true-sequential`)",
+    "marlin twopass": "Marlin's recipe as published",
+    "marlin offload": "Marlin's recipe in one pass, `--offload_activations`",
+    "fast": "the default",
+}
+
+
+def _size_first(path: Path) -> tuple[int, str]:
+    return int(re.search(r"-(\d+)b", path.stem)[1]), path.stem
+
+
+def kernels() -> str:
+    path = RESULTS / "bench_h200_batch_invariant.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| tokens | faster than torch.matmul (FP16) | least | times the read floor | most |",
+        "|---|---|---|---|---|",
+    ]
+    for m in sorted({row["m"] for row in content["rows"]}):
+        rows = [row for row in content["rows"] if row["m"] == m]
+        faster = [row["cublas"] / row["us"] for row in rows]
+        floor = [row["us"] / row["floor"] for row in rows]
+        lines.append(
+            f"| {m} | {geometric_mean(faster):.2f}x | {min(faster):.2f}x "
+            f"| {geometric_mean(floor):.2f} | {max(floor):.2f} |"
+        )
+    where = content["circumstances"]
+    lines.append(
+        f"\n{where['gpu'].split(',')[0]}, torch {where['torch']}, FP16, group size 128, geometric "
+        f"means over eight layer shapes of Llama-2 7B and 70B, at commit {where['commit']}: "
+        f"`python {where['command']}`."
+    )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "quantize": quantize,
+    "large": large,
+    "kernels": kernels,
+}
 
 
 def main() -> None:
