@@ -42,7 +42,7 @@ def name_of(value: object) -> str:
 def sampled(arch: str) -> list[tuple[KernelTypes, Sm80Config]]:
     """One kernel of every third pair of types, another third for each architecture.
 
-    The slow test compiles everything.
+    The exhaustive test compiles everything.
     """
     pairs: dict[tuple[str, str], list[tuple[KernelTypes, Sm80Config]]] = {}
     for types, row in kernels(CAPABILITY[arch]):
@@ -59,6 +59,15 @@ def test_no_spills(arch: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89"])
+def test_every_row_of_the_commonest_type(arch: str) -> None:
+    types = KernelTypes()
+    for row in configs(types):
+        if row.shared_bytes(types) <= SHARED_LIMITS[arch]:
+            check(row, types, arch)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ARCHITECTURES.values())
 def test_every_specialisation(arch: str) -> None:
     work = [(row.source(types), arch) for types, row in kernels(CAPABILITY[arch])]
