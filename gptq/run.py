@@ -255,8 +255,9 @@ def _walk(
                 writer.save(index, results, added)
             rows += added
             worst = max(row["relative_error"] for row in added)
-            rate = walker.tokens / (time.perf_counter() - began)
-            note = f"layer {index}: error up to {worst:.3f}, {rate:,.0f} tokens/s"
+            note = f"layer {index}: error up to {worst:.3f}"
+            if walker.tokens:
+                note += f", {walker.tokens / (time.perf_counter() - began):,.0f} tokens/s"
             bar.set_postfix_str(note, refresh=False)
     return rows
 

@@ -55,6 +55,11 @@ def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> float:
     """Median microseconds of one launch."""
+    return statistics.median(replay_times(launches, replays)) * 1e6 / len(launches)
+
+
+def replay_times(launches: Sequence[Callable[[], None]], replays: int) -> list[float]:
+    """Seconds of each replay of a graph of all launches."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for launch in launches[:2]:
@@ -73,8 +78,8 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> floa
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times)
+        times.append(start.elapsed_time(end) / 1e3)
+    return times
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from torch.utils.benchmark.utils.common import TaskSpec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_timing import ROTATE_BYTES  # noqa: E402
+from gpu_timing import ROTATE_BYTES, replay_times  # noqa: E402
 
 from marlin_kernel.scaled_mm import reference, scaled_mm, scaled_sparse_mm  # noqa: E402
 from marlin_kernel.sparse import compress_2_4, prune_2_4  # noqa: E402
@@ -256,25 +256,7 @@ def bench(
 
 def measure(name: str, calls: Calls, label: str, sub_label: str, replays: int) -> Measurement:
     """Time of one launch, as torch.utils.benchmark holds it; one raw time per graph replay."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+    times = replay_times(calls, replays)
     task = TaskSpec(stmt="graph.replay()", setup="", label=label, sub_label=sub_label,
                     description=name)  # fmt: skip
     return Measurement(number_per_run=len(calls), raw_times=times, task_spec=task)
