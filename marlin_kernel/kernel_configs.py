@@ -112,8 +112,10 @@ class DecodeConfig:
         return (self.split, min(-(-column_tiles // self.warps_n), clusters), 1)
 
     def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
-        if group_size == 32 and self.token_tiles * self.threads * self.blocks_per_sm > 512:
+        if group_size == 32 and self.threads * self.blocks_per_sm > 512:
             return False  # two groups per tile need more registers than that leaves
+        if group_size in (-1, 32) and self.token_tiles > 1 and self.blocks_per_sm > 1:
+            return False  # likewise
         return (
             0 < m <= self.max_tokens
             and self.shared_bytes(m, k_tiles, group_size) <= MAX_SHARED_BYTES
@@ -280,7 +282,7 @@ def supported_configs() -> tuple[KernelConfig, ...]:
     configs: list[KernelConfig] = [
         DecodeConfig(t, wn, wk, split, stages, blocks)
         for t, wn, wk, stages, blocks in _DECODE_SHAPES
-        for split in ((1, 2, 4, 8) if t == 1 else (1, 2, 4))  # the others' registers do not suffice
+        for split in (1, 2, 4, 8)
     ]
     wide = [(shape, 4) for shape in _WIDE_SHAPES]
     for shape, groups in [(shape, 2) for shape in _GEMM_SHAPES] + wide:
