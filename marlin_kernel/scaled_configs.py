@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from .compiler import KernelSource
 
@@ -142,18 +144,22 @@ def estimate(
     return 2.0 + rounds * (clocks + epilogue * at_once) / 1700
 
 
-@functools.cache
-def _tuned(gpu: str) -> dict[tuple[bool, int, int], list[tuple[int, ScaledConfig]]]:
-    path = TUNING_DIRECTORY / f"{gpu}.json"
+def read_tuned(path: Path, kind: str, make: Callable[..., Any]) -> dict[tuple, list[tuple]]:
+    """(row[kind], k, n) -> (m, make(**config)) by rising m; nothing if there is no such file."""
     if not path.is_file():
         return {}
-    rows: dict[tuple[bool, int, int], list[tuple[int, ScaledConfig]]] = {}
+    rows: dict[tuple, list[tuple]] = {}
     for row in json.loads(path.read_text())["rows"]:
-        key = (row["sparse"], row["k"], row["n"])
-        rows.setdefault(key, []).append((row["m"], ScaledConfig(**row["config"])))
+        key = (row[kind], row["k"], row["n"])
+        rows.setdefault(key, []).append((row["m"], make(**row["config"])))
     for entries in rows.values():
         entries.sort(key=lambda entry: entry[0])
     return rows
+
+
+@functools.cache
+def _tuned(gpu: str) -> dict[tuple[bool, int, int], list[tuple[int, ScaledConfig]]]:
+    return read_tuned(TUNING_DIRECTORY / f"{gpu}.json", "sparse", ScaledConfig)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -11,7 +11,6 @@ what models hold.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import struct
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from . import launch, sparse_sm80
 from .compiler import KernelSource
 from .errors import ConfigError
 from .formats import LayerSpec
+from .scaled_configs import read_tuned
 from .sparse_format import SPARSE_TYPES
 from .weight_types import WeightType
 from .weight_types import weight_type as lookup
@@ -143,16 +143,7 @@ def estimate(
 
 @functools.cache
 def _tuned(gpu: str) -> dict[tuple[int, int, int], list[tuple[int, SparseConfig]]]:
-    path = TUNING_DIRECTORY / f"{gpu}.json"
-    if not path.is_file():
-        return {}
-    rows: dict[tuple[int, int, int], list[tuple[int, SparseConfig]]] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        key = (row["bits"], row["k"], row["n"])
-        rows.setdefault(key, []).append((row["m"], SparseConfig(**row["config"])))
-    for entries in rows.values():
-        entries.sort(key=lambda entry: entry[0])
-    return rows
+    return read_tuned(TUNING_DIRECTORY / f"{gpu}.json", "bits", SparseConfig)
 
 
 @functools.lru_cache(maxsize=65536)
