@@ -177,7 +177,7 @@ def run(
     if config.refine_norms:
         changed, refinement = _refine_end_to_end(model, walker, finished, config, probe)
     with torch.no_grad():
-        logits = model.head(changed.get(model.final_norm_name))(walker.probe)[0].float().cpu()
+        logits = model.head(changed.get(model.final_norm_name))(walker.probe)[0].cpu()
     totals = {
         "seconds": time.perf_counter() - began,
         "seconds_forward": walker.clock.forward,

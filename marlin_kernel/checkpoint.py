@@ -168,10 +168,13 @@ class CheckpointWriter:
             shutil.copyfile(content, target)
 
     def add_probe(self, token_ids: Tensor, logits: Tensor) -> None:
-        """Add the logits that the model must give: token_ids int [T], logits float [T, V]."""
+        """Add the logits that the model must give: token_ids int [T], logits float [T, V].
+
+        The dtype of `logits` is stored as it is: it says how exactly they were computed.
+        """
         tensors = {
             "token_ids": token_ids.detach().cpu().to(torch.int64).contiguous(),
-            "logits": logits.detach().cpu().float().contiguous(),
+            "logits": logits.detach().cpu().contiguous(),
         }
         _save_tensors(tensors, self._folder / PROBE)
         self._probe = {"file": PROBE, "sha256": {n: tensor_hash(t) for n, t in tensors.items()}}

@@ -172,7 +172,10 @@ def verify_tensors(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_probe(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor] | None:
-    """(token_ids int64 [T], logits float32 [T, V]) stored with a checkpoint, or None."""
+    """(token_ids int64 [T], logits [T, V]) stored with a checkpoint, or None.
+
+    The dtype of the logits is that in which the model computed them.
+    """
     if "probe" not in read_manifest(path):
         return None
     with open_safetensors(Path(path) / PROBE) as tensors:

@@ -319,12 +319,13 @@ def _verify_probe(model: PreTrainedModel, path: Path) -> None:
     if probe is None:
         return
     token_ids, expected = probe
-    difference = (probe_logits(model, token_ids) - expected).abs().max()
-    limit = PROBE_TOLERANCE[model.dtype] * float(expected.abs().max())
+    difference = (probe_logits(model, token_ids) - expected.float()).abs().max()
+    tolerance = max(PROBE_TOLERANCE[model.dtype], PROBE_TOLERANCE[expected.dtype])
+    limit = tolerance * float(expected.abs().max())
     if not float(difference) <= limit:
         raise CheckpointError(
             f"the logits of the probe tokens differ by {float(difference):.4g} from those stored "
-            f"with {path} (limit {limit:.4g} for {model.dtype}), though all tensors are intact: "
+            f"with {path} (limit {limit:.4g} for {model.dtype}, stored {expected.dtype}), though all tensors are intact: "
             "the installed transformers or torch computes this model differently"
         )
 

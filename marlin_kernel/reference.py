@@ -202,7 +202,8 @@ def quantize_activations(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     Returns (codes of `dtype` [M, K], scales float32 [M]); a is about ``scales[:, None] * codes``.
     """
     largest = 127.0 if dtype == torch.int8 else 448.0
-    scales = a.float().abs().amax(1).clamp(min=2.0**-40) / largest
+    scales = a.float().abs().amax(1).clamp(min=2.0**-40)
+    scales = scales / torch.full_like(scales, largest)  # on a GPU, / 127.0 is * (1 / 127)
     values = a.float() / scales[:, None]
     if dtype == torch.int8:
         values = values.round()

@@ -82,8 +82,10 @@ class Loader {
       const int chunk = i % Config::ROW_CHUNKS;
       const int token = token_tile * Config::TILE_M + row;
       const int k = k_tile * Config::TILE_K + chunk * Config::CHUNK;
-      int count = token < p_.m ? p_.k - k : 0;  // elements that exist
-      count = count < 0 ? 0 : count > Config::CHUNK ? Config::CHUNK : count;
+      // Elements that exist. Not a clamp of p_.k - k to 0..CHUNK: of that, ptxas 13.0 makes one
+      // VIMNMX.RELU on sm_90 whose predicate takes negative numbers for whole chunks.
+      int count = 0;
+      if (token < p_.m && k < p_.k) count = p_.k - k < Config::CHUNK ? p_.k - k : Config::CHUNK;
       const Activation* source = p_.activations + (count > 0 ? token * p_.row_stride + k : 0);
       uint4* target = &shared_.activations[stage][swizzled<Config>(row, chunk)];
       if (Config::EIGHT_BIT || aligned_bytes_ == 16) {

@@ -142,10 +142,10 @@ class Decoder {
     const int there = min(max(p_.k - first_k, 0), wanted);
     uint8_t* target = activations_ + (first_k - block_range_.begin * kTileK) *
                                          static_cast<int>(sizeof(Scalar));
-    if (aligned && wanted == there && wanted > 0) {
+    if (aligned && wanted > 0 && first_k + wanted <= p_.k) {
       ptx::wait_for_predecessors();
       if (ptx::elect_one()) {
-        const int bytes = there * static_cast<int>(sizeof(Scalar));
+        const int bytes = wanted * static_cast<int>(sizeof(Scalar));
         const int rows = ceil_div(p_.m - warp_ % Config::WARPS_N, Config::WARPS_N);
         ptx::mbarrier_arrive_expect(&shared_.tokens_full[run], rows * bytes);
         for (int token = warp_ % Config::WARPS_N; token < p_.m; token += Config::WARPS_N)
