@@ -327,6 +327,20 @@ def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
     (args.out / f"{args.stem}.json").write_text(text, encoding="utf-8")
 
 
+def read_results(args: argparse.Namespace, recipe: dict) -> dict[str, dict]:
+    """Rows of an earlier run of the same protocol, by name."""
+    path = args.out / f"{args.stem}.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    model = args.name or Path(args.model).name
+    rows = f"{recipe['rows']} rows of {recipe['row_length']} tokens"
+    if (facts["model"], facts["calibration"]) != (model, rows):
+        raise SystemExit(
+            f"--add: {path} is of {facts['model']} with {facts['calibration']}, not of {model} "
+            f"with {rows}; choose another --stem"
+        )
+    return {row["name"]: row for row in facts["results"]}
+
+
 def section(path: Path) -> str:
     """The table of one JSON file, and how it was measured."""
     facts = json.loads(path.read_text(encoding="utf-8"))
@@ -377,6 +391,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the model, in the tables")
     parser.add_argument("--stem", default="accuracy", help="of the files written")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--add", action="store_true", help="keep the file's rows of other variants")
     args = parser.parse_args()
     if args.model is None:
         write_tables()
@@ -393,10 +408,13 @@ def main() -> None:
     runs: dict[str, dict[int, dict]] = {}
     settings = {task.name: task.config.fingerprint() for task in todo}
     full: list[dict] = []
+    kept = read_results(args, recipe) if args.add else {}
 
     def results() -> list[dict]:
-        done = [summarized(name, runs[name]) for name in order if name in runs]
-        return full + [r | {"settings": settings.get(r["name"], {})} for r in done]
+        """What was kept stays in its place, what is new follows."""
+        done = [*full, *(summarized(name, runs[name]) for name in order if name in runs)]
+        rows = {r["name"]: r | {"settings": settings.get(r["name"], {})} for r in done}
+        return list((kept | rows).values())
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, _start, (args, recipe["row_length"])) as pool:

@@ -16,7 +16,8 @@ SHOWN = {
     "GPTQ as first published": "GPTQ as first published (`configs/quantize/gptq.yaml`)",
     "Marlin": "Marlin's recipe (`configs/quantize/marlin.yaml`)",
     "all but asymmetric calibration": "the default without asymmetric calibration",
-    "default": "**the default**",
+    "fast": "**the default** (`configs/quantize/fast.yaml`)",
+    "best": "**with learned scales** (`configs/quantize/best.yaml`)",
 }
 
 
