@@ -325,8 +325,9 @@ def _verify_probe(model: PreTrainedModel, path: Path) -> None:
     if not float(difference) <= limit:
         raise CheckpointError(
             f"the logits of the probe tokens differ by {float(difference):.4g} from those stored "
-            f"with {path} (limit {limit:.4g} for {model.dtype}, stored {expected.dtype}), though all tensors are intact: "
-            "the installed transformers or torch computes this model differently"
+            f"with {path} (limit {limit:.4g} for {model.dtype}, stored {expected.dtype}), though "
+            "all tensors are intact: the installed transformers or torch computes this model "
+            "differently"
         )
 
 
