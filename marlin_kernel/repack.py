@@ -23,7 +23,7 @@ from .weight_types import WeightType
 
 SOURCES = {"gptq": "Gptq", "awq": "Awq", "compressed-tensors": "Transposed"}
 _PROBLEM = struct.Struct("<4Q7i4x")  # repack::Problem
-_WARPS, _TILE = 4, 64
+_WARPS, _TILE = 8, 64
 
 
 def unpack_source(words: Tensor, source: str, k: int, n: int, bits: int) -> Tensor:
@@ -111,13 +111,9 @@ def kernel_source(source: str, bits: int, permuted: bool) -> KernelSource:
 
 def shared_bytes(source: str, bits: int) -> int:
     """sizeof(repack::Storage)."""
-    per_word = 32 // bits
-    rows, columns = {
-        "gptq": (_TILE // per_word, _TILE),
-        "awq": (_TILE, _TILE // 8),
-        "compressed-tensors": (_TILE, _TILE // per_word),
-    }[source]
-    return 4 * _WARPS * rows * (columns + (columns < _TILE))
+    rows = _TILE * bits // 32
+    words = {"gptq": rows * 96, "awq": _TILE * 12, "compressed-tensors": rows * 100}[source]
+    return 4 * _WARPS * words
 
 
 def arguments(

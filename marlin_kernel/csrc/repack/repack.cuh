@@ -2,19 +2,24 @@
 // packing.pack makes of the same codes.
 //
 // A warp takes 64 inputs x 64 outputs at a time: whole 32-byte sectors of every source. It copies
-// their words into shared memory, and every lane picks the codes of its own words: 16-byte stores of
-// consecutive lanes are consecutive. Rows that are permuted (act-order) are read from where they lie.
+// their words into shared memory such that a lane reads with 16 bytes the words of outputs lane / 4,
+// lane / 4 + 8, ... (no bank conflicts), picks the bytes that hold its inputs and puts them in order.
+// Consecutive lanes store consecutive 16 bytes. At the edges, and where rows are permuted (act-order),
+// codes are read one by one.
 #pragma once
 
 #include "common/types.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/bit_ops.cuh"
 #include "ptx/shared_memory.cuh"
 
 namespace repack {
 
-constexpr int BLOCK_WARPS = 4;
+constexpr int BLOCK_WARPS = 8;
 constexpr int TILE = 64;        // inputs and outputs of a warp's share
 constexpr int PACKED_K = 16;    // inputs of a packed tile
+constexpr int OUTPUTS = 8;      // words n = g, g + 8, ... of one g lie side by side in shared memory
+constexpr int OUTPUTS_PITCH = 12;
 
 struct Problem {
   const uint32_t* source;      // packed codes
@@ -27,28 +32,40 @@ struct Problem {
   int fill;                    // code of the padding
 };
 
+// Sources: ROWS x COLUMNS words of a share, and where in shared memory word (r, c) of them goes.
+
+// Where words that hold consecutive inputs of one output are staged: `row` of inputs, output n.
+template <int Pitch>
+__device__ __forceinline__ int staged_outputs(int row, int n) {
+  return row * Pitch + n % 8 * OUTPUTS_PITCH + n / 8;
+}
+
 // GPTQ: [K * bits / 32, N], codes of consecutive inputs in a word.
 template <int Bits>
 struct Gptq {
   static constexpr int BITS = Bits;
   static constexpr int PER_WORD = 32 / Bits;
-  static constexpr int ROWS = TILE / PER_WORD, COLUMNS = TILE;  // words of a share
+  static constexpr int ROWS = TILE / PER_WORD, COLUMNS = TILE;
+  static constexpr int PITCH = 8 * OUTPUTS_PITCH, STAGED = ROWS * PITCH;
   static __device__ __forceinline__ int rows(const Problem& p) { return p.k / PER_WORD; }
   static __device__ __forceinline__ int columns(const Problem& p) { return p.n; }
   static __device__ __forceinline__ int row_of(int k, int) { return k / PER_WORD; }
   static __device__ __forceinline__ int column_of(int, int n) { return n; }
   static __device__ __forceinline__ int shift_of(int k, int) { return k % PER_WORD * Bits; }
+  static __device__ __forceinline__ int staged(int r, int c) { return staged_outputs<PITCH>(r, c); }
 };
 
 // AWQ: [K, N / 8], eight outputs in a word: nibble i is that of output {0, 2, 4, 6, 1, 3, 5, 7}[i].
 struct Awq {
   static constexpr int BITS = 4;
   static constexpr int ROWS = TILE, COLUMNS = TILE / 8;
+  static constexpr int PITCH = OUTPUTS_PITCH, STAGED = ROWS * PITCH;
   static __device__ __forceinline__ int rows(const Problem& p) { return p.k; }
   static __device__ __forceinline__ int columns(const Problem& p) { return p.n / 8; }
   static __device__ __forceinline__ int row_of(int k, int) { return k; }
   static __device__ __forceinline__ int column_of(int, int n) { return n / 8; }
   static __device__ __forceinline__ int shift_of(int, int n) { return (n % 8 / 2 + n % 2 * 4) * 4; }
+  static __device__ __forceinline__ int staged(int r, int c) { return r * PITCH + c; }
 };
 
 // compressed-tensors: [N, ceil(K * bits / 32)], codes of consecutive inputs in a word.
@@ -57,18 +74,90 @@ struct Transposed {
   static constexpr int BITS = Bits;
   static constexpr int PER_WORD = 32 / Bits;
   static constexpr int ROWS = TILE, COLUMNS = TILE / PER_WORD;
+  static constexpr int PITCH = 8 * OUTPUTS_PITCH + 4, STAGED = COLUMNS * PITCH;
   static __device__ __forceinline__ int rows(const Problem& p) { return p.n; }
   static __device__ __forceinline__ int columns(const Problem& p) { return ceil_div(p.k, PER_WORD); }
   static __device__ __forceinline__ int row_of(int, int n) { return n; }
   static __device__ __forceinline__ int column_of(int k, int) { return k / PER_WORD; }
   static __device__ __forceinline__ int shift_of(int k, int) { return k % PER_WORD * Bits; }
+  static __device__ __forceinline__ int staged(int r, int c) { return staged_outputs<PITCH>(c, r); }
 };
 
 template <class Source>
-struct Storage {
-  static constexpr int PITCH = Source::COLUMNS + (Source::COLUMNS < TILE ? 1 : 0);  // fewer conflicts
-  uint32_t words[BLOCK_WARPS][Source::ROWS * PITCH];
+struct alignas(16) Storage {
+  uint32_t words[BLOCK_WARPS][Source::STAGED];
 };
+
+// words[i] = staged[i]: of outputs n = g + 8 i.
+__device__ __forceinline__ void load_outputs(uint32_t (&words)[OUTPUTS], const uint32_t* staged) {
+  const uint4* from = reinterpret_cast<const uint4*>(staged);
+  const uint4 low = from[0], high = from[1];
+  words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
+  words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
+}
+
+// Byte `selector` (0..3, in both digits: b | (b + 4) << 4) of a, b, c and d.
+__device__ __forceinline__ uint32_t four_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d,
+                                               uint32_t selector) {
+  return ptx::permute_bytes(ptx::permute_bytes(a, b, selector), ptx::permute_bytes(c, d, selector),
+                            0x5410);
+}
+
+// The low nibbles of the bytes of `low`, then those of `high`, in order.
+__device__ __forceinline__ uint32_t join_nibbles(uint32_t low, uint32_t high) {
+  low &= 0x0f0f0f0f;
+  high &= 0x0f0f0f0f;
+  return ptx::permute_bytes(low | low >> 4, high | high >> 4, 0x6420);
+}
+
+// The words of this lane (t = lane % 4, g = lane / 4) in packed tile `tile` of a staged share. Of 4
+// bits, word j has the inputs k = 2t, 2t + 8 of outputs n = 16 j + g and n + 8, then the same for
+// k + 1; of 8 bits, the inputs 2t, 2t + 8, 2t + 1, 2t + 9 of output 8 j + g.
+template <class Source>
+__device__ __forceinline__ void tile_words(const uint32_t* staged, int tile, int lane,
+                                           uint32_t (&words)[Source::BITS]) {
+  const int t = lane % 4, g = lane / 4;
+  const int tile_rows = PACKED_K * Source::BITS / 32;
+  const uint32_t* rows = staged + tile * tile_rows * Source::PITCH + g * OUTPUTS_PITCH;
+  uint32_t a[OUTPUTS], b[OUTPUTS];
+  if constexpr (Source::BITS == 4) {
+    load_outputs(a, rows);
+    load_outputs(b, rows + Source::PITCH);
+    const uint32_t selector = t * 0x11 + 0x40;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t pairs = four_bytes(a[2 * j], b[2 * j], a[2 * j + 1], b[2 * j + 1], selector);
+      words[j] = join_nibbles(pairs, pairs >> 4);
+    }
+  } else {
+    load_outputs(a, rows + t / 2 * Source::PITCH);
+    load_outputs(b, rows + (t / 2 + 2) * Source::PITCH);
+    const uint32_t selector = t % 2 * 0x2222 + 0x5140;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) words[j] = ptx::permute_bytes(a[j], b[j], selector);
+  }
+}
+
+template <>
+__device__ __forceinline__ void tile_words<Awq>(const uint32_t* staged, int tile, int lane,
+                                                uint32_t (&words)[4]) {
+  const int t = lane % 4, g = lane / 4;
+  const int shift = Awq::shift_of(0, g);
+  const uint32_t selector = shift / 8 * 0x11 + 0x40;
+  uint32_t pairs[2][4];  // [input 2t | 2t + 1][j]
+#pragma unroll
+  for (int next = 0; next < 2; ++next) {
+    const uint32_t* row = staged + (tile * PACKED_K + 2 * t + next) * Awq::PITCH;
+    uint32_t a[OUTPUTS], b[OUTPUTS];
+    load_outputs(a, row);
+    load_outputs(b, row + 8 * Awq::PITCH);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      pairs[next][j] = four_bytes(a[2 * j], b[2 * j], a[2 * j + 1], b[2 * j + 1], selector) >> shift % 8;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) words[j] = join_nibbles(pairs[0][j], pairs[1][j]);
+}
 
 template <class Source>
 class Share {
@@ -84,7 +173,7 @@ class Share {
     for (int i = lane_; i < Source::ROWS * Source::COLUMNS; i += kWarpSize) {
       const int r = i / Source::COLUMNS, c = i % Source::COLUMNS;
       const bool inside = first_row + r < rows && first_column + c < columns;
-      staged_[r * Storage<Source>::PITCH + c] =
+      staged_[Source::staged(r, c)] =
           inside ? p_.source[static_cast<long long>(first_row + r) * columns + first_column + c] : 0;
     }
   }
@@ -101,7 +190,7 @@ class Share {
           Source::column_of(from, column);
       return p_.source[at] >> Source::shift_of(from, column) & kMask;
     } else {
-      const int at = Source::row_of(k, n) * Storage<Source>::PITCH + Source::column_of(k, n);
+      const int at = Source::staged(Source::row_of(k, n), Source::column_of(k, n));
       return staged_[at] >> Source::shift_of(k, n) & kMask;
     }
   }
@@ -149,16 +238,20 @@ __global__ void __launch_bounds__(BLOCK_WARPS* kWarpSize)
 #pragma unroll 1
     for (int tile = 0; tile < TILE / PACKED_K; ++tile) {
       uint32_t words[kLaneWords];
+      if (!Permuted && interior) {
+        tile_words<Source>(storage.words[warp], tile, lane, words);
+      } else {
 #pragma unroll
-      for (int j = 0; j < kLaneWords; ++j) {
-        const int k = tile * PACKED_K + 2 * (lane % 4);
-        const int n = j * kWordColumns + lane / 4;
-        uint32_t word = 0;
+        for (int j = 0; j < kLaneWords; ++j) {
+          const int k = tile * PACKED_K + 2 * (lane % 4);
+          const int n = j * kWordColumns + lane / 4;
+          uint32_t word = 0;
 #pragma unroll
-        for (int c = 0; c < kCodes; ++c)
-          word |= share.template code<Permuted>(k + kRows[c], n + kColumns[c], interior)
-                  << (c * kBits);
-        words[j] = word;
+          for (int c = 0; c < kCodes; ++c)
+            word |= share.template code<Permuted>(k + kRows[c], n + kColumns[c], interior)
+                    << (c * kBits);
+          words[j] = word;
+        }
       }
       const long long row = k_first / PACKED_K + tile;
       uint4* to = reinterpret_cast<uint4*>(p.words + (row * column_blocks + block) * kTileWords) +
