@@ -11,6 +11,8 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 
+from .distributed import Workers
+
 log = logging.getLogger(__name__)
 
 # Width of a stripe of H: only stripes on or above the diagonal are computed. Narrow stripes save
@@ -19,6 +21,8 @@ _STRIPE = 192
 _STRIPE_GPU = 1024
 _MAX_RETRIES = 16
 _LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the library
+_STEP, _STEP_GPU = 256, 1024  # rows or columns of a triangle multiplied at once, at least
+_SHARED = 4096  # corners of this size are divided among processes
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -101,11 +105,12 @@ class Factor:
     retries: int
 
 
-def invert_upper(r: Tensor) -> Tensor:
+def invert_upper(r: Tensor, workers: Workers | None = None) -> Tensor:
     """Inverse of an upper triangular float32 [K, K], with a third of the work of K solves.
 
     Blocks on the diagonal are inverted together; then, from small to large, the inverse of
-    [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]].
+    [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]]. The columns of large corners are divided
+    among `workers`, all of which must call this with the same `r`.
     """
     k = r.shape[0]
     u = torch.zeros(r.shape, device=r.device)
@@ -126,15 +131,40 @@ def invert_upper(r: Tensor) -> Tensor:
     while size < k:
         for start in range(0, k - size, 2 * size):
             middle, end = start + size, min(start + 2 * size, k)
-            product = r[start:middle, middle:end] @ u[middle:end, middle:end]
+            upper, lower = u[start:middle, start:middle], u[middle:end, middle:end]
             corner = u[start:middle, middle:end]
-            torch.matmul(u[start:middle, start:middle], product, out=corner).neg_()
+            if workers is None or workers.count == 1 or size < _SHARED:
+                corner.copy_(_corner(upper, r[start:middle, middle:end], lower, 0, end - middle))
+                continue
+            shares = workers.share(end - middle)
+            first = sum(shares[: workers.rank])
+            last = first + shares[workers.rank]
+            part = _corner(upper, r[start:middle, middle:end], lower, first, last)
+            corner.copy_(workers.gather(part, shares))
         size *= 2
     return u
 
 
-def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
-    """Factor the damped Hessian.
+def _corner(a: Tensor, b: Tensor, c: Tensor, first: int, last: int) -> Tensor:
+    """Columns first..last of -A B C, with upper triangular A and C: their zeros are left out."""
+    width = max(_STEP_GPU if a.is_cuda else _STEP, c.shape[0] // 8)
+    product = torch.empty(b.shape[0], last - first, device=b.device)
+    for left in range(first, last, width):
+        right = min(left + width, last)
+        out = product[:, left - first : right - first]
+        torch.matmul(b[:, :right], c[:right, left:right], out=out)
+    result = torch.empty_like(product)
+    height = max(_STEP_GPU if a.is_cuda else _STEP, a.shape[0] // 8)
+    for top in range(0, a.shape[0], height):
+        rows = slice(top, top + height)
+        torch.matmul(a[rows, top:], product[top:], out=result[rows])
+    return result.neg_()
+
+
+def factorize(
+    h: Tensor, percdamp: float, name: str = "layer", workers: Workers | None = None
+) -> Factor:
+    """Factor the damped Hessian; `workers`, which hold the same, share the work.
 
     h: float32 [K, K], symmetric, with a positive diagonal. One Cholesky of the matrix with reversed
     order gives R with H = R Rᵀ, R upper triangular; inverting the triangle gives the U of GPTQ's
@@ -157,7 +187,7 @@ def factorize(h: Tensor, percdamp: float, name: str = "layer") -> Factor:
         if int(info) == 0:
             r = lower.flip(0, 1).contiguous()
             del lower
-            u = invert_upper(r)
+            u = invert_upper(r, workers)
             if bool(torch.isfinite(u.diagonal()).all()) and bool(torch.isfinite(u.sum())):
                 return Factor(r, u, damping, retry)
         raised = max(damping * 2, 1e-4)

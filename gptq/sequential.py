@@ -318,7 +318,13 @@ class Walker:
         own = slice(first, first + shares[self.workers.rank])
         lack = None if h.lack is None else h.lack[own]
         part = solve_columns(
-            weight[own], h.matrix(), self.options, name=name, shift=h.shift, lack=lack
+            weight[own],
+            h.matrix(),
+            self.options,
+            name=name,
+            shift=h.shift,
+            lack=lack,
+            workers=self.workers,
         )
         if self.workers.count == 1:
             return part

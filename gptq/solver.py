@@ -19,6 +19,7 @@ from marlin_kernel.reference import round_scales
 from marlin_kernel.weight_types import WeightType, normalize_group_size
 
 from . import fused_solver, sparsity
+from .distributed import Workers
 from .grid import GridOptions, quantize_to_codes, search_grid, unclipped_scales
 from .hessian import Factor, factorize
 
@@ -172,12 +173,13 @@ def solve_columns(
     name: str = "layer",
     shift: Tensor | None = None,
     lack: Tensor | None = None,
+    workers: Workers | None = None,
 ) -> Columns:
     """Quantize outputs that share their input. No output depends on another.
 
     weight: float [N, K] as in torch.nn.Linear. h: float32 [K, K], 2 X Xᵀ.
     shift: float32 [K, K], 2 (X̃ - X) Xᵀ, and lack: float32 [N, K], 2 D Xᵀ, of asymmetric calibration
-    (`hessian.Hessian`), or None.
+    (`hessian.Hessian`), or None. workers: processes that hold other outputs and the same Hessian.
     Raises NumericalError with `name` if weights or Hessian are not finite.
     """
     w = weight.detach().float().T.contiguous()
@@ -202,7 +204,7 @@ def solve_columns(
     else:
         order = _order(diagonal, options)
         permuted = safe if order is None else safe[order[:, None], order]
-        factor = factorize(permuted, options.percdamp, name)
+        factor = factorize(permuted, options.percdamp, name, workers)
         del permuted
         if options.asymmetric and (shift is not None or lack is not None):
             w = w + _target_move(w, safe, shift, lack, options.target_damp)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from gptq.distributed import Workers
 from gptq.hessian import _STRIPE, Factor, Hessian, factorize, invert_upper
 from marlin_kernel import NumericalError
 
@@ -85,12 +88,43 @@ def test_inverse_of_a_triangle_on_the_gpu():
     assert float(error.abs().max()) < 1e-3
 
 
-@pytest.mark.parametrize("k", [1, 511, 512, 513, 1100])
+@pytest.mark.parametrize("k", [1, 511, 512, 513, 1100, 2300])
 def test_inverse_of_a_triangle(k):
     r = torch.randn(k, k, dtype=torch.float64).triu() / k**0.5 + 2 * torch.eye(k)
     u = invert_upper(r.float())
     assert torch.equal(u, u.triu())
     torch.testing.assert_close(u.double(), torch.linalg.inv(r), rtol=1e-4, atol=1e-5)
+
+
+class Together(Workers):
+    """Workers that are threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, parts: dict):
+        self.rank, self.count, self._barrier, self._parts = rank, barrier.parties, barrier, parts
+
+    def gather(self, part, sizes):
+        assert part.shape[1] == sizes[self.rank]
+        self._parts[self.rank] = part
+        self._barrier.wait(60)
+        whole = torch.cat([self._parts[rank] for rank in range(self.count)], dim=1)
+        self._barrier.wait(60)
+        return whole
+
+
+def test_workers_share_the_inverse_of_a_triangle(monkeypatch):
+    monkeypatch.setattr("gptq.hessian._LEAF", 64)
+    monkeypatch.setattr("gptq.hessian._STEP", 32)
+    monkeypatch.setattr("gptq.hessian._SHARED", 128)
+    k = 700
+    r = (torch.randn(k, k).triu() / k**0.5 + 2 * torch.eye(k)).contiguous()
+    barrier, parts = threading.Barrier(3), {}
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda n: invert_upper(r, Together(n, barrier, parts)), range(3)))
+    expected = torch.linalg.inv(r.double())
+    for u in (invert_upper(r), *found):
+        assert torch.equal(u, u.triu())
+        torch.testing.assert_close(u.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
