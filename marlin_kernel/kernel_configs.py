@@ -156,10 +156,11 @@ class DecodeConfig:
         return (self.split, min(-(-column_tiles // self.warps_n), clusters), 1)
 
     def fits(self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8") -> bool:
-        if group_size == 32 and self.threads * self.blocks_per_sm > 512:
-            return False  # two groups per tile need more registers than that leaves
-        if group_size in (-1, 32) and self.token_tiles > 1 and self.blocks_per_sm > 1:
-            return False  # likewise
+        if WEIGHT_TYPES[weight_type].bits == 4:
+            if group_size in (16, 32) and self.threads * self.blocks_per_sm > 512:
+                return False  # several groups per tile need more registers than that leaves
+            if group_size in (-1, 16, 32) and self.token_tiles > 1 and self.blocks_per_sm > 1:
+                return False  # likewise
         return (
             0 < m <= self.max_tokens
             and self.shared_bytes(m, k_tiles, group_size, weight_type) <= MAX_SHARED_BYTES
@@ -361,7 +362,8 @@ _WIDE_SHAPES_8 = (
     (32, 1, 4, 1, 2, False),
     (64, 1, 3, 1, 2, False),
 )
-# Groups of 16 k scale weights only.
+# Groups of 16 k: more registers, and they scale weights only.
+_DECODE_SHAPES_16 = (*_DECODE_SHAPES, (2, 1, 8, 3, 1))
 _GEMM_SHAPES_16 = (
     (8, 1, 6, 2, 2, False),
     (16, 1, 6, 2, 2, False),
@@ -375,16 +377,18 @@ _INVARIANT_SHAPES = ((32, 4, 2), (64, 4, 2), (128, 3, 1))  # tokens, stages, blo
 @functools.cache
 def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
     """Every configuration that `select_config` may return for a type."""
-    eight_bit = WEIGHT_TYPES[weight_type].bits == 8
+    decode_shapes, shapes, wide_shapes = _DECODE_SHAPES, _GEMM_SHAPES, _WIDE_SHAPES
+    if WEIGHT_TYPES[weight_type].bits == 8:
+        decode_shapes, shapes, wide_shapes = _DECODE_SHAPES_8, _GEMM_SHAPES_8, _WIDE_SHAPES_8
+    if 16 in group_sizes(weight_type):
+        decode_shapes = _DECODE_SHAPES_16
+        shapes = (*_GEMM_SHAPES_16, *(shape for shape in shapes if not shape[-1]))
     configs: list[KernelConfig] = [
         DecodeConfig(t, wn, wk, split, stages, blocks)
-        for t, wn, wk, stages, blocks in (_DECODE_SHAPES_8 if eight_bit else _DECODE_SHAPES)
+        for t, wn, wk, stages, blocks in decode_shapes
         for split in (1, 2, 4, 8)
     ]
-    shapes = _GEMM_SHAPES_8 if eight_bit else _GEMM_SHAPES
-    if 16 in group_sizes(weight_type):
-        shapes = (*_GEMM_SHAPES_16, *(shape for shape in shapes if not shape[-1]))
-    wide = [(shape, 4) for shape in (_WIDE_SHAPES_8 if eight_bit else _WIDE_SHAPES)]
+    wide = [(shape, 4) for shape in wide_shapes]
     for shape, groups in [(shape, 2) for shape in shapes] + wide:
         configs.append(GemmConfig(*shape, warpgroups=groups))
         configs += [GemmConfig(*shape, split, warpgroups=groups) for split in _SPLITS]
