@@ -4,7 +4,7 @@ A layout is how the weights of a layer lie in memory while it is used:
     codes   one byte for each code, scales [G, N] in natural order; dequantize and multiply
     marlin  the on-disk tensors; unpack, dequantize and multiply, on any device
     sm80    the kernels of `sm80_path`     (sm80_layout.KernelTensors)
-    sm90    the kernels of `launch`        (permuted 4-byte words of `B`)
+    sm90    the kernels of `launch`        (sm90_layout)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import formats, reference, sm80_layout
+from . import formats, reference, sm80_layout, sm90_layout
 from .errors import ConfigError
 from .formats import LayerSpec, QuantizedLinear
 from .layout import unpermute_columns
@@ -30,9 +30,13 @@ from .weight_types import WeightType
 ENVIRONMENT = "MARLIN_KERNEL_BACKEND"
 LAYOUTS = ("codes", "marlin", "sm80", "sm90")
 _KERNEL_MODULES = {"sm90": "launch", "sm80": "sm80_path"}  # preferred first
+_KERNEL_LAYOUTS = {"sm90": sm90_layout, "sm80": sm80_layout}
 # Weight types whose kernels have passed all their tests on a GPU. Those of the others, and of 8-bit
 # activations, have passed them in the emulator; they serve when MARLIN_KERNEL_BACKEND names them.
 _PROVEN_TYPES = ("uint4b8",)
+_PROVEN_SM90_TYPES = (
+    "uint4b8",
+)  # the same of the sm90 kernels: others use those of sm80 until then
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Prepared:
     weights: bytes [K, N] ("codes": see `natural`), else int32 words; scales: natural ("codes") or
     in the order of the layout; zeros: natural ("codes"), as on disk ("marlin"), in the order of the
     layout, or None; perm: integers [K'], activations are gathered by it (the weight rows of an
-    act-order layer are sorted by group; -1 in "sm80": no input), or None; group_size: inputs per
-    scale as the layout counts them, None: those of the layer.
+    act-order layer are sorted by group; -1 in "sm80" and "sm90": no input), or None; group_size:
+    inputs per scale as the layout counts them, None: those of the layer.
     """
 
     layout: str
@@ -93,9 +97,17 @@ def _supports(
     if layout == "sm80":
         features = (activation, spec.act_order, spec.k_full)
         return supports(device, spec.weight_type.name, group_size, dtype, *features)
-    if activation is not None or not spec.k_full:
+    if activation is not None:
         return False
     return supports(device, spec.weight_type.name, group_size, dtype)
+
+
+def _is_proven(layout: str, spec: LayerSpec, activation: str | None) -> bool:
+    """Whether the kernels for such layers have passed all their tests on a GPU."""
+    name = spec.weight_type.name
+    if layout == "sm90":
+        return name in _PROVEN_SM90_TYPES and spec.k_full
+    return name in _PROVEN_TYPES and activation is None
 
 
 def select_backend(
@@ -121,15 +133,18 @@ def select_backend(
     if device.type != "cuda":
         return Selection("codes", f"dequantize and multiply on {device.type}")
     what = f"{spec.weight_type.name} and {activation or dtype} on {device}"
+    untested = None
     for layout in _KERNEL_MODULES:
         if not _supports(layout, device, spec, dtype, activation):
             continue
-        if spec.weight_type.name in _PROVEN_TYPES and activation is None:
+        if _is_proven(layout, spec, activation):
             return Selection(layout, f"kernel for {what}")
+        untested = layout
+    if untested is not None:
         return Selection(
             "marlin",
             f"the kernel for {what} has not been tested on a GPU: dequantize "
-            f"({ENVIRONMENT}={layout} uses it)",
+            f"({ENVIRONMENT}={untested} uses it)",
         )
     return Selection("marlin", f"no kernel for {what}: dequantize")
 
@@ -139,8 +154,8 @@ def prepare(
 ) -> Prepared:
     """Convert a layer's on-disk tensors (by suffix) to a layout, on the device they are on."""
     words, scales, zeros = tensors["B"], tensors["s"], tensors.get("z")
-    if layout == "sm80":
-        held = sm80_layout.kernel_tensors(tensors, spec)
+    if layout in _KERNEL_LAYOUTS:
+        held = _KERNEL_LAYOUTS[layout].kernel_tensors(tensors, spec)
         return Prepared(layout, held.weights, held.scales, held.zeros, held.perm, held.group_size)
     if not spec.k_full:
         return _prepare_shard(tensors, spec)
@@ -155,11 +170,6 @@ def prepare(
             scales[:groups].contiguous(),
             None if zeros is None else zeros[:groups].contiguous(),
             perm,
-        )
-    if layout in _KERNEL_MODULES:
-        group_size = kernel_group_size(spec.group_size, spec.k)
-        words, scales = kernels(layout).convert_layout(
-            words, scales, spec.k, spec.n, group_size, dtype
         )
     return Prepared(layout, words, scales, zeros, perm)
 
@@ -180,10 +190,13 @@ def restore(
 
     global_scale: of the layer, if it has one. Raises ConfigError for a prepared shard of K.
     """
-    if prepared.layout == "sm80" or not spec.k_full:
+    if prepared.layout in _KERNEL_LAYOUTS or not spec.k_full:
+        group_size = prepared.group_size
+        if group_size is None:
+            group_size = 0 if spec.packed.groups == 1 else spec.group_size
         tensors = (prepared.weights, prepared.scales, prepared.zeros, prepared.perm, global_scale)
-        held = KernelTensors(*tensors, prepared.group_size)
-        return sm80_layout.stored_tensors(held, spec)
+        held = KernelTensors(*tensors, group_size)
+        return _KERNEL_LAYOUTS.get(prepared.layout, sm80_layout).stored_tensors(held, spec)
     g_idx = None
     if prepared.perm is not None:
         g_idx = torch.empty(spec.k, dtype=torch.int32, device=prepared.perm.device)
@@ -204,36 +217,9 @@ def restore(
         facts = (wtype, spec.group_size, global_scale)
         layer = QuantizedLinear(codes, scales, zeros, g_idx, None, *facts)
         return formats.write(layer, "marlin", act_order=spec.act_order)
-    words, scales = prepared.weights, prepared.scales
-    if prepared.layout in _KERNEL_MODULES:
-        words, scales = _invert_layout(prepared, spec)
-    tensors = {"B": words, "s": scales, "z": prepared.zeros, "g_idx": g_idx}
+    tensors = {"B": prepared.weights, "s": prepared.scales, "z": prepared.zeros, "g_idx": g_idx}
     tensors["global_scale"] = global_scale
     return {suffix: tensor for suffix, tensor in tensors.items() if tensor is not None}
-
-
-def _invert_layout(prepared: Prepared, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """`B` and `s` from a kernel layout, which holds the same elements in another order.
-
-    The order is found by converting the numbers 0, 1, 2, ... in their place.
-    """
-    shapes = formats.tensor_shapes("marlin", spec)
-    held = (prepared.weights.reshape(-1), prepared.scales.reshape(-1))
-    counts = [torch.arange(t.numel(), dtype=torch.int32, device=t.device) for t in held]
-    orders = kernels(prepared.layout).convert_layout(
-        counts[0].view(shapes["B"][0]),
-        counts[1].view(shapes["s"][0]),
-        spec.k,
-        spec.n,
-        kernel_group_size(spec.group_size, spec.k),
-        torch.float16,
-    )
-    stored = []
-    for values, order, suffix in zip(held, orders, ("B", "s"), strict=True):
-        out = torch.empty_like(values)
-        out[order.reshape(-1).long()] = values
-        stored.append(out.view(shapes[suffix][0]))
-    return stored[0], stored[1]
 
 
 def natural(

@@ -16,23 +16,51 @@ from pathlib import Path
 
 from marlin_kernel.compiler import KernelSource
 from marlin_kernel.errors import ConfigError
+from marlin_kernel.weight_types import WEIGHT_TYPES
 
 TILE_N = 64  # features of a weight tile in device memory
 TILE_K = 64  # k of a weight tile
-TILE_BYTES = TILE_N * TILE_K // 2
-SCALE_ROW_BYTES = TILE_N * 2
 MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
 SM_SHARED_BYTES = 228 * 1024  # of one multiprocessor, 1 KB of it reserved per block
 MAX_WORKSPACE_FLOATS = 16 << 20
-GROUP_SIZES = (-1, 32, 64, 128)
+GROUP_SIZES = (-1, 32, 64, 128)  # of uint4b8
 SCALARS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 TUNING_DIRECTORY = Path(__file__).parent / "tuning"
 
 
-def _scale_bytes_per_tile(group_size: int) -> int:
+def group_sizes(weight_type: str) -> tuple[int, ...]:
+    """Group sizes that the kernels of a type are compiled for; -1: one scale per feature.
+
+    A single group with zero points, or with scales of a byte, is repeated (sm80_layout).
+    """
+    t = WEIGHT_TYPES[weight_type]
+    return tuple(g for g in t.group_sizes if g > 0 or t.symmetric)
+
+
+@functools.cache
+def tile_bytes(weight_type: str) -> int:
+    """Bytes of the codes of a 64 x 64 tile."""
+    return TILE_N * TILE_K * WEIGHT_TYPES[weight_type].bits // 8
+
+
+@functools.cache
+def row_bytes(weight_type: str) -> int:
+    """Bytes of the scales and zero points of 64 features and one group."""
+    t = WEIGHT_TYPES[weight_type]
+    scales = TILE_N * (2 if t.scale == "float16" else 1)
+    return scales + TILE_N * {"none": 0, "integer": t.bits, "float": 16}[t.zeros] // 8
+
+
+def _row_bytes_per_tile(group_size: int, weight_type: str) -> int:
     if group_size == -1:
         return 0
-    return max(1, TILE_K // group_size) * SCALE_ROW_BYTES
+    return max(1, TILE_K // group_size) * row_bytes(weight_type)
+
+
+@functools.cache
+def _read_bytes(weight_type: str) -> float:
+    """Bytes read for a 64 x 64 tile, with groups as large as the type allows."""
+    return tile_bytes(weight_type) + row_bytes(weight_type) * TILE_K / max(group_sizes(weight_type))
 
 
 # Multiprocessors that a cluster may lie in. How many of an H200's are in each part of the chip
@@ -73,52 +101,69 @@ class DecodeConfig:
     def max_tokens(self) -> int:
         return 8 * self.token_tiles
 
-    def source(self, dtype: str, group_size: int) -> KernelSource:
-        """dtype: "float16" or "bfloat16"; group_size: -1, 32, 64 or 128."""
+    def source(self, dtype: str, group_size: int, weight_type: str = "uint4b8") -> KernelSource:
+        """dtype: "float16" or "bfloat16"; group_size: one of group_sizes(weight_type)."""
         numbers = (
             max(group_size, 0),
             *(getattr(self, field.name) for field in fields(self)),
-            self.storage_bytes(group_size),
+            self.storage_bytes(group_size, weight_type),
         )
-        arguments = ", ".join(map(str, numbers))
-        expression = f"sm90::decode_kernel<sm90::DecodeConfig<{SCALARS[dtype]}, {arguments}>>"
+        arguments = f"weights::{weight_type}, {SCALARS[dtype]}, {', '.join(map(str, numbers))}"
+        expression = f"sm90::decode_kernel<sm90::DecodeConfig<{arguments}>>"
         return KernelSource("sm90/decode.cuh", expression)
 
-    def storage_bytes(self, group_size: int) -> int:
+    def storage_bytes(self, group_size: int, weight_type: str = "uint4b8") -> int:
         """sizeof(DecodeStorage); the kernel asserts that it agrees."""
         warps = self.warps_n * self.warps_k
-        ring = warps * self.stages * (TILE_BYTES + _scale_bytes_per_tile(group_size))
+        stage = tile_bytes(weight_type) + _row_bytes_per_tile(group_size, weight_type)
+        ring = -(-warps * self.stages * stage // 16) * 16
         partial = warps * TILE_N * self.max_tokens * 4
         received = (2 if self.split > 1 else 1) * self.warps_n * TILE_N * self.max_tokens * 4
         barriers = -(-warps * self.stages * 8 // 16) * 16 + -(-self.warps_k * 8 // 16) * 16
         return -(-(ring + partial + received + barriers) // 128) * 128
 
-    def shared_bytes(self, m: int, k_tiles: int, group_size: int) -> int:
+    def shared_bytes(
+        self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8"
+    ) -> int:
         """Dynamic shared memory of a launch with m tokens and K' / 64 weight tiles along k."""
         row = -(-k_tiles // self.split) * TILE_K * 2 + 16
-        return self.storage_bytes(group_size) + m * row
+        return self.storage_bytes(group_size, weight_type) + m * row
 
-    def clusters(self, m: int, k_tiles: int, group_size: int, multiprocessors: int = 132) -> int:
+    def clusters(
+        self,
+        m: int,
+        k_tiles: int,
+        group_size: int,
+        multiprocessors: int = 132,
+        weight_type: str = "uint4b8",
+    ) -> int:
         """Clusters of `split` blocks that are resident at the same time (an estimate)."""
-        shared = self.shared_bytes(m, k_tiles, group_size) + 1024
+        shared = self.shared_bytes(m, k_tiles, group_size, weight_type) + 1024
         resident = max(1, min(self.blocks_per_sm, SM_SHARED_BYTES // shared))
         return resident_clusters(self.split, resident, multiprocessors)
 
     def grid(
-        self, m: int, k_tiles: int, column_tiles: int, group_size: int, multiprocessors: int = 132
+        self,
+        m: int,
+        k_tiles: int,
+        column_tiles: int,
+        group_size: int,
+        multiprocessors: int = 132,
+        weight_type: str = "uint4b8",
     ) -> tuple[int, int, int]:
         """Blocks of a launch; each walks over columns gridDim.y blocks apart."""
-        clusters = self.clusters(m, k_tiles, group_size, multiprocessors)
+        clusters = self.clusters(m, k_tiles, group_size, multiprocessors, weight_type)
         return (self.split, min(-(-column_tiles // self.warps_n), clusters), 1)
 
-    def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
-        if group_size == 32 and self.threads * self.blocks_per_sm > 512:
-            return False  # two groups per tile need more registers than that leaves
-        if group_size in (-1, 32) and self.token_tiles > 1 and self.blocks_per_sm > 1:
-            return False  # likewise
+    def fits(self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8") -> bool:
+        if WEIGHT_TYPES[weight_type].bits == 4:
+            if group_size in (16, 32) and self.threads * self.blocks_per_sm > 512:
+                return False  # several groups per tile need more registers than that leaves
+            if group_size in (-1, 16, 32) and self.token_tiles > 1 and self.blocks_per_sm > 1:
+                return False  # likewise
         return (
             0 < m <= self.max_tokens
-            and self.shared_bytes(m, k_tiles, group_size) <= MAX_SHARED_BYTES
+            and self.shared_bytes(m, k_tiles, group_size, weight_type) <= MAX_SHARED_BYTES
         )
 
 
@@ -155,8 +200,8 @@ class GemmConfig:
         """Column tiles (64 features) of a block."""
         return self.warpgroups * self.m_tiles
 
-    def source(self, dtype: str, group_size: int) -> KernelSource:
-        """dtype: "float16" or "bfloat16"; group_size: -1, 32, 64 or 128."""
+    def source(self, dtype: str, group_size: int, weight_type: str = "uint4b8") -> KernelSource:
+        """dtype: "float16" or "bfloat16"; group_size: one of group_sizes(weight_type)."""
         numbers = (
             max(group_size, 0),
             self.tokens,
@@ -167,29 +212,31 @@ class GemmConfig:
             self.blocks_per_sm,
             self.stage_tiles,
             int(self.scale_sums),
-            self.storage_bytes(group_size),
+            self.storage_bytes(group_size, weight_type),
         )
-        arguments = ", ".join(map(str, numbers))
-        expression = f"sm90::gemm_kernel<sm90::GemmConfig<{SCALARS[dtype]}, {arguments}>>"
+        arguments = f"weights::{weight_type}, {SCALARS[dtype]}, {', '.join(map(str, numbers))}"
+        expression = f"sm90::gemm_kernel<sm90::GemmConfig<{arguments}>>"
         return KernelSource("sm90/gemm.cuh", expression)
 
-    def storage_bytes(self, group_size: int) -> int:
+    def storage_bytes(self, group_size: int, weight_type: str = "uint4b8") -> int:
         """sizeof(GemmStorage); the kernel asserts that it agrees."""
         out = self.warpgroups * self.tokens * (self.m_tiles * TILE_N + 8) * 2
         if self.cluster:
             out = 16
         barriers = 2 * (-(-self.stages * 8 // 16) * 16) + 16
-        return -(-(self._ring_bytes(group_size) + out + barriers) // 1024) * 1024
+        return -(-(self._ring_bytes(group_size, weight_type) + out + barriers) // 1024) * 1024
 
-    def _ring_bytes(self, group_size: int) -> int:
+    def _ring_bytes(self, group_size: int, weight_type: str) -> int:
         tokens = self.stage_tiles * self.tokens * TILE_K * 2
         rows = 0 if group_size == -1 else max(1, self.stage_tiles * TILE_K // group_size)
-        pair = self.stage_tiles * 2 * TILE_BYTES + rows * 2 * SCALE_ROW_BYTES
+        pair = self.stage_tiles * 2 * tile_bytes(weight_type) + rows * 2 * row_bytes(weight_type)
         return -(-self.stages * (tokens + self.columns // 2 * pair) // 1024) * 1024
 
-    def shared_bytes(self, m: int, k_tiles: int, group_size: int) -> int:
+    def shared_bytes(
+        self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8"
+    ) -> int:
         """Dynamic shared memory of a launch."""
-        return self.storage_bytes(group_size)
+        return self.storage_bytes(group_size, weight_type)
 
     def tiles(self, m: int, column_tiles: int) -> int:
         """Output tiles of a problem."""
@@ -204,7 +251,13 @@ class GemmConfig:
         return tiles // slots * slots if self.tail else 0
 
     def grid(
-        self, m: int, k_tiles: int, column_tiles: int, group_size: int, multiprocessors: int = 132
+        self,
+        m: int,
+        k_tiles: int,
+        column_tiles: int,
+        group_size: int,
+        multiprocessors: int = 132,
+        weight_type: str = "uint4b8",
     ) -> tuple[int, int, int]:
         """Blocks of a launch."""
         whole = self.whole_tiles(m, column_tiles, multiprocessors)
@@ -220,14 +273,16 @@ class GemmConfig:
         tiles = self.tiles(m, column_tiles) - self.whole_tiles(m, column_tiles, multiprocessors)
         return tiles * self.split * self.columns * TILE_N * self.tokens, self.warpgroups * tiles
 
-    def fits(self, m: int, k_tiles: int, group_size: int) -> bool:
+    def fits(self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8") -> bool:
+        if group_size == 16 and self.scale_sums:
+            return False  # a commit and a wait for every 16 k
         if group_size == -1 and (self.tokens, self.m_tiles, self.blocks_per_sm) == (16, 2, 2):
             return False  # the compiler runs out of registers and serialises its products
         partial = self.columns * TILE_N * (self.tokens + 4) * 4
         return (
             m > 0
-            and self.storage_bytes(group_size) <= MAX_SHARED_BYTES
-            and (not self.cluster or partial <= self._ring_bytes(group_size))
+            and self.storage_bytes(group_size, weight_type) <= MAX_SHARED_BYTES
+            and (not self.cluster or partial <= self._ring_bytes(group_size, weight_type))
             and self.split <= -(-k_tiles // self.stage_tiles)
         )
 
@@ -271,21 +326,70 @@ _WIDE_SHAPES = (  # the same, of four warpgroups
     (32, 1, 5, 1, 2, False),
     (64, 1, 5, 1, 2, False),
 )
+# 8-bit codes: as many bytes in flight are fewer stages.
+_DECODE_SHAPES_8 = (
+    (1, 1, 4, 2, 4),
+    (1, 1, 4, 3, 4),
+    (1, 1, 8, 2, 3),
+    (1, 1, 8, 2, 2),
+    (1, 1, 8, 3, 2),
+    (1, 1, 16, 2, 1),
+    (1, 1, 16, 3, 1),
+    (1, 2, 2, 2, 4),
+    (1, 2, 4, 2, 2),
+    (1, 2, 4, 3, 2),
+    (1, 2, 8, 2, 1),
+    (1, 2, 8, 3, 1),
+    (2, 1, 8, 2, 2),
+    (2, 1, 8, 3, 1),
+)
+_GEMM_SHAPES_8 = (
+    (8, 1, 5, 2, 2, True),
+    (8, 2, 3, 2, 2, True),
+    (16, 1, 4, 2, 2, True),
+    (16, 2, 5, 1, 2, True),
+    (32, 1, 6, 1, 2, True),
+    (32, 2, 4, 1, 2, True),
+    (32, 1, 4, 2, 2, False),
+    (64, 1, 6, 1, 2, True),
+    (64, 1, 5, 2, 1, False),
+    (64, 2, 7, 1, 1, False),
+    (128, 1, 6, 1, 1, False),
+    (128, 2, 4, 1, 1, False),
+    (256, 1, 3, 1, 1, False),
+)
+_WIDE_SHAPES_8 = (
+    (32, 1, 4, 1, 2, False),
+    (64, 1, 3, 1, 2, False),
+)
+# Groups of 16 k: more registers, and they scale weights only.
+_DECODE_SHAPES_16 = (*_DECODE_SHAPES, (2, 1, 8, 3, 1))
+_GEMM_SHAPES_16 = (
+    (8, 1, 6, 2, 2, False),
+    (16, 1, 6, 2, 2, False),
+    (16, 2, 4, 1, 2, False),
+)
 _SPLITS = (2, 3, 4, 5, 6, 8)
 _FEW_TOKENS = 4  # up to so many, the small-batch kernel was the faster one at every shape measured
 _INVARIANT_SHAPES = ((32, 4, 2), (64, 4, 2), (128, 3, 1))  # tokens, stages, blocks_per_sm
 
 
 @functools.cache
-def supported_configs() -> tuple[KernelConfig, ...]:
-    """Every configuration that `select_config` may return."""
+def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
+    """Every configuration that `select_config` may return for a type."""
+    decode_shapes, shapes, wide_shapes = _DECODE_SHAPES, _GEMM_SHAPES, _WIDE_SHAPES
+    if WEIGHT_TYPES[weight_type].bits == 8:
+        decode_shapes, shapes, wide_shapes = _DECODE_SHAPES_8, _GEMM_SHAPES_8, _WIDE_SHAPES_8
+    if 16 in group_sizes(weight_type):
+        decode_shapes = _DECODE_SHAPES_16
+        shapes = (*_GEMM_SHAPES_16, *(shape for shape in shapes if not shape[-1]))
     configs: list[KernelConfig] = [
         DecodeConfig(t, wn, wk, split, stages, blocks)
-        for t, wn, wk, stages, blocks in _DECODE_SHAPES
+        for t, wn, wk, stages, blocks in decode_shapes
         for split in (1, 2, 4, 8)
     ]
-    wide = [(shape, 4) for shape in _WIDE_SHAPES]
-    for shape, groups in [(shape, 2) for shape in _GEMM_SHAPES] + wide:
+    wide = [(shape, 4) for shape in wide_shapes]
+    for shape, groups in [(shape, 2) for shape in shapes] + wide:
         configs.append(GemmConfig(*shape, warpgroups=groups))
         configs += [GemmConfig(*shape, split, warpgroups=groups) for split in _SPLITS]
         configs += [GemmConfig(*shape, split, True, warpgroups=groups) for split in _SPLITS]
@@ -339,24 +443,36 @@ _DECODE_OVERLAP = 0.565
 
 
 def estimate(
-    config: KernelConfig, m: int, k_tiles: int, column_tiles: int, multiprocessors: int = 132
+    config: KernelConfig,
+    m: int,
+    k_tiles: int,
+    column_tiles: int,
+    multiprocessors: int = 132,
+    weight_type: str = "uint4b8",
 ) -> float:
     """Predicted microseconds of a launch, to rank configurations where none was tuned.
 
-    Infinite for configurations that have no point for this problem.
+    Infinite for configurations that have no point for this problem. The constants were found with
+    uint4b8; of other types only the bytes are known to it.
     """
     if isinstance(config, DecodeConfig):
-        return _estimate_decode(config, m, k_tiles, column_tiles, multiprocessors)
-    return _estimate_gemm(config, m, k_tiles, column_tiles, multiprocessors)
+        return _estimate_decode(config, m, k_tiles, column_tiles, multiprocessors, weight_type)
+    return _estimate_gemm(config, m, k_tiles, column_tiles, multiprocessors, weight_type)
 
 
 def _estimate_decode(
-    config: DecodeConfig, m: int, k_tiles: int, column_tiles: int, multiprocessors: int
+    config: DecodeConfig,
+    m: int,
+    k_tiles: int,
+    column_tiles: int,
+    multiprocessors: int,
+    weight_type: str,
 ) -> float:
-    shared = config.shared_bytes(m, k_tiles, 128) + 1024
+    group_size = max(group_sizes(weight_type))
+    shared = config.shared_bytes(m, k_tiles, group_size, weight_type) + 1024
     resident = max(1, min(config.blocks_per_sm, SM_SHARED_BYTES // shared))
     blocks = -(-column_tiles // config.warps_n)
-    clusters = min(blocks, config.clusters(m, k_tiles, 128, multiprocessors))
+    clusters = min(blocks, config.clusters(m, k_tiles, group_size, multiprocessors, weight_type))
     rounds = -(-blocks // clusters)
     on_one = min(resident, -(-clusters * config.split // multiprocessors))
     warps = on_one * config.warps_n * config.warps_k
@@ -364,7 +480,7 @@ def _estimate_decode(
     tiles = rounds * -(-block_tiles // config.warps_k)  # of a warp
     tile = max(_DECODE_LATENCY / config.stages, _DECODE_TILE[config.token_tiles] * warps)
     compute = tiles * tile
-    memory = k_tiles * column_tiles * (TILE_BYTES + SCALE_ROW_BYTES // 2) / _DECODE_DRAM_RATE
+    memory = k_tiles * column_tiles * _read_bytes(weight_type) / _DECODE_DRAM_RATE
     activations = on_one * m * k_tiles / config.split * TILE_K * 2 / _DECODE_L2_RATE
     each_round = _DECODE_ROUND + m * config.warps_n * TILE_N * _DECODE_OUTPUT_PER_FLOAT
     if config.split > 1:
@@ -380,7 +496,12 @@ def _estimate_decode(
 
 
 def _estimate_gemm(
-    config: GemmConfig, m: int, k_tiles: int, column_tiles: int, multiprocessors: int
+    config: GemmConfig,
+    m: int,
+    k_tiles: int,
+    column_tiles: int,
+    multiprocessors: int,
+    weight_type: str,
 ) -> float:
     resident, columns, tokens = config.blocks_per_sm, config.columns, config.tokens
     cycles = _TILE_CYCLES[tokens]
@@ -402,7 +523,7 @@ def _estimate_gemm(
         cycles *= _LONELY
     steps = on_busiest * -(-k_tiles // config.split) + whole_rounds * resident * k_tiles
     compute = steps * columns * cycles / _CLOCK
-    weights = k_tiles * column_tiles * (TILE_BYTES + SCALE_ROW_BYTES // 2)
+    weights = k_tiles * column_tiles * _read_bytes(weight_type)
     activations = tiles * k_tiles * min(m, tokens) * TILE_K * 2
     memory = weights / _DRAM_RATE + activations / _ACTIVATION_RATE
     floats = columns * TILE_N * min(m, tokens)
@@ -428,9 +549,17 @@ def affordable(config: KernelConfig, m: int, column_tiles: int, multiprocessors:
     return config.workspace(m, column_tiles, multiprocessors)[0] <= MAX_WORKSPACE_FLOATS
 
 
+def tuning_path(gpu: str, weight_type: str = "uint4b8") -> Path:
+    """The tuned table of a type on a GPU (`gpu_key`), which may not exist."""
+    folder = "" if weight_type == "uint4b8" else weight_type
+    return TUNING_DIRECTORY / folder / f"{gpu}.json"
+
+
 @functools.cache
-def _tuned_rows(gpu: str) -> dict[tuple[int, int], tuple[tuple[int, KernelConfig], ...]]:
-    path = TUNING_DIRECTORY / f"{gpu}.json"
+def _tuned_rows(
+    gpu: str, weight_type: str = "uint4b8"
+) -> dict[tuple[int, int], tuple[tuple[int, KernelConfig], ...]]:
+    path = tuning_path(gpu, weight_type)
     if not path.is_file():
         return {}
     kinds = {"decode": DecodeConfig, "gemm": GemmConfig}
@@ -460,6 +589,7 @@ def select_config(
     batch_invariant: bool = False,
     gpu: str = "h200",
     multiprocessors: int = 132,
+    weight_type: str = "uint4b8",
 ) -> KernelConfig:
     """Choose a kernel for m > 0 tokens and K' / 64 x N' / 64 weight tiles. Pure.
 
@@ -468,28 +598,29 @@ def select_config(
     Raises ConfigError if no configuration fits, which no size that packing accepts brings about.
     """
     if batch_invariant:
-        return _select_invariant(m, k_tiles, column_tiles, group_size, multiprocessors)
-    tuned = _tuned_rows(gpu).get((k_tiles, column_tiles), ())
+        return _select_invariant(m, k_tiles, column_tiles, multiprocessors)
+    tuned = _tuned_rows(gpu, weight_type).get((k_tiles, column_tiles), ())
     for limit, config in tuned:
-        if m <= limit and config.fits(m, k_tiles, group_size):
+        if m <= limit and config.fits(m, k_tiles, group_size, weight_type):
             return config
     fitting = [
         c
-        for c in supported_configs()
-        if c.fits(m, k_tiles, group_size) and affordable(c, m, column_tiles, multiprocessors)
+        for c in supported_configs(weight_type)
+        if c.fits(m, k_tiles, group_size, weight_type)
+        and affordable(c, m, column_tiles, multiprocessors)
     ]
     if not fitting:
         raise ConfigError(
-            f"no kernel for m={m}, {k_tiles} x {column_tiles} weight tiles, group {group_size}"
+            f"no kernel for m={m}, {k_tiles} x {column_tiles} weight tiles of {weight_type}, "
+            f"group {group_size}"
         )
     if m <= _FEW_TOKENS:
         fitting = [c for c in fitting if isinstance(c, DecodeConfig)] or fitting
-    return min(fitting, key=lambda c: estimate(c, m, k_tiles, column_tiles, multiprocessors))
+    sizes = (m, k_tiles, column_tiles, multiprocessors, weight_type)
+    return min(fitting, key=lambda c: estimate(c, *sizes))
 
 
-def _select_invariant(
-    m: int, k_tiles: int, column_tiles: int, group_size: int, multiprocessors: int
-) -> GemmConfig:
+def _select_invariant(m: int, k_tiles: int, column_tiles: int, multiprocessors: int) -> GemmConfig:
     """Tokens per tile follow m, everything that orders additions follows K and N."""
     blocks = -(-column_tiles // 2)
     longest = min(4, max(1, k_tiles // 8))

@@ -2,7 +2,8 @@
 
 Interface for `marlin_kernel.ops` (everything else here is private to kernels and tuning):
     supports(...)        can this device run this weight type? (no compilation)
-    convert_layout(...)  on-disk Marlin tensors -> the device layout, once after loading
+    convert_layout(...)  on-disk Marlin tensors of uint4b8 -> the device layout, once after loading
+                         (sm90_layout: of every type)
     gemm(...)            out = a @ W (+ bias)
 
 A launch costs a dictionary look-up, packing of one argument block and one driver call: kernels are
@@ -23,17 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_kernel import kernel_configs
+from marlin_kernel import kernel_configs, sm90_layout
 from marlin_kernel.compiler import Cubin, KernelSource, compile_kernel
 from marlin_kernel.errors import MarlinError
 from marlin_kernel.kernel_configs import (
-    TILE_BYTES,
     TILE_K,
     TILE_N,
     DecodeConfig,
     GemmConfig,
     KernelConfig,
 )
+from marlin_kernel.layout import unpermute_columns
+from marlin_kernel.weight_types import WEIGHT_TYPES
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -185,7 +187,7 @@ class Plan:
             _check((code,), "cuLaunchKernelEx")
 
 
-_PROBLEM = struct.Struct("<QQQQQqiiiiiii4xQQ")  # sm90::Problem
+_PROBLEM = struct.Struct("<QQQQQqiiiiiii4xQQQ")  # sm90::Problem
 _TENSOR_MAP_OFFSET = 128  # of the second argument in a plan's buffer
 _TENSOR_MAP_BYTES = 128
 
@@ -209,20 +211,24 @@ def plan_for(
     column_tiles: int,
     k_tiles: int,
     dependent_launch: bool = True,
+    weight_type: str = "uint4b8",
 ) -> Plan:
     """Plan to launch `config` on device `index`, for this thread."""
-    key = (config, index, stream, dtype, group_size, m, column_tiles, k_tiles, dependent_launch)
+    sizes = (m, column_tiles, k_tiles)
+    key = (config, index, stream, dtype, weight_type, group_size, *sizes, dependent_launch)
     plans = _thread_plans.plans
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= _MAX_PLANS:
             plans.clear()
         plan = plans[key] = Plan(
-            load(config.source(dtype, group_size), index),
-            config.grid(m, k_tiles, column_tiles, group_size, multiprocessors(index)),
+            load(config.source(dtype, group_size, weight_type), index),
+            config.grid(
+                *(m, k_tiles, column_tiles, group_size, multiprocessors(index), weight_type)
+            ),
             config.threads,
             config.split if isinstance(config, DecodeConfig) or config.cluster else 1,
-            config.shared_bytes(m, k_tiles, group_size),
+            config.shared_bytes(m, k_tiles, group_size, weight_type),
             stream,
             _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
@@ -371,6 +377,8 @@ def launch_config(
     n_padded: int,
     group_size: int,
     dependent_launch: bool = True,
+    weight_type: str = "uint4b8",
+    global_scale: Tensor | None = None,
 ) -> None:
     """Launch `config` for out = a @ W + bias; see `gemm` for the arguments. No checks."""
     index = a.device.index
@@ -389,6 +397,7 @@ def launch_config(
         column_tiles,
         k_tiles,
         dependent_launch,
+        weight_type,
     )
     partials = counters = 0
     if isinstance(config, GemmConfig):
@@ -419,6 +428,7 @@ def launch_config(
         plan.whole_tiles,
         partials,
         counters,
+        0 if global_scale is None else global_scale.data_ptr(),
     )
     plan.launch()
 
@@ -434,11 +444,13 @@ def supports(
 
     Compiles nothing.
     """
+    t = WEIGHT_TYPES[weight_type_name]
+    # one group of fewer inputs than the smallest group is repeated
+    repeated = group_size == -1 and -1 not in t.group_sizes
     return (
         device.type == "cuda"
-        and weight_type_name == "uint4b8"
-        and group_size in kernel_configs.GROUP_SIZES
-        and dtype in _DTYPES
+        and (repeated or group_size in t.group_sizes)
+        and _DTYPES.get(dtype) in t.activations
         and torch.cuda.is_available()
         and device_arch(_index(device)) == "sm_90a"
     )
@@ -460,13 +472,17 @@ def gemm(
     n_padded: int,
     group_size: int,
     batch_invariant: bool = False,
+    weight_type: str = "uint4b8",
+    global_scale: Tensor | None = None,
 ) -> None:
-    """``out = a @ W (+ bias)`` on the current stream; W as `convert_layout` left it.
+    """``out = a @ W (+ bias)`` on the current stream; W as sm90_layout.kernel_tensors left it.
 
-    a: float16 or bfloat16 [M, k], any M >= 0, contiguous along k, any row stride; b_dev, s_dev:
-    int32 and float16, in device order; bias: [n] in the dtype of `a`, or None; out: [M, n],
-    contiguous, every element is written; k_padded: multiple of 64 and of group_size; n_padded:
-    multiple of 64; group_size: -1, 32, 64 or 128; batch_invariant: a row's bits do not depend on M.
+    a: float16 or bfloat16 [M, k], any M >= 0, contiguous along k, any row stride, gathered if the
+    weights are permuted; b_dev, s_dev: `weights` and `scales`, in device order; bias: [n] in the
+    dtype of `a`, or None; out: [M, n], contiguous, every element is written; k_padded: multiple of
+    64 and of group_size; n_padded: multiple of 64; group_size: one of
+    kernel_configs.group_sizes(weight_type), -1 for one scale per feature; batch_invariant: a row's
+    bits do not depend on M; global_scale: float32 [1] of types that have one.
     Nothing is checked here. Raises LaunchError if the driver refuses, CompileError on first use.
     """
     m = a.shape[0]
@@ -481,20 +497,23 @@ def gemm(
         batch_invariant=batch_invariant,
         gpu=_gpu_key(index),
         multiprocessors=multiprocessors(index),
+        weight_type=weight_type,
     )
+    typed = (weight_type, global_scale)
     if batch_invariant and not kernel_configs.affordable(
         config, m, n_padded // TILE_N, multiprocessors(index)
     ):  # the split must stay, so fewer rows at a time; their bits do not depend on that
         half = -(-m // 256) * 128
         for rows in (slice(0, half), slice(half, m)):
             part = (a[rows], b_dev, s_dev, bias, out[rows])
-            gemm(*part, k, n, k_padded, n_padded, group_size, batch_invariant=True)
+            gemm(*part, k, n, k_padded, n_padded, group_size, True, *typed)
         return
+    arguments = (config, a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            launch_config(config, a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
+            launch_config(*arguments, True, *typed)
     else:
-        launch_config(config, a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
+        launch_config(*arguments, True, *typed)
 
 
 @functools.cache
@@ -511,43 +530,11 @@ def convert_layout(
     sizes. Returns new tensors of the same shapes and dtypes on the device of `B`, whose contents
     are in device order, complete when the function returns.
     """
-    k_tiles, column_tiles = B.shape[0] * 16 // TILE_K, B.shape[1] // 2 // TILE_N
-    # on disk: [k tile][kk][column tile][lane][m]; on the device: [pair][k
-    # tile][column][m][lane][kk]
-    codes = B.view(k_tiles, 4, column_tiles, 32, 4)
     if group_size == -1:
-        scales = s.view(-1, TILE_N)[:, _per_column_order(s.device)].view(1, column_tiles, TILE_N)
-    else:
-        scales = s.view(-1, column_tiles, TILE_N)
-    paired = column_tiles // 2 * 2
-    codes_out, scales_out = torch.empty_like(B), torch.empty_like(s)
-    codes_flat, scales_flat = codes_out.view(-1), scales_out.view(-1)
-    codes_split = paired * k_tiles * (TILE_BYTES // 4)
-    scales_split = paired * scales.shape[0] * TILE_N
-    for width, columns, code_part, scale_part in (
-        (2, slice(0, paired), codes_flat[:codes_split], scales_flat[:scales_split]),
-        (1, slice(paired, None), codes_flat[codes_split:], scales_flat[scales_split:]),
-    ):
-        if code_part.numel() == 0:
-            continue
-        part = codes[:, :, columns].unflatten(2, (-1, width)).permute(2, 0, 3, 5, 4, 1)
-        code_part.view(part.shape).copy_(part)
-        rows = scales[:, columns].unflatten(1, (-1, width)).transpose(0, 1)
-        scale_part.view(rows.shape).copy_(rows)
+        group_size, s = 0, unpermute_columns(s, grouped=False)
+    words = sm90_layout.order_words(B, WEIGHT_TYPES["uint4b8"])
+    scales = sm90_layout.order_rows(s, None, group_size)
     if B.is_cuda:
         # The kernels prefetch weights before their predecessor in the stream has ended.
         torch.cuda.current_stream(B.device).synchronize()
-    return codes_out, scales_out
-
-
-@functools.cache
-def _per_column_order(device: torch.device) -> Tensor:
-    """Index of on-disk per-column scales (permuted within 32) for each device position in 64."""
-    within_eight = (0, 1, 8, 9, 16, 17, 24, 25)
-    stored_at = [0] * TILE_N
-    for half in range(2):
-        for i in range(4):
-            for t, offset in enumerate(within_eight):
-                stored_at[32 * half + 2 * i + offset] = 32 * half + 8 * i + t
-    order = [stored_at[16 * m + 8 * h + g] for g in range(8) for m in range(4) for h in range(2)]
-    return torch.tensor(order, device=device)
+    return words, scales

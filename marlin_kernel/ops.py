@@ -15,7 +15,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import backends, dense, reference
 from .errors import ConfigError
 from .formats import LayerSpec
-from .layout import packed_shape
 from .weight_types import weight_type as lookup
 
 _SCHEMA = (
@@ -48,7 +47,7 @@ def _gemm(
 ) -> Tensor:
     _check_activations(a, weights, k)
     rows = a if a.dim() == 2 else a.reshape(-1, k)
-    if perm is not None and layout != "sm80":
+    if perm is not None and layout not in _KERNEL_LAYOUTS:
         rows = rows.index_select(1, perm)
     if rows.shape[0] == 0:
         out = rows.new_empty(0, n)
@@ -56,8 +55,9 @@ def _gemm(
         tensors = (weights, scales, zeros, perm, global_scale, bias)
         features = (weight_type, activation, batch_invariant, reduce_half)
         out = _run_sm80(rows, *tensors, n, group_size, *features)
-    elif layout in _KERNEL_LAYOUTS:
-        out = _run_kernel(rows, weights, scales, bias, k, n, group_size, layout, batch_invariant)
+    elif layout == "sm90":
+        tensors = (weights, scales, perm, global_scale, bias)
+        out = _run_sm90(rows, *tensors, k, n, group_size, weight_type, batch_invariant)
     else:
         wtype = lookup(weight_type)
         if layout == "marlin":
@@ -105,8 +105,8 @@ gemm = torch.ops.marlin_kernel.gemm.default
 
 a: float16, bfloat16 or float32 [..., k], any strides; weights, scales, zeros, perm: the tensors of
 backends.Prepared; bias: [n] or None; k, n: sizes without padding; group_size: inputs per scale, k
-for one group ("sm80": that of backends.Prepared); batch_invariant: a row's result must not depend
-on the other rows (kernel layouts); global_scale: float32 [1] of types that have one; activation:
+for one group (kernel layouts: that of backends.Prepared); batch_invariant: a row's result must not
+depend on the other rows (kernel layouts); global_scale: float32 [1] of types that have one; activation:
 "", "int8" or "float8_e4m3fn": `a` is rounded to 8 bits with one scale per token; reduce_half:
 blocks of the sm80 kernel may exchange sums in fp16 (`a` float16). Returns a new tensor of the dtype
 of `a`, accumulated in float32.
@@ -191,34 +191,34 @@ def _run_sm80(
     return out
 
 
-def _run_kernel(
+def _run_sm90(
     rows: Tensor,
     weights: Tensor,
     scales: Tensor,
+    perm: Tensor | None,
+    global_scale: Tensor | None,
     bias: Tensor | None,
     k: int,
     n: int,
     group_size: int,
-    layout: str,
+    weight_type: str,
     batch_invariant: bool,
 ) -> Tensor:
-    rows = _kernel_rows(rows, layout)
+    rows = _kernel_rows(rows, "sm90")
     out = rows.new_empty(rows.shape[0], n)
     if bias is not None and bias.dtype != rows.dtype:
         bias = bias.to(rows.dtype)
-    shape = packed_shape(k, n, group_size)
-    backends.kernels(layout).gemm(
-        rows,
-        weights,
-        scales,
-        bias,
-        out,
-        k,
-        n,
-        shape.k_padded,
-        shape.n_padded,
-        backends.kernel_group_size(group_size, k),
+    t = lookup(weight_type)
+    k_padded, n_padded = weights.shape[0] * 16, weights.shape[1] * t.pack_factor // 16
+    if scales.shape[0] == 1 and t.symmetric and t.scale == "float16":
+        group_size = -1
+    if perm is not None:
+        rows, k = backends.kernels("sm80").gather(rows, perm), k_padded
+    backends.kernels("sm90").gemm(
+        *(rows, weights, scales, bias, out, k, n, k_padded, n_padded, group_size),
         batch_invariant=batch_invariant,
+        weight_type=weight_type,
+        global_scale=global_scale,
     )
     return out
 

@@ -1,7 +1,10 @@
-"""Time every weight and activation type on the mma.sync path, beside torch.matmul in FP16.
+"""Time every weight and activation type beside torch.matmul in FP16.
 
     python scripts/bench_types.py --json docs/results/types.json
+    python scripts/bench_types.py --paths sm90 --json docs/results/types_sm90.json
 
+On Hopper 16-bit activations have two paths: "sm80" (mma.sync) and "sm90" (wgmma), with a
+kernel that only reads the same bytes (scripts/bench.py, read_floor) as the yardstick of the second.
 Protocol of gpu_timing: CUDA-graph replay, every launch on another copy of the weights. Activations
 of 8 bits are timed as quantized ones; quantizing them is a row of its own. Results are checked in
 tests/test_marlin_gpu_types.py, and roughly here, before they are timed.
@@ -18,18 +21,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from gpu_timing import ROTATE_BYTES, circumstances, graph_time
+from bench import read_floor
+from gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
 from torch import Tensor
 
-from marlin_kernel import WEIGHT_TYPES, formats, sm80_path
+from marlin_kernel import WEIGHT_TYPES, formats, launch, sm80_layout, sm80_path, sm90_layout
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.layout import packed_shape
 from marlin_kernel.packing import pack
 from marlin_kernel.repack import repack, unpack_source
-from marlin_kernel.sm80_layout import KernelTensors, kernel_tensors
+from marlin_kernel.sm80_layout import KernelTensors
 
 SHAPES = ((4096, 4096), (8192, 8192))
-TOKENS = (1, 16, 64, 256)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+EIGHT_BIT = ("int8", "float8_e4m3fn")
+PATHS = {"sm80": sm80_layout, "sm90": sm90_layout}
 # weight type, activation, output, group size, act-order
 CASES = (
     ("uint4b8", "float16", "float16", 128, False),
@@ -72,8 +78,24 @@ def copies_of(held: KernelTensors) -> list[KernelTensors]:
 
 
 def product(
-    held: KernelTensors, a: Tensor, out: Tensor, weight_type: str, token_scales: Tensor | None
+    path: str,
+    held: KernelTensors,
+    a: Tensor,
+    out: Tensor,
+    weight_type: str,
+    token_scales: Tensor | None,
 ) -> None:
+    n = out.shape[1]
+    if path == "sm90":
+        if held.perm is not None:
+            a = sm80_path.gather(a, held.perm)
+        launch.gemm(
+            *(a, held.weights, held.scales, None, out, a.shape[1], n),
+            *(held.k_padded, -(-n // 64) * 64, held.group_size or -1),
+            weight_type=weight_type,
+            global_scale=held.global_scale,
+        )
+        return
     sm80_path.gemm(
         *(a, held.weights, held.scales, None, out, a.shape[1], out.shape[1]),
         *(held.k_padded, held.n_padded, held.group_size),
@@ -97,23 +119,28 @@ def layer_of(case: tuple[str, str, str, int, bool], k: int, n: int) -> Quantized
     return QuantizedLinear.of(layer.codes, layer.scales, layer.weight_type, group_size, g_idx=g_idx)
 
 
-def measure(case: tuple[str, str, str, int, bool], k: int, n: int) -> list[dict]:
+def measure(case: tuple[str, str, str, int, bool], k: int, n: int, path: str) -> list[dict]:
     name, activation, output, group_size, act_order = case
     layer = layer_of(case, k, n)
     dense = layer.dequantize(torch.float32)
-    copies = copies_of(kernel_tensors(formats.write(layer, "marlin"), layer.spec))
+    copies = copies_of(PATHS[path].kernel_tensors(formats.write(layer, "marlin"), layer.spec))
     rows = []
+    floor = None
+    if path == "sm90":
+        yardstick = RotatingWeights.make(k, n, copies[0].group_size or -1, weight_type=name)
+        floor = round(read_floor(yardstick, True), 2)
+        del yardstick
     for m in TOKENS:
         a = torch.randn(m, k, device="cuda", dtype=DTYPES[output])
         out, scales, operand = a.new_empty(m, n), None, a
-        if activation in ("int8", "float8_e4m3fn"):
+        if activation in EIGHT_BIT:
             dtype = DTYPES[activation]
             operand, scales = sm80_path.quantize_activations(a, dtype, copies[0].k_padded)
-        product(copies[0], operand, out, name, scales)
+        product(path, copies[0], operand, out, name, scales)
         error = float((out.float() - a.float() @ dense).norm() / (a.float() @ dense).norm())
         limit = 0.05 if scales is not None else 0.01
         assert error < limit, f"{case} at {k} x {n}, M={m}: error {error}"
-        launches = [partial(product, held, operand, out, name, scales) for held in copies]
+        launches = [partial(product, path, held, operand, out, name, scales) for held in copies]
         rows.append(
             {
                 "weight_type": name,
@@ -125,6 +152,8 @@ def measure(case: tuple[str, str, str, int, bool], k: int, n: int) -> list[dict]
                 "n": n,
                 "m": m,
                 "us": round(graph_time(launches), 2),
+                "path": path,
+                "read_floor_us": floor,
             }
         )
     return rows
@@ -182,18 +211,33 @@ def repacking() -> list[dict]:
     return rows
 
 
+def report(what: str, measured: list[dict], rows: list[dict]) -> None:
+    """Print times in the order of TOKENS, and keep them."""
+    rows += measured
+    times = " ".join(f"{row['us']:8.2f}" for row in measured)
+    floor = measured[0].get("read_floor_us")
+    print(f"{what}: {times}" + (f"  read floor {floor}" if floor else ""), flush=True)
+    torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write rows and circumstances here")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["sm80"])
+    parser.add_argument("--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights")
     options = parser.parse_args()
     rows = []
     for k, n in SHAPES:
-        for case in (None, *CASES):
-            rows += baseline(k, n) if case is None else measure(case, k, n)
-            times = " ".join(f"{row['us']:8.2f}" for row in rows[-len(TOKENS) :])
-            print(f"{k} x {n} {case or 'torch.matmul'}: {times}", flush=True)
-            torch.cuda.empty_cache()
-    rows += repacking()
+        report(f"{k} x {n} torch.matmul", baseline(k, n), rows)
+        for case in CASES:
+            if options.types is not None and case[0] not in options.types:
+                continue
+            for path in options.paths:
+                if path == "sm90" and case[1] in EIGHT_BIT:
+                    continue
+                report(f"{k} x {n} {case} {path}", measure(case, k, n, path), rows)
+    if "sm80" in options.paths:
+        rows += repacking()
     if options.json:
         result = {"circumstances": circumstances("scripts/bench_types.py", options), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_kernel import WEIGHT_TYPES, kernel_configs
+
 ROTATE_BYTES = 400_000_000
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,7 +88,8 @@ def replay_times(launches: Sequence[Callable[[], None]], replays: int) -> list[f
 class RotatingWeights:
     """Random weights in device order, in several copies.
 
-    codes: int32 [copies, K * N / 8]; scales: float16 [copies, groups * N].
+    codes: int32 [copies, K * N * bits / 32]; scales: float16 [copies, groups * N], or, of types
+    other than uint4b8, the bytes of rows of groups (kernel_configs.row_bytes).
     """
 
     k: int
@@ -94,6 +97,8 @@ class RotatingWeights:
     group_size: int
     codes: Tensor
     scales: Tensor
+    weight_type: str = "uint4b8"
+    global_scale: Tensor | None = None
 
     @property
     def copies(self) -> int:
@@ -106,12 +111,40 @@ class RotatingWeights:
 
     @classmethod
     def make(
-        cls, k: int, n: int, group_size: int, rotate_bytes: int = ROTATE_BYTES
+        cls,
+        k: int,
+        n: int,
+        group_size: int,
+        rotate_bytes: int = ROTATE_BYTES,
+        weight_type: str = "uint4b8",
     ) -> RotatingWeights:
-        groups = 1 if group_size == -1 else k // group_size
+        groups = 1 if group_size == -1 else -(-k // group_size)
+        if weight_type != "uint4b8":
+            return cls._of_type(k, n, group_size, groups, rotate_bytes, weight_type)
         one = k * n // 2 + groups * n * 2
         copies = max(2, -(-rotate_bytes // one))
         codes = torch.empty(copies, k * n // 8, dtype=torch.int32, device="cuda")
         codes.random_(-(2**31), 2**31 - 1)
         scales = torch.rand(copies, groups * n, device="cuda").mul_(0.01).half()
         return cls(k, n, group_size, codes, scales)
+
+    @classmethod
+    def _of_type(
+        cls, k: int, n: int, group_size: int, groups: int, rotate_bytes: int, weight_type: str
+    ) -> RotatingWeights:
+        t = WEIGHT_TYPES[weight_type]
+        row = kernel_configs.row_bytes(weight_type) * groups * n // kernel_configs.TILE_N
+        words = k * n * t.bits // 32
+        copies = max(2, -(-rotate_bytes // (4 * words + row)))
+        codes = torch.empty(copies, words, dtype=torch.int32, device="cuda")
+        codes.random_(-(2**31), 2**31 - 1)
+        if weight_type == "float8_e4m3fn":
+            codes &= 0x77777777  # no NaN
+        scales = torch.randint(0, 256, (copies, row), dtype=torch.uint8, device="cuda")
+        # small numbers in every format of scales: fp16 below 2**-7, e4m3 below 2, e8m0 around 1
+        if t.scale == "e8m0":
+            scales.bitwise_and_(0x07).bitwise_or_(0x78)
+        else:
+            scales.bitwise_and_(0x1F if t.scale == "float16" else 0x3F)
+        factor = torch.ones(1, device="cuda") if t.global_scale else None
+        return cls(k, n, group_size, codes, scales, weight_type, factor)

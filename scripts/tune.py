@@ -2,6 +2,7 @@
 
     python scripts/tune.py                          # the shapes below, group size 128, float16
     python scripts/tune.py --shapes 4096x4096 --m 1 16
+    python scripts/tune.py --type uint8b128         # to tuning/<type>/<gpu>.json
 
 For every shape (K x N) and number of tokens the `--candidates` configurations that
 kernel_configs.estimate ranks first (0: all), and all of the small-batch kernel that fit, are timed,
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from gpu_timing import RotatingWeights, graph_time
 
-from marlin_kernel import kernel_configs, launch
+from marlin_kernel import WEIGHT_TYPES, kernel_configs, launch
 from marlin_kernel.compiler import CompileError, compile_kernel
 from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
 
@@ -36,18 +37,25 @@ SHAPES = (
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-def candidates(m: int, k: int, n: int, group_size: int, limit: int) -> list[KernelConfig]:
+def candidates(
+    m: int, k: int, n: int, group_size: int, limit: int, weight_type: str = "uint4b8"
+) -> list[KernelConfig]:
     """Configurations worth timing, the best by estimate first."""
     k_tiles, column_tiles = k // kernel_configs.TILE_K, n // kernel_configs.TILE_N
+
+    def estimate(config: KernelConfig) -> float:
+        sizes = (m, k_tiles, column_tiles)
+        return kernel_configs.estimate(config, *sizes, weight_type=weight_type)
+
     fitting = [
         config
-        for config in kernel_configs.supported_configs()
-        if config.fits(m, k_tiles, group_size)
+        for config in kernel_configs.supported_configs(weight_type)
+        if config.fits(m, k_tiles, group_size, weight_type)
         and kernel_configs.affordable(config, m, column_tiles)
         and _plausible(config, m)
-        and kernel_configs.estimate(config, m, k_tiles, column_tiles) < math.inf
+        and estimate(config) < math.inf
     ]
-    fitting.sort(key=lambda c: kernel_configs.estimate(c, m, k_tiles, column_tiles))
+    fitting.sort(key=estimate)
     if m >= 1024:  # few differ there, and each takes long
         limit = min(limit or 8, 8)
     small = [config for config in fitting if isinstance(config, DecodeConfig)]
@@ -65,15 +73,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES.split())
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--group_size", type=int, default=128)
+    parser.add_argument("--type", choices=WEIGHT_TYPES, default="uint4b8")
+    parser.add_argument("--group_size", type=int, help="default: the type's largest")
     parser.add_argument("--candidates", type=int, default=40)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--measurements", type=Path, help="also write every time that was taken")
     options = parser.parse_args()
+    known = kernel_configs.group_sizes(options.type)
+    options.group_size = options.group_size or max(known)
+    if options.group_size not in known:
+        parser.error(f"--group_size {options.group_size} is not in {known} for {options.type}")
     gpu = torch.cuda.get_device_name()
-    output = options.output or (
-        kernel_configs.TUNING_DIRECTORY / f"{kernel_configs.gpu_key(gpu)}.json"
-    )
+    key = kernel_configs.gpu_key(gpu)
+    output = options.output or kernel_configs.tuning_path(key, options.type)
     table, measurements = {}, []
     if output.is_file():  # keep what is not measured again
         for row in json.loads(output.read_text())["rows"]:
@@ -82,20 +94,21 @@ def main() -> None:
         k, n = map(int, shape.split("x"))
         choices = table.setdefault((k, n), {})
         choices.update((choice["m"], choice) for choice in tune_shape(k, n, options, measurements))
-        write(output, gpu, options.group_size, table)
+        write(output, gpu, options, table)
     if options.measurements:
         options.measurements.write_text(json.dumps(measurements))
 
 
 def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) -> list[dict]:
     """The table's choices for one shape: for each limit of m a configuration and its time."""
-    weights = RotatingWeights.make(k, n, options.group_size)
+    weights = RotatingWeights.make(k, n, options.group_size, weight_type=options.type)
+    dtype = activation_dtype(options.type)
     choices = []
     for m in options.m:
-        tried = candidates(m, k, n, options.group_size, options.candidates)
-        precompile(tried, options.group_size)
-        a = torch.randn(m, k, device="cuda").half()
-        out = torch.empty(m, n, device="cuda", dtype=torch.float16)
+        tried = candidates(m, k, n, options.group_size, options.candidates, options.type)
+        precompile(tried, options.group_size, options.type)
+        a = torch.randn(m, k, device="cuda").to(getattr(torch, dtype))
+        out = a.new_empty(m, n)
         launches = max(2, weights.copies if m <= 256 else weights.copies // 4)
         times = {}
         for config in tried:
@@ -116,26 +129,38 @@ def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) 
 
 def _launch(config: KernelConfig, a: torch.Tensor, w: RotatingWeights, i: int, out: torch.Tensor):
     return lambda: launch.launch_config(
-        config, a, w.codes[i], w.scales[i], None, out, w.k, w.n, w.k, w.n, w.group_size
+        *(config, a, w.codes[i], w.scales[i], None, out, w.k, w.n, w.k, w.n, w.group_size),
+        weight_type=w.weight_type,
+        global_scale=w.global_scale,
     )
 
 
-def precompile(configs: list[KernelConfig], group_size: int) -> None:
+def activation_dtype(weight_type: str) -> str:
+    """float16, but for types that it does not serve."""
+    return WEIGHT_TYPES[weight_type].activations[0]
+
+
+def precompile(configs: list[KernelConfig], group_size: int, weight_type: str) -> None:
     """Compile in parallel what the launches will ask for."""
-    sources = {config.source("float16", group_size) for config in configs}
+    types = (activation_dtype(weight_type), group_size, weight_type)
+    sources = {config.source(*types) for config in configs}
     arch = launch.device_arch(torch.cuda.current_device())
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda source: compile_kernel(source, arch), sources))
 
 
 def write(
-    path: Path, gpu: str, group_size: int, table: dict[tuple[int, int], dict[int, dict]]
+    path: Path,
+    gpu: str,
+    options: argparse.Namespace,
+    table: dict[tuple[int, int], dict[int, dict]],
 ) -> None:
     """Write the table, one choice a line."""
     head = {
         "gpu": gpu,
-        "group_size": group_size,
-        "dtype": "float16",
+        "weight_type": options.type,
+        "group_size": options.group_size,
+        "dtype": activation_dtype(options.type),
         "torch": torch.__version__,
         "driver": _driver_version(),
         "host": platform.machine(),

@@ -114,7 +114,7 @@ def test_key_depends_on_what_matters() -> None:
 
 
 def test_ahead_of_time_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    pattern = r"DecodeConfig<__half, 128, 1, 1, 4, 1,"
+    pattern = r"DecodeConfig<weights::uint4b8, __half, 128, 1, 1, 4, 1,"
     arguments = ["--arch", "sm_90a", "--match", pattern, "--output", str(tmp_path), "--jobs", "1"]
     assert compiler.main(arguments) == 0
     assert list(tmp_path.glob("*.cubin"))

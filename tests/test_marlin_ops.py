@@ -117,7 +117,7 @@ def test_gemm_rejects_activations(a, message):
 # ---- layouts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "sm80", "sm90"])
 @pytest.mark.parametrize(("k", "n", "wtype", "g"), TYPED_SIZES)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_restore_inverts_prepare(layout, k, n, wtype, g, act_order):
@@ -157,7 +157,7 @@ def any_layer(k, n, wtype, group_size, bias=False):
     return QuantizedLinear.quantize(torch.randn(k, n), wtype, group_size, b)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "sm80"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "sm80", "sm90"])
 @pytest.mark.parametrize("wtype", OTHER_TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize(("k", "n"), [(128, 64), (200, 100), (12, 8)])
 def test_restore_inverts_prepare_for_other_types(layout, k, n, wtype):
@@ -198,7 +198,7 @@ def test_rounded_activations(activation, layout):
 
 
 class FakeKernels:
-    """Stands in for the module of a GPU kernel: another order of words, float32 arithmetic."""
+    """Stands in for the module of a GPU kernel: float32 arithmetic."""
 
     def __init__(self):
         self.calls = []
@@ -206,9 +206,6 @@ class FakeKernels:
     def supports(self, device, weight_type_name, group_size, dtype, *features):
         self.calls.append((device.type, weight_type_name, group_size, dtype))
         return weight_type_name == "uint4b8" and dtype is torch.float16
-
-    def convert_layout(self, B, s, k, n, group_size, dtype):
-        return B.T.flip(0).contiguous(), s.T.contiguous()
 
     def gemm(
         self,
@@ -228,13 +225,15 @@ class FakeKernels:
         assert a.stride(1) == 1 and out.shape == (a.shape[0], n)
         self.calls.append((k, n, k_padded, n_padded, max(group_size, 0), batch_invariant))
         spec_group = k if group_size <= 0 else group_size
-        if more:  # sm80: every type, the words as on disk, one group in natural order
-            assert more["weight_type"] == "uint4b8" and more["zeros"] is None
+        assert more["weight_type"] == "uint4b8"
+        if "zeros" in more:  # sm80: the words as on disk, one group in natural order
+            assert more["zeros"] is None
             s = s if group_size > 0 else permute_columns(s, grouped=False)
             codes, scales, _ = backends.natural(b, s, None, k, n, U4B8)
         else:
-            words = b.flip(0).T.contiguous()
-            codes, scales, _ = backends.natural(words, s.T, None, k, n, U4B8)
+            spec = LayerSpec(k, n, U4B8, spec_group)
+            stored = restore(Prepared("sm90", b, s, None, None), spec)
+            codes, scales, _ = backends.natural(stored["B"], stored["s"], None, k, n, U4B8)
         out.copy_(dense.multiply(a, codes, scales, None, bias, spec_group, U4B8))
 
 
@@ -274,6 +273,8 @@ def test_selection(fake_kernels, monkeypatch):
     assert select_backend(cuda, spec, torch.float16).layout == "sm90"
     assert fake_kernels.calls[-1] == ("cuda", "uint4b8", -1, torch.float16)
     assert select_backend(cuda, spec, torch.float32).layout == "marlin"
+    shard = LayerSpec(128, 64, U4B8, 32, act_order=True, shard_groups=8)
+    assert select_backend(cuda, shard, torch.float16).layout == "sm80"  # sm90: when asked for
     eight = LayerSpec(128, 64, WEIGHT_TYPES["uint8"], 32)
     chosen = select_backend(cuda, eight, torch.float16)
     assert chosen.layout == "marlin" and "no kernel for uint8" in chosen.reason
@@ -332,8 +333,8 @@ def test_mul_converts_once_for_a_kernel(fake_kernels, monkeypatch):
     layer = random_layer(128, 256, U4B8, -1)
     tensors = write(layer, "marlin")
     converted = []
-    original = fake_kernels.convert_layout
-    fake_kernels.convert_layout = lambda *args: converted.append(1) or original(*args)
+    original = backends.prepare
+    monkeypatch.setattr(backends, "prepare", lambda *args: converted.append(1) or original(*args))
     a, out = torch.randn(3, 128).half(), torch.zeros(3, 256).half()
     for _ in range(2):
         mul(a, tensors["B"], out, tensors["s"])

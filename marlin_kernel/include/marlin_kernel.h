@@ -532,19 +532,21 @@ static void marlin_repack_sm90(const marlin_layer* layer, const marlin_sizes* si
             for (int kk = 0; kk < 4; ++kk)
               *weights++ =
                   b[(((size_t)(k_tile * 4 + kk) * column_tiles + first + c) * 32 + lane) * 4 + m];
-    for (int g = 0; g < sizes->groups; ++g)
-      for (int c = 0; c < width; ++c) {
-        const uint16_t* from = s + (size_t)g * sizes->n_padded + (first + c) * 64;
-        for (int i = 0; i < 64; ++i) {
-          int at = i; /* several groups: stored in this very order */
-          if (single) {
-            const int feature = marlin_sm90_scale_feature(i);
-            at = feature / 32 * 32;
-            while (at / 32 * 32 + marlin_scale_order_single[at % 32] != feature) ++at;
-          }
-          *scales++ = from[at];
+    const int of_tile = sizes->groups > k_tiles ? sizes->groups / k_tiles : 1; /* groups */
+    for (int row = 0; row < sizes->groups / of_tile * width * of_tile; ++row) {
+      const int g = row / (width * of_tile) * of_tile + row % of_tile;
+      const int c = row / of_tile % width;
+      const uint16_t* from = s + (size_t)g * sizes->n_padded + (first + c) * 64;
+      for (int i = 0; i < 64; ++i) {
+        int at = i; /* several groups: stored in this very order */
+        if (single) {
+          const int feature = marlin_sm90_scale_feature(i);
+          at = feature / 32 * 32;
+          while (at / 32 * 32 + marlin_scale_order_single[at % 32] != feature) ++at;
         }
+        *scales++ = from[at];
       }
+    }
   }
 }
 
@@ -774,6 +776,7 @@ typedef struct {
   long long row_stride;
   int m, n, k, column_tiles, k_tiles, split, whole_tiles;
   void *partials, *counters;
+  const void* global_scale;
 } marlin_sm90_problem;
 
 /* launch._tensor_map: boxes of `tokens` rows x 64 k with the 128-byte swizzle. */
@@ -874,6 +877,7 @@ marlin_status marlin_gemm(const marlin_runtime* rt, const marlin_plan* plan,
     sm90.whole_tiles = plan->whole_tiles;
     sm90.partials = x->partials;
     sm90.counters = x->counters;
+    sm90.global_scale = NULL;
     arguments[0] = &sm90;
     /* Programmatic dependent launch: these kernels wait for their predecessors by themselves. */
     attributes[0].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;

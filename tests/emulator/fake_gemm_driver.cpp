@@ -77,8 +77,10 @@ float weight(const marlin_sm90_problem& p, int, int k, int n) {
   const std::size_t tile =
       std::size_t(first) * p.k_tiles + std::size_t(k / 64) * width + (column - first);
   const int groups = group > 0 ? (p.k_tiles * 64 + group - 1) / group : 1;
-  const std::size_t row = std::size_t(first) * groups +
-                          std::size_t(group > 0 ? k / group : 0) * width + (column - first);
+  const int of_tile = group > 0 && group < 64 ? 64 / group : 1;  // groups
+  const int g = group > 0 ? k / group : 0;
+  const std::size_t row = std::size_t(first) * groups + std::size_t(g / of_tile) * width * of_tile +
+                          (column - first) * of_tile + g % of_tile;
   const auto* words = static_cast<const std::uint32_t*>(p.weights);
   const auto* scales = static_cast<const std::uint16_t*>(p.scales);
   return value(words[tile * 512 + (m * 32 + lane) * 4 + k / 16 % 4], 4, at % 8,

@@ -7,6 +7,7 @@ namespace {
 struct Arguments {
   const void *activations, *weights, *scales, *bias;
   void *out, *partials, *counters;
+  const void* global_scale;
   long long row_stride;
   int m, n, k, column_tiles, k_tiles, split, whole_tiles;
 };
@@ -29,6 +30,7 @@ sm90::Problem<Scalar> problem_of(const Arguments& a) {
   p.whole_tiles = a.whole_tiles;
   p.partials = static_cast<float*>(a.partials);
   p.counters = static_cast<int*>(a.counters);
+  p.global_scale = static_cast<const float*>(a.global_scale);
   return p;
 }
 

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
 from emulator.build import STATUS, build
+from emulator.sm80 import DTYPES, random_layer
 from torch import Tensor
 
+from marlin_kernel import formats
 from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig, GemmConfig
+from marlin_kernel.sm90_layout import kernel_tensors
+from marlin_kernel.validity import Combination
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A specialisation: shape, compute dtype, inputs per scale (-1: one scale per feature)."""
+    """A specialisation: shape, compute dtype, inputs per scale (-1: one per feature), weights."""
 
     config: DecodeConfig | GemmConfig
     dtype: torch.dtype
     group_size: int
+    weight_type: str = "uint4b8"
 
     def template_arguments(self) -> str:
         """What stands between the angle brackets of DecodeConfig or GemmConfig."""
-        expression = self.config.source(str(self.dtype)[6:], self.group_size).expression
+        types = (str(self.dtype)[6:], self.group_size, self.weight_type)
+        expression = self.config.source(*types).expression
         return expression.split("Config<")[1].split(">")[0]
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("activations", "weights", "scales", "bias", "out")),
-        *((name, ctypes.c_void_p) for name in ("partials", "counters")),
+        *((name, ctypes.c_void_p) for name in ("partials", "counters", "global_scale")),
         ("row_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "column_tiles", "k_tiles")),
         *((name, ctypes.c_int) for name in ("split", "whole_tiles")),
@@ -63,11 +70,12 @@ class Sm90Library:
         n_padded: int,
         blocks: int,
         seed: int,
+        global_scale: Tensor | None = None,
     ) -> str:
         """Launch; a [M, K] may have any row stride, out [M, N] is contiguous.
 
-        codes, scales: in the device layout (`launch.convert_layout`); blocks: multiprocessors of
-        the imagined GPU. Returns "finished", or what went wrong.
+        codes, scales: in the device layout (sm90_layout); blocks: multiprocessors of the imagined
+        GPU; global_scale: of types that have one. Returns "finished", or what went wrong.
         """
         config = kernel.config
         (m, k), n = a.shape, out.shape[1]
@@ -79,7 +87,8 @@ class Sm90Library:
             floats, counts = config.workspace(m, column_tiles, blocks)
         else:
             entry = self._library.run_decode
-        grid = config.grid(m, k_tiles, column_tiles, kernel.group_size, blocks)
+        types = (kernel.group_size, kernel.weight_type)
+        grid = config.grid(m, k_tiles, column_tiles, types[0], blocks, types[1])
         partials = torch.full((floats + 4,), float("nan"))
         counters = torch.zeros(counts + 1, dtype=torch.int32)
 
@@ -87,14 +96,14 @@ class Sm90Library:
             return None if t is None else t.data_ptr()
 
         arguments = _Arguments(
-            *map(pointer, (a, codes, scales, bias, out, partials, counters)),
+            *map(pointer, (a, codes, scales, bias, out, partials, counters, global_scale)),
             *(a.stride(0), m, n, k, column_tiles, k_tiles, split, whole_tiles),
         )
         status = entry(
             self._numbers[kernel],
             ctypes.c_uint(seed),
             *grid[:2],
-            config.shared_bytes(m, k_tiles, kernel.group_size),
+            config.shared_bytes(m, k_tiles, *types),
             ctypes.byref(arguments),
         )
         if status:
@@ -102,3 +111,49 @@ class Sm90Library:
         if counters.any():
             return "counters not zero on exit"
         return STATUS[0]
+
+
+class TypedProblem:
+    """A random multiplication with weights of any type, and its float64 result.
+
+    The activations lie inside a larger buffer of NaN, unless they are gathered (act-order).
+    """
+
+    def __init__(self, c: Combination, m: int, n: int, k: int):
+        generator = torch.Generator().manual_seed(m * 1000003 + n * 1009 + k)
+        randn = functools.partial(torch.randn, generator=generator)
+        dtype = DTYPES[c.output]
+        self.bias = randn(n).to(dtype)
+        layer = random_layer(randn(k, n) / k**0.5, c, generator)
+        self.weights = kernel_tensors(formats.write(layer, "marlin"), layer.spec)
+        buffer = torch.full((m + 2, -(-k // 8) * 8 + 8), float("nan"), dtype=dtype)
+        self.a = buffer.flatten()[8:].as_strided((m, k), (buffer.shape[1], 1))
+        exact = self.a.copy_(randn(m, k)).double()
+        self.expected = exact @ layer.dequantize(torch.float64) + self.bias.double()
+        if self.weights.perm is not None:  # as the gathering kernel does
+            perm = self.weights.perm
+            self.a = torch.where(perm >= 0, self.a[:, perm.clamp(min=0).long()], 0)
+
+    @property
+    def group_size(self) -> int:
+        """Of the kernel that serves this problem."""
+        return self.weights.group_size or -1
+
+    def run(self, built: Sm90Library, kernel: Kernel, sms: int, seed: int) -> tuple[str, Tensor]:
+        """One launch into a poisoned output with guard rows. Returns the verdict and C."""
+        m, n = self.expected.shape
+        w = self.weights
+        buffer = torch.full((m + 2, n), float("nan"), dtype=self.bias.dtype)
+        out = buffer[1 : m + 1]
+        n_padded = -(-n // TILE_N) * TILE_N
+        verdict = built.run(
+            *(kernel, self.a, w.weights, w.scales, self.bias, out, w.k_padded, n_padded),
+            *(sms, seed, w.global_scale),
+        )
+        if not (buffer[0].isnan().all() and buffer[-1].isnan().all()):
+            verdict = "wrote outside of the output"
+        return verdict, out
+
+    def error(self, out: Tensor) -> float:
+        """Relative error in the Frobenius norm; NaN if any element is."""
+        return float((out.double() - self.expected).norm() / self.expected.norm())

@@ -1,8 +1,9 @@
-// Symmetric 4-bit codes to fp16 or bf16 without removing their bias: fewer instructions per word
-// than dequant/int4.cuh. The bias is removed by one more product, which all rows of a group of k
+// 4-bit integer codes to fp16 or bf16 without removing their bias or zero point: fewer instructions
+// per word than dequant/int4.cuh. It is removed by one more product, which all rows of a group of k
 // share:
 //
-//     sum (code - 8) a  =  sum (code + offset) a  +  sum (-8 - offset) a
+//     sum (code - 8) a     =  sum (code + offset) a  +  sum (-8 - offset) a
+//     sum (code - zero) a  =  sum (code + offset) a  -  (zero + offset) sum a
 //
 // Two k steps of 16 (two words) are taken together. They give two parts, each an A and a B operand:
 //
@@ -17,6 +18,8 @@
 #pragma once
 
 #include "common/types.cuh"
+#include "common/weight_types.cuh"
+#include "dequant/dequantizer.cuh"
 #include "dequant/int4.cuh"
 #include "ptx/bit_ops.cuh"
 
@@ -40,9 +43,13 @@ struct BiasedPair<__half> {
     a[2] = next & mask;
     a[3] = (next >> 8) & mask;
   }
-  // -8 in the unit of the part.
+  static constexpr float kOffset = 0.f;  // that codes come with
+  // -8 in the unit of the part; and 1.
   static __device__ __forceinline__ uint32_t bias(int part) {
     return part == 0 ? 0x80088008u : 0x80808080u;
+  }
+  static __device__ __forceinline__ uint32_t one(int part) {
+    return part == 0 ? 0x00010001u : 0x00100010u;
   }
   static __device__ __forceinline__ int unit(int part) { return part; }
   // Which 8 of the 32 k are the i-th B register: registers 2 * part and 2 * part + 1 belong to a
@@ -64,9 +71,27 @@ struct BiasedPair<__nv_bfloat16> {
     for (int i = 0; i < 4; i++)
       a[kRegisterOfShift[i]] = ptx::and_or(mine >> (4 * i), kLowNibbles, kBf16_128);
   }
+  static constexpr float kOffset = 128.f;
   static __device__ __forceinline__ uint32_t bias(int) { return kBf16Minus136; }
+  static __device__ __forceinline__ uint32_t one(int) { return 0x3f803f80; }
   static __device__ __forceinline__ int unit(int) { return 0; }
   static __device__ __forceinline__ int chunk(int i) { return i; }
 };
+
+// Which types these are.
+template <class Weight>
+constexpr bool kIsBiased4 =
+    kIsSame<Weight, weights::uint4b8> || (Weight::BITS == 4 && Weight::ZEROS != Zeros::NONE);
+
+// Zero points of rows g and g + 8 of 16-row tile m.
+__device__ __forceinline__ float2 zero_pair(const GroupRegisters<weights::uint4>& group, int m) {
+  const uint32_t z = ptx::and_or(group.zeros[0] >> (4 * m), kLowNibbles, kHalf1024);
+  const float2 above = __half22float2(*reinterpret_cast<const __half2*>(&z));
+  return make_float2(above.x - 1024.f, above.y - 1024.f);
+}
+__device__ __forceinline__ float2 zero_pair(const GroupRegisters<weights::uint4_hqq>& group,
+                                            int m) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&group.zeros[m]));
+}
 
 }  // namespace dequant

@@ -8,12 +8,13 @@
 // first within the block, then, pushed through distributed shared memory, over the cluster that
 // shares the column's k range. The split depends on K and N alone.
 //
-// Groups are scaled in the accumulator: sums of (code - 8) * activation are exact products in fp32,
-// one fused multiply-add per accumulator and group replaces a multiplication per weight, and the
-// scale never rounds.
+// Groups are scaled in the accumulator: sums of (code - zero) * activation are exact products in
+// fp32, one fused multiply-add per accumulator and group replaces a multiplication per weight, and
+// the scale never rounds.
 #pragma once
 
 #include "dequant/int4_biased.cuh"
+#include "dequant/unscaled.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
@@ -29,11 +30,18 @@ namespace sm90 {
 
 template <class Config>
 class Decoder {
+  using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
-  using Scales = typename Config::Scales;
+  using Rows = typename Config::Rows;
   using Storage = DecodeStorage<Config>;
   static_assert(sizeof(Storage) == Config::STORAGE_BYTES,
                 "the host's formula for shared memory must agree with the struct");
+  // 4-bit integers are multiplied with their bias, all others as values.
+  static constexpr bool BIASED = dequant::kIsBiased4<Weight>;
+  // True value of a sum.
+  static constexpr float kUnit =
+      BIASED ? dequant::BiasedPair<Scalar>::kUnit
+             : dequant::Unscaled<Weight, Scalar>::UNIT * dequant::ScalePair<Weight>::UNIT;
   using Accumulators = float[4][Config::TOKEN_TILES][4];  // [16 features][8 tokens][fragment]
 
  public:
@@ -77,7 +85,7 @@ class Decoder {
     int column;
     int tile = 0;
     const uint8_t* codes = nullptr;   // of the column's tile first_tile_
-    const uint8_t* scales = nullptr;  // of the column's first group
+    const uint8_t* rows = nullptr;    // of the column's first group
     int width = 0;                    // of the column's pair
   };
 
@@ -86,10 +94,10 @@ class Decoder {
   __device__ __forceinline__ void enter_column() {
     const ColumnPair pair(cursor_.column / 2, p_.column_tiles);
     cursor_.width = pair.width;
-    cursor_.codes =
-        p_.weights + pair.tile_offset(first_tile_, p_.k_tiles) + cursor_.column % 2 * kTileBytes;
-    cursor_.scales = p_.scales + pair.scale_offset(0, Scales::groups(p_.k_tiles)) +
-                     cursor_.column % 2 * kScaleRowBytes;
+    cursor_.codes = p_.weights + (pair.offset(first_tile_, p_.k_tiles) + cursor_.column % 2) *
+                                     kTileBytes<Weight>;
+    cursor_.rows = p_.scales + (pair.offset(0, Rows::units(p_.k_tiles)) + cursor_.column % 2) *
+                                   Rows::kUnitBytes;
   }
 
   // Fetch the next tile into `stage`; all lanes take part.
@@ -98,14 +106,13 @@ class Decoder {
       uint64_t* full = &shared_.full[warp_][stage];
       uint8_t* target = shared_.ring[warp_] + stage * Config::STAGE_BYTES;
       ptx::mbarrier_arrive_expect(full, Config::STAGE_BYTES);
-      ptx::bulk_copy(target, cursor_.codes + cursor_.tile * (cursor_.width * kTileBytes),
-                     kTileBytes, full);
-#pragma unroll
-      for (int row = 0; row < Scales::kPerTile; ++row)
-        ptx::bulk_copy(target + kTileBytes + row * kScaleRowBytes,
-                       cursor_.scales + (Scales::group_of(first_tile_ + cursor_.tile) + row) *
-                                            (cursor_.width * kScaleRowBytes),
-                       kScaleRowBytes, full);
+      ptx::bulk_copy(target, cursor_.codes + cursor_.tile * (cursor_.width * kTileBytes<Weight>),
+                     kTileBytes<Weight>, full);
+      if constexpr (Config::GROUP != 0)
+        ptx::bulk_copy(target + kTileBytes<Weight>,
+                       cursor_.rows + Rows::unit_of(first_tile_ + cursor_.tile) *
+                                          (cursor_.width * Rows::kUnitBytes),
+                       Rows::kBytesPerTile, full);
     }
     if (++cursor_.tile == tiles_) {
       cursor_.tile = 0;
@@ -184,7 +191,7 @@ class Decoder {
       const int token = min(t * 8 + lane_ % 8, p_.m - 1);
       rows[t] = activations_ + token * row_bytes_ +
                 (first_tile_ - block_range_.begin) * kTileK * static_cast<int>(sizeof(Scalar)) +
-                dequant::BiasedPair<Scalar>::chunk(lane_ / 8) * 16;
+                chunk(lane_ / 8) * 16;
     }
     for (int tile = 0; tile < tiles_; ++tile) {
       ptx::mbarrier_wait(&shared_.full[warp_][stage_], parity_);
@@ -198,13 +205,19 @@ class Decoder {
     }
   }
 
+  // Which 8 of 32 k are the i-th register of tokens.
+  static __device__ __forceinline__ int chunk(int i) {
+    return BIASED ? dequant::BiasedPair<Scalar>::chunk(i) : i;
+  }
+
   __device__ __forceinline__ void multiply_tile(const uint8_t* stage,
                                                 const uint8_t* const (&rows)[Config::TOKEN_TILES],
                                                 int tile) {
-    uint4 words[4];
+    constexpr int kLoads = Weight::BITS / 4;  // of 16 bytes
+    uint4 words[4 * kLoads];
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
-      words[m] = reinterpret_cast<const uint4*>(stage)[m * kWarpSize + lane_];
+    for (int i = 0; i < 4 * kLoads; ++i)
+      words[i] = reinterpret_cast<const uint4*>(stage)[i * kWarpSize + lane_];
     uint32_t tokens[Config::TOKEN_TILES][2][4];  // [8 tokens][32 k][B registers of two parts]
 #pragma unroll
     for (int t = 0; t < Config::TOKEN_TILES; ++t)
@@ -213,22 +226,88 @@ class Decoder {
         ptx::ldmatrix_x4(tokens[t][half],
                          rows[t] + tile * (kTileK * static_cast<int>(sizeof(Scalar))) + half * 64);
 
-    constexpr int kPairsPerGroup = Config::GROUP == 32 ? 1 : 2;
+    const uint8_t* rows_of_groups = stage + kTileBytes<Weight>;
+    if constexpr (BIASED) {
+      constexpr int kPairsPerGroup = Config::GROUP == 32 ? 1 : 2;
 #pragma unroll
-    for (int first = 0; first < 2; first += kPairsPerGroup)
-      multiply_group<kPairsPerGroup>(words, tokens, first,
-                                     stage + kTileBytes + first * kScaleRowBytes);
+      for (int first = 0; first < 2; first += kPairsPerGroup)
+        multiply_group<kPairsPerGroup>(words, tokens, first,
+                                       rows_of_groups + first * kRowBytes<Weight>);
+    } else if constexpr (Config::GROUP == 0) {
+#pragma unroll
+      for (int m = 0; m < 4; ++m) multiply_steps<4>(total_[m], words, tokens, m, 0, nullptr);
+    } else {
+      constexpr int kSteps = Config::GROUP < kTileK ? Config::GROUP / 16 : kStepsPerTile;
+#pragma unroll
+      for (int first = 0; first < kStepsPerTile; first += kSteps)
+        multiply_values<kSteps>(words, tokens, first,
+                                rows_of_groups + first / kSteps * kRowBytes<Weight>);
+    }
   }
 
+  // ---- values of the codes, exact ----
+  // sums += products of STEPS * 16 k, beginning with step `first`, with the 16 features of m.
+  template <int STEPS, int WORDS>
+  __device__ __forceinline__ void multiply_steps(
+      float (&sums)[Config::TOKEN_TILES][4], const uint4 (&words)[WORDS],
+      const uint32_t (&tokens)[Config::TOKEN_TILES][2][4], int m, int first,
+      const uint32_t* zeros) {
+#pragma unroll
+    for (int step = first; step < first + STEPS; ++step) {
+      uint32_t code[kLaneWords<Weight>];
+      if constexpr (Weight::BITS == 8) {
+        const uint4& v = words[2 * m + step / 2];
+        code[0] = step % 2 == 0 ? v.x : v.z;
+        code[1] = step % 2 == 0 ? v.y : v.w;
+      } else {
+        const uint4& v = words[m];
+        code[0] = step == 0 ? v.x : step == 1 ? v.y : step == 2 ? v.z : v.w;
+      }
+      uint32_t a[4];
+      dequant::Unscaled<Weight, Scalar>::fragment(a, code, zeros, m);
+#pragma unroll
+      for (int t = 0; t < Config::TOKEN_TILES; ++t) {
+        const uint32_t(&chunks)[4] = tokens[t][step / 2];
+        const uint32_t b[2] = {chunks[step % 2 * 2], chunks[step % 2 * 2 + 1]};
+        ptx::mma_m16n8k16(sums[t], a, b, Scalar());
+      }
+    }
+  }
+
+  // Add the product of STEPS * 16 k, which share the scales of `row`, to total_.
+  template <int STEPS, int WORDS>
+  __device__ __forceinline__ void multiply_values(
+      const uint4 (&words)[WORDS], const uint32_t (&tokens)[Config::TOKEN_TILES][2][4], int first,
+      const uint8_t* row) {
+    dequant::GroupRegisters<Weight> group = {};
+    group.load_scales(row, lane_ / 4);
+    group.load_zeros(row + kScaleRowBytes<Weight>, lane_ / 4);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      float sums[Config::TOKEN_TILES][4] = {};
+      multiply_steps<STEPS>(sums, words, tokens, m, first, group.zeros);
+      constexpr int kPairsPerWord = Weight::SCALES == Scales::HALF ? 1 : 2;
+      const uint32_t pair = group.scales[m / kPairsPerWord] >> (m % kPairsPerWord * 16);
+      const float2 scale = dequant::ScalePair<Weight>::get(pair);
+#pragma unroll
+      for (int t = 0; t < Config::TOKEN_TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total_[m][t][i] += (i < 2 ? scale.x : scale.y) * sums[t][i];
+    }
+  }
+
+  // ---- 4-bit integers with their bias ----
   // Add the product of PAIRS * 32 k, beginning with pair `first` of k steps, times its scales to
   // total_.
   template <int PAIRS>
   __device__ __forceinline__ void multiply_group(
       const uint4 (&words)[4], const uint32_t (&tokens)[Config::TOKEN_TILES][2][4], int first,
-      const uint8_t* scale_row) {
+      const uint8_t* row) {
     using Codes = dequant::BiasedPair<Scalar>;
     constexpr int kUnits = Codes::kUnits;
-    // The bias of the codes times the tokens, the same for all features: where their sums begin.
+    constexpr bool ZEROS = Weight::ZEROS != Zeros::NONE;
+    // The constant bias of the codes times the tokens, the same for all features: where their sums
+    // begin. With zero points: the sums of the tokens.
     float bias[kUnits][Config::TOKEN_TILES][4] = {};
 #pragma unroll
     for (int pair = first; pair < first + PAIRS; ++pair)
@@ -236,17 +315,31 @@ class Decoder {
       for (int part = 0; part < 2; ++part)
 #pragma unroll
         for (int t = 0; t < Config::TOKEN_TILES; ++t) {
-          const uint32_t a[4] = {Codes::bias(part), Codes::bias(part), Codes::bias(part),
-                                 Codes::bias(part)};
+          const uint32_t factor = ZEROS ? Codes::one(part) : Codes::bias(part);
+          const uint32_t a[4] = {factor, factor, factor, factor};
           const uint32_t b[2] = {tokens[t][pair][2 * part], tokens[t][pair][2 * part + 1]};
           ptx::mma_m16n8k16(bias[Codes::unit(part)][t], a, b, Scalar());
         }
-    uint4 packed = make_uint4(0, 0, 0, 0);
-    if constexpr (Config::GROUP != 0) packed = reinterpret_cast<const uint4*>(scale_row)[lane_ / 4];
-    const uint32_t scales[4] = {packed.x, packed.y, packed.z, packed.w};
+    dequant::GroupRegisters<Weight> group = {};
+    if constexpr (Config::GROUP != 0) group.load_scales(row, lane_ / 4);
+    group.load_zeros(row + kScaleRowBytes<Weight>, lane_ / 4);
+    if constexpr (ZEROS && kUnits == 2) {
+#pragma unroll
+      for (int t = 0; t < Config::TOKEN_TILES; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bias[0][t][i] += Codes::kSecond * bias[kUnits - 1][t][i];
+    }
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       float sums[kUnits][Config::TOKEN_TILES][4];
+      if constexpr (ZEROS) {
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit)
+#pragma unroll
+          for (int t = 0; t < Config::TOKEN_TILES; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[unit][t][i] = 0.f;
+      }
 #pragma unroll
       for (int pair = first; pair < first + PAIRS; ++pair)
 #pragma unroll
@@ -259,7 +352,7 @@ class Decoder {
 #pragma unroll
           for (int t = 0; t < Config::TOKEN_TILES; ++t) {
             const uint32_t b[2] = {tokens[t][pair][2 * part], tokens[t][pair][2 * part + 1]};
-            if (pair == first && part < kFirstOfUnit)
+            if (!ZEROS && pair == first && part < kFirstOfUnit)
               ptx::mma_add_m16n8k16(sums[unit][t], a, b, bias[unit][t], Scalar());
             else
               ptx::mma_m16n8k16(sums[unit][t], a, b, Scalar());
@@ -267,13 +360,20 @@ class Decoder {
         }
       float2 scale = make_float2(1.f, 1.f);
       if constexpr (Config::GROUP != 0)
-        scale = __half22float2(*reinterpret_cast<const __half2*>(&scales[m]));
+        scale = __half22float2(*reinterpret_cast<const __half2*>(&group.scales[m]));
+      float2 zero = make_float2(0.f, 0.f);
+      if constexpr (ZEROS) {
+        zero = dequant::zero_pair(group, m);
+        zero.x += Codes::kOffset;
+        zero.y += Codes::kOffset;
+      }
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float sum = sums[0][t][i];
           if constexpr (kUnits == 2) sum += Codes::kSecond * sums[kUnits - 1][t][i];
+          if constexpr (ZEROS) sum -= (i < 2 ? zero.x : zero.y) * bias[0][t][i];
           total_[m][t][i] += (i < 2 ? scale.x : scale.y) * sum;
         }
     }
@@ -347,7 +447,8 @@ class Decoder {
     for (int i = 0; i < kOutFeatures; ++i) {
       const int n = block * Config::FEATURES + out_feature(i);
       bias_[i] = p_.bias != nullptr && n < p_.n ? Element<Scalar>::to_float(p_.bias[n]) : 0.f;
-      scale_[i] = dequant::BiasedPair<Scalar>::kUnit;
+      scale_[i] = kUnit;
+      if constexpr (Weight::SCALES == Scales::E4M3) scale_[i] *= *p_.global_scale;
       if constexpr (Config::GROUP == 0) {
         if (n < p_.n)
           scale_[i] *=

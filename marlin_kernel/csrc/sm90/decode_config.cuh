@@ -5,8 +5,9 @@
 
 namespace sm90 {
 
-template <class Scalar_,       // __half or __nv_bfloat16: activations and output
-          int GROUP_,          // k that share a scale: 32, 64, 128; 0 = the whole column
+template <class Weight_,       // of common/weight_types.cuh
+          class Scalar_,       // __half or __nv_bfloat16: activations and output
+          int GROUP_,          // k that share a scale: 16, 32, 64, 128; 0 = the whole column
           int TOKEN_TILES_,    // tokens / 8 that one block multiplies
           int WARPS_N_,        // warps side by side: 64 features each
           int WARPS_K_,        // warps that share those features' k range
@@ -15,6 +16,7 @@ template <class Scalar_,       // __half or __nv_bfloat16: activations and outpu
           int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
           int STORAGE_BYTES_>  // sizeof(DecodeStorage), as the host computes it
 struct DecodeConfig {
+  using Weight = Weight_;
   using Scalar = Scalar_;
   static constexpr int GROUP = GROUP_;
   static constexpr int TOKEN_TILES = TOKEN_TILES_;
@@ -25,13 +27,13 @@ struct DecodeConfig {
   static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
   static constexpr int STORAGE_BYTES = STORAGE_BYTES_;
 
-  using Scales = ScaleLayout<GROUP>;
+  using Rows = RowLayout<Weight, GROUP>;
   static constexpr int TOKENS = 8 * TOKEN_TILES;
   static constexpr int WARPS = WARPS_N * WARPS_K;
   static constexpr int THREADS = WARPS * kWarpSize;
   static constexpr int FEATURES = WARPS_N * kTileN;
   static constexpr int FEATURES_PER_RANK = FEATURES / SPLIT;
-  static constexpr int STAGE_BYTES = kTileBytes + Scales::kBytesPerTile;
+  static constexpr int STAGE_BYTES = kTileBytes<Weight> + Rows::kBytesPerTile;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
   static_assert(SPLIT == 1 || SPLIT == 2 || SPLIT == 4 || SPLIT == 8,

@@ -14,7 +14,7 @@
 // finishes the last part (nothing waits for another block).
 #pragma once
 
-#include "dequant/int4.cuh"
+#include "dequant/unscaled.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
@@ -108,8 +108,9 @@ __device__ __forceinline__ Range k_range_of(const WorkItem& item, const Problem&
 // of them issues the copies.
 template <class Config>
 class Feeder {
+  using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
-  using Scales = typename Config::Scales;
+  using Rows = typename Config::Rows;
   using Storage = GemmStorage<Config>;
 
   // The next stage to fetch.
@@ -182,10 +183,10 @@ class Feeder {
   __device__ __forceinline__ void fetch_weights(int stage) {
     uint64_t* full = &shared_.full[stage];
     const int count = tiles(cursor_);
-    const int rows = Config::GROUP > kTileK ? 1 : count * Scales::kPerTile;
-    ptx::mbarrier_arrive_expect(full, count * Config::BOX_BYTES +
-                                          cursor_.columns *
-                                              (count * kTileBytes + rows * kScaleRowBytes));
+    const int rows = Config::GROUP > kTileK ? 1 : count * Rows::kPerTile;
+    ptx::mbarrier_arrive_expect(
+        full, count * Config::BOX_BYTES + cursor_.columns * (count * kTileBytes<Weight> +
+                                                             rows * kRowBytes<Weight>));
 #pragma unroll
     for (int i = 0; i < Config::PAIRS; ++i) {
       const int width = min(2, cursor_.columns - 2 * i);
@@ -193,14 +194,15 @@ class Feeder {
       const long long column = cursor_.column + 2 * i;
       uint8_t* target = shared_.ring.weights[stage][i];
       ptx::bulk_copy(target,
-                     p_.weights + (column * p_.k_tiles + cursor_.k_tile * width) * kTileBytes,
-                     count * width * kTileBytes, full);
+                     p_.weights + (column * p_.k_tiles + cursor_.k_tile * width) *
+                                      kTileBytes<Weight>,
+                     count * width * kTileBytes<Weight>, full);
       if constexpr (Config::GROUP != 0)
         ptx::bulk_copy(target + Config::PAIR_CODES,
-                       p_.scales + (column * Scales::groups(p_.k_tiles) +
-                                    Scales::group_of(cursor_.k_tile) * width) *
-                                       kScaleRowBytes,
-                       rows * width * kScaleRowBytes, full);
+                       p_.scales + (column * Rows::units(p_.k_tiles) +
+                                    Rows::unit_of(cursor_.k_tile) * width) *
+                                       Rows::kUnitBytes,
+                       rows * width * kRowBytes<Weight>, full);
     }
   }
 
@@ -221,7 +223,11 @@ class Feeder {
 // ---- the warpgroups that multiply ----
 template <class Config>
 class Consumer {
+  using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
+  using Rows = typename Config::Rows;
+  using Scaled = dequant::Dequantizer<Weight, Scalar>;
+  using Unscaled = dequant::Unscaled<Weight, Scalar>;
   using Pair = typename Element<Scalar>::Pair;
   using Storage = GemmStorage<Config>;
   using Mma = ptx::Wgmma<Config::TOKENS, Scalar>;
@@ -350,25 +356,47 @@ class Consumer {
   template <int PLACE, int PART, int M>
   __device__ __forceinline__ void load_words() {
     const uint8_t* weights = shared_.ring.weights[stage_][pair()];
-    const uint8_t* codes = weights + (PLACE * width_ + column(M)) * kTileBytes +
-                           (warp_ * kWarpSize + lane_) * 16 + PART * Config::STEP_K16 * 4;
-    if constexpr (Config::STEP_K16 == 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(codes);
-      words_[0] = v.x, words_[1] = v.y, words_[2] = v.z, words_[3] = v.w;
+    const uint8_t* codes = weights + (PLACE * width_ + column(M)) * kTileBytes<Weight>;
+    if constexpr (Weight::BITS == 8) {
+      constexpr int kPairs = Config::STEP_K16 / 2;  // of k steps: 16 bytes each
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const uint4 v = reinterpret_cast<const uint4*>(
+            codes)[(warp_ * 2 + PART * kPairs + i) * kWarpSize + lane_];
+        words_[2 * i][0] = v.x, words_[2 * i][1] = v.y;
+        words_[2 * i + 1][0] = v.z, words_[2 * i + 1][1] = v.w;
+      }
     } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(codes);
-      words_[0] = v.x, words_[1] = v.y;
+      codes += (warp_ * kWarpSize + lane_) * 16 + PART * Config::STEP_K16 * 4;
+      if constexpr (Config::STEP_K16 == 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(codes);
+        words_[0][0] = v.x, words_[1][0] = v.y, words_[2][0] = v.z, words_[3][0] = v.w;
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2*>(codes);
+        words_[0][0] = v.x, words_[1][0] = v.y;
+      }
     }
 #pragma unroll
-    for (int i = 0; i < Config::STEP_SCALES; ++i) {
-      // Row of scales: a stage of 128 k holds one row of a 128-k group.
-      const int row = Config::GROUP > kTileK
-                          ? 0
-                          : PLACE * Config::Scales::kPerTile + PART * Config::STEP_SCALES + i;
-      scale_words_[i] = *reinterpret_cast<const uint32_t*>(
-          weights + Config::PAIR_CODES + (row * width_ + column(M)) * kScaleRowBytes +
-          lane_ / 4 * 16 + warp_ * 4);
+    for (int i = 0; i < Config::STEP_ROWS; ++i) {
+      // A stage of 128 k holds one row of a 128-k group.
+      const int tile = Config::GROUP > kTileK ? 0 : PLACE;
+      const uint8_t* row =
+          weights + Config::PAIR_CODES + (tile * width_ + column(M)) * Rows::kBytesPerTile +
+          (PART * Config::STEP_ROWS + i) * kRowBytes<Weight>;
+      scale_words_[i] = load_pair<kScaleBytes<Weight>>(row);
+      if constexpr (Weight::ZEROS != Zeros::NONE)
+        zero_words_[i] = load_pair<kZeroBytes<Weight>>(row + kScaleRowBytes<Weight>);
     }
+  }
+
+  // This lane's two of the eight numbers that lanes with the same lane / 4 share, in the lowest bits
+  // (nibbles: in bits 0-3 and 16-19). BYTES: of the eight.
+  template <int BYTES>
+  __device__ __forceinline__ uint32_t load_pair(const uint8_t* row) const {
+    const uint8_t* mine = row + lane_ / 4 * BYTES;
+    if constexpr (BYTES == 16) return *reinterpret_cast<const uint32_t*>(mine + warp_ * 4);
+    if constexpr (BYTES == 8) return *reinterpret_cast<const uint16_t*>(mine + warp_ * 2);
+    return *reinterpret_cast<const uint32_t*>(mine) >> (4 * warp_);
   }
 
   // Loaded codes to fragments. Returns the scales of rows g and g + 8 if sums are scaled.
@@ -376,13 +404,15 @@ class Consumer {
   __device__ __forceinline__ float2 dequantize() {
 #pragma unroll
     for (int s = 0; s < Config::STEP_K16; ++s) {
-      dequant::int4_to_fragment(fragments_[BUFFER][s], words_[s], Scalar());
-      if constexpr (Config::SCALE_WEIGHTS)
-        dequant::RowScales<Scalar>(scale_words_[s * Config::STEP_SCALES / Config::STEP_K16])
-            .apply(fragments_[BUFFER][s]);
+      const int row = s * Config::STEP_ROWS / Config::STEP_K16;
+      if constexpr (Config::SCALE_WEIGHTS) {
+        Scaled::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0);
+        Scaled::apply(fragments_[BUFFER][s], &scale_words_[row], 0);
+      } else {
+        Unscaled::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0);
+      }
     }
-    if constexpr (Config::SCALE_SUMS)
-      return __half22float2(*reinterpret_cast<const __half2*>(&scale_words_[0]));
+    if constexpr (Config::SCALE_SUMS) return dequant::ScalePair<Weight>::get(scale_words_[0]);
     return make_float2(1.f, 1.f);
   }
 
@@ -524,10 +554,14 @@ class Consumer {
     return (group_ * Config::M_TILES + m) * kTileN + warp_ * 16 + lane_ / 4;
   }
 
+  // What the sums of feature n lack.
   __device__ __forceinline__ float column_scale(int n) const {
-    if constexpr (Config::GROUP != 0) return 1.f;
+    float scale = Config::SCALE_WEIGHTS ? Scaled::SCALED_UNIT : Unscaled::UNIT;
+    if constexpr (Config::SCALE_SUMS) scale *= dequant::ScalePair<Weight>::UNIT;
+    if constexpr (Weight::SCALES == Scales::E4M3) scale *= *p_.global_scale;
+    if constexpr (Config::GROUP != 0) return scale;
     if (n >= p_.n) return 0.f;
-    return __half2float(reinterpret_cast<const __half*>(p_.scales)[column_scale_index(n)]);
+    return scale * __half2float(reinterpret_cast<const __half*>(p_.scales)[column_scale_index(n)]);
   }
 
   __device__ __forceinline__ float bias(int n) const {
@@ -598,8 +632,9 @@ class Consumer {
   int previous_stage_ = 0;  // to be released
   int width_;     // columns of this warpgroup's pair
   float2 scale_;  // of the step under way
-  uint32_t words_[Config::STEP_K16];
-  uint32_t scale_words_[Config::STEP_SCALES > 0 ? Config::STEP_SCALES : 1];
+  uint32_t words_[Config::STEP_K16][kLaneWords<Weight>];
+  uint32_t scale_words_[Config::STEP_ROWS > 0 ? Config::STEP_ROWS : 1];
+  uint32_t zero_words_[Config::STEP_ROWS > 0 ? Config::STEP_ROWS : 1];
   uint32_t fragments_[2][Config::STEP_K16][4];
   float group_sums_[Config::SCALE_SUMS ? 2 : 1][SUMS];
   float total_[Config::M_TILES][SUMS];

@@ -7,8 +7,9 @@ namespace sm90 {
 
 constexpr int kWarpgroupThreads = 128;
 
-template <class Scalar_,       // __half or __nv_bfloat16: activations and output
-          int GROUP_,          // k that share a scale: 32, 64, 128; 0 = the whole column
+template <class Weight_,       // of common/weight_types.cuh
+          class Scalar_,       // __half or __nv_bfloat16: activations and output
+          int GROUP_,          // k that share a scale: 16, 32, 64, 128; 0 = the whole column
           int TOKENS_,         // tokens of a tile
           int WARPGROUPS_,     // that multiply: 2 or 4
           int M_TILES_,        // 64-feature tiles of each warpgroup: 1 or 2
@@ -20,6 +21,7 @@ template <class Scalar_,       // __half or __nv_bfloat16: activations and outpu
           int SCALE_SUMS_,     // 1: scales multiply the sums of a group; 0: the weights
           int STORAGE_BYTES_>  // sizeof(GemmStorage), as the host computes it
 struct GemmConfig {
+  using Weight = Weight_;
   using Scalar = Scalar_;
   static constexpr int GROUP = GROUP_;
   static constexpr int TOKENS = TOKENS_;
@@ -34,18 +36,18 @@ struct GemmConfig {
 
   static constexpr int STAGE_TILES = STAGE_TILES_;
 
-  using Scales = ScaleLayout<GROUP>;
+  using Rows = RowLayout<Weight, GROUP>;
   static constexpr int CONSUMERS = WARPGROUPS * kWarpgroupThreads;
   static constexpr int THREADS = CONSUMERS + kWarpgroupThreads;  // one warpgroup feeds
   static constexpr int PAIRS = WARPGROUPS * M_TILES / 2;  // column pairs of a block
   static constexpr int FEATURES = PAIRS * 2 * kTileN;
   static constexpr int SUMS = TOKENS / 2;  // accumulators of a lane for one 64-feature tile
 
-  // A stage: codes and scales of each column pair, and activations in boxes of 64 k.
-  static constexpr int SCALE_ROWS =  // groups of a stage
+  // A stage: codes and rows of groups of each column pair, and activations in boxes of 64 k.
+  static constexpr int GROUP_ROWS =  // groups of a stage
       GROUP == 0 ? 0 : GROUP < STAGE_TILES * kTileK ? STAGE_TILES * kTileK / GROUP : 1;
-  static constexpr int PAIR_CODES = STAGE_TILES * 2 * kTileBytes;
-  static constexpr int PAIR_BYTES = PAIR_CODES + SCALE_ROWS * 2 * kScaleRowBytes;
+  static constexpr int PAIR_CODES = STAGE_TILES * 2 * kTileBytes<Weight>;
+  static constexpr int PAIR_BYTES = PAIR_CODES + GROUP_ROWS * 2 * kRowBytes<Weight>;
   static constexpr int BOX_BYTES = TOKENS * kTileK * static_cast<int>(sizeof(Scalar));
 
   // Steps: the multiplications between two commits; with scaled sums a step ends where a group
@@ -53,7 +55,7 @@ struct GemmConfig {
   static constexpr int STEP_K16 = SCALE_SUMS && GROUP < kTileK ? GROUP / 16 : kStepsPerTile;
   static constexpr int PARTS = kStepsPerTile / STEP_K16;  // steps along the k of a tile
   static constexpr int STEPS = PARTS * M_TILES;           // steps of a tile of all columns
-  static constexpr int STEP_SCALES = GROUP == 0 ? 0 : ceil_div(Scales::kPerTile, PARTS);
+  static constexpr int STEP_ROWS = GROUP == 0 ? 0 : ceil_div(Rows::kPerTile, PARTS);
 
   // Registers per thread: what the launch gives, redistributed to those that multiply.
   static constexpr int FEEDER_REGISTERS = WARPGROUPS == 4 ? 24 : BLOCKS_PER_SM == 1 ? 40 : 32;
@@ -63,6 +65,10 @@ struct GemmConfig {
   static constexpr int PARTIAL_ROW = TOKENS + 4;        // floats; padded against bank conflicts
   static constexpr int OUT_ROW = M_TILES * kTileN + 8;  // elements; likewise
 
+  static_assert(STAGES > 2 || STEPS * STAGE_TILES > 1,
+                "a stage is opened one step before its predecessor's predecessor is released");
+  static_assert(STEP_K16 >= 2, "a step is long enough to be worth a commit");
+  static_assert(PAIR_BYTES % 16 == 0, "bulk copies go to multiples of 16 bytes");
   static_assert(TOKENS % 8 == 0 && TOKENS <= 256, "tokens are the columns of a wgmma");
   static_assert(CLUSTER >= 1 && CLUSTER <= 8, "portable clusters have at most 8 blocks");
   static_assert(WARPGROUPS == 2 || WARPGROUPS == 4, "pairs of columns are not divided");
