@@ -5,6 +5,8 @@ A layout is how the weights of a layer lie in memory while it is used:
     marlin  the on-disk tensors; unpack, dequantize and multiply, on any device
     sm80    the kernels of `sm80_path`     (sm80_layout.KernelTensors)
     sm90    the kernels of `launch`        (permuted 4-byte words of `B`)
+    sm90_int8, sm90_fp8   the kernels of `sm90_8bit_path`, for inputs that are rounded to int8 or
+            float8_e4m3fn                  (sm90_8bit_layout.Records)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import formats, reference, sm80_layout
+from . import formats, reference, sm80_layout, sm90_8bit_layout
 from .errors import ConfigError
 from .formats import LayerSpec, QuantizedLinear
 from .layout import unpermute_columns
@@ -28,11 +30,18 @@ from .sm80_layout import KernelTensors
 from .weight_types import WeightType
 
 ENVIRONMENT = "MARLIN_KERNEL_BACKEND"
-LAYOUTS = ("codes", "marlin", "sm80", "sm90")
-_KERNEL_MODULES = {"sm90": "launch", "sm80": "sm80_path"}  # preferred first
+LAYOUTS = ("codes", "marlin", "sm80", "sm90", "sm90_int8", "sm90_fp8")
+EIGHT_BIT_LAYOUTS = {"sm90_int8": "int8", "sm90_fp8": "float8_e4m3fn"}  # and their activations
+_KERNEL_MODULES = {  # preferred first
+    "sm90": "launch",
+    **dict.fromkeys(EIGHT_BIT_LAYOUTS, "sm90_8bit_path"),
+    "sm80": "sm80_path",
+}
 # Weight types whose kernels have passed all their tests on a GPU. Those of the others, and of 8-bit
 # activations, have passed them in the emulator; they serve when MARLIN_KERNEL_BACKEND names them.
 _PROVEN_TYPES = ("uint4b8",)
+# Likewise weight types and activations of `sm90_8bit_path`.
+_PROVEN_EIGHT_BIT: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class Selection:
 class Prepared:
     """Tensors of a layer in a layout: what `ops.gemm` takes.
 
-    weights: bytes [K, N] ("codes": see `natural`), else int32 words; scales: natural ("codes") or
+    weights: bytes [K, N] ("codes": see `natural`), records ("sm90_int8", "sm90_fp8": see
+    sm90_8bit_layout.Records, scales too), else int32 words; scales: natural ("codes") or
     in the order of the layout; zeros: natural ("codes"), as on disk ("marlin"), in the order of the
     layout, or None; perm: integers [K'], activations are gathered by it (the weight rows of an
     act-order layer are sorted by group; -1 in "sm80": no input), or None; group_size: inputs per
@@ -90,7 +100,9 @@ def _supports(
     if supports is None:
         return False
     group_size = kernel_group_size(spec.group_size, spec.k)
-    if layout == "sm80":
+    if layout in EIGHT_BIT_LAYOUTS and activation != EIGHT_BIT_LAYOUTS[layout]:
+        return False
+    if layout == "sm80" or layout in EIGHT_BIT_LAYOUTS:
         features = (activation, spec.act_order, spec.k_full)
         return supports(device, spec.weight_type.name, group_size, dtype, *features)
     if activation is not None or not spec.k_full:
@@ -124,7 +136,11 @@ def select_backend(
     for layout in _KERNEL_MODULES:
         if not _supports(layout, device, spec, dtype, activation):
             continue
-        if spec.weight_type.name in _PROVEN_TYPES and activation is None:
+        if layout in EIGHT_BIT_LAYOUTS:
+            proven = (spec.weight_type.name, activation) in _PROVEN_EIGHT_BIT
+        else:
+            proven = spec.weight_type.name in _PROVEN_TYPES and activation is None
+        if proven:
             return Selection(layout, f"kernel for {what}")
         return Selection(
             "marlin",
@@ -142,6 +158,9 @@ def prepare(
     if layout == "sm80":
         held = sm80_layout.kernel_tensors(tensors, spec)
         return Prepared(layout, held.weights, held.scales, held.zeros, held.perm, held.group_size)
+    if layout in EIGHT_BIT_LAYOUTS:
+        records = sm90_8bit_layout.records(tensors, spec, EIGHT_BIT_LAYOUTS[layout])
+        return Prepared(layout, records.weights, records.scales, None, None)
     if not spec.k_full:
         return _prepare_shard(tensors, spec)
     perm = torch.argsort(tensors["g_idx"], stable=True) if spec.act_order else None
@@ -180,6 +199,9 @@ def restore(
 
     global_scale: of the layer, if it has one. Raises ConfigError for a prepared shard of K.
     """
+    if prepared.layout in EIGHT_BIT_LAYOUTS:
+        records = sm90_8bit_layout.Records(prepared.weights, prepared.scales)
+        return sm90_8bit_layout.stored_tensors(records, spec, EIGHT_BIT_LAYOUTS[prepared.layout])
     if prepared.layout == "sm80" or not spec.k_full:
         tensors = (prepared.weights, prepared.scales, prepared.zeros, prepared.perm, global_scale)
         held = KernelTensors(*tensors, prepared.group_size)

@@ -23,7 +23,7 @@ _SCHEMA = (
     "int k, int n, int group_size, str weight_type, str layout, bool batch_invariant, "
     "Tensor? global_scale=None, str activation='', bool reduce_half=False) -> Tensor"
 )
-_KERNEL_LAYOUTS = ("sm80", "sm90")
+_KERNEL_LAYOUTS = ("sm80", "sm90", *backends.EIGHT_BIT_LAYOUTS)
 _KERNEL_ACTIVATIONS = (torch.float16, torch.bfloat16)
 _ACTIVATIONS = (*_KERNEL_ACTIVATIONS, torch.float32)
 ACTIVATION_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -56,6 +56,10 @@ def _gemm(
         tensors = (weights, scales, zeros, perm, global_scale, bias)
         features = (weight_type, activation, batch_invariant, reduce_half)
         out = _run_sm80(rows, *tensors, n, group_size, *features)
+    elif layout in backends.EIGHT_BIT_LAYOUTS:
+        out = _run_8bit(
+            *(rows, weights, scales, bias, n, group_size, weight_type, layout, batch_invariant)
+        )
     elif layout in _KERNEL_LAYOUTS:
         out = _run_kernel(rows, weights, scales, bias, k, n, group_size, layout, batch_invariant)
     else:
@@ -188,6 +192,32 @@ def _run_sm80(
         batch_invariant=batch_invariant,
         reduce_half=reduce_half,
     )
+    return out
+
+
+def _run_8bit(
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    weight_type: str,
+    layout: str,
+    batch_invariant: bool,
+) -> Tensor:
+    rows = _kernel_rows(rows, layout)
+    path, quantize = backends.kernels(layout), backends.kernels("sm80").quantize_activations
+    activation = backends.EIGHT_BIT_LAYOUTS[layout]
+    out = rows.new_empty(rows.shape[0], n)
+    if bias is not None and bias.dtype != rows.dtype:
+        bias = bias.to(rows.dtype)
+    codes, token_scales = quantize(
+        rows, ACTIVATION_DTYPES[activation], -(-rows.shape[1] // 16) * 16
+    )
+    grouped = scales.numel() == 1
+    types = path.types(weight_type, activation, rows.dtype, group_size if grouped else 0)
+    path.gemm(codes, token_scales, weights, scales, bias, out, types, batch_invariant)
     return out
 
 

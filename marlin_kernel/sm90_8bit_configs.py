@@ -163,12 +163,13 @@ class EightBitConfig:
 # tokens, warpgroups, multicast, blocks of a multiprocessor, splits
 _SHAPES = (
     *((tokens, 1, 1, 3, (1, 2, 4, 8)) for tokens in (8, 16)),
-    *((tokens, 2, 1, 2, (1, 2, 4, 8)) for tokens in (8, 16, 32)),
-    *((tokens, 4, 1, 1, (1, 2, 4, 8)) for tokens in (8, 16, 32)),
+    *((tokens, 2, 1, 2, (1, 2, 4, 8)) for tokens in (8, 16)),
+    *((tokens, 4, 1, 1, (1, 2, 4, 8)) for tokens in (8, 16)),
     (32, 1, 1, 2, (1, 2, 4, 8)),
+    (32, 3, 1, 1, (1, 2, 4, 8)),
     (64, 1, 1, 2, (1, 2, 4, 8)),
     (64, 2, 1, 1, (1, 2, 4)),
-    (64, 3, 1, 1, (1, 2)),
+    (64, 3, 1, 1, (1,)),
     (128, 2, 1, 1, (1, 2, 4)),
     (128, 2, 2, 1, (1,)),
     (192, 2, 1, 1, (1,)),
@@ -176,8 +177,14 @@ _SHAPES = (
     (256, 2, 1, 1, (1,)),
     (256, 2, 2, 1, (1,)),
 )
-# Direct sums need fewer registers.
-_DIRECT_SHAPES = ((64, 2, 1, 2, (1, 2, 4)), (128, 3, 1, 1, (1,)), (128, 3, 2, 1, (1,)))
+# Those that only integers have registers for, and only those without groups.
+_INTEGER_SHAPES = ((32, 4, 1, 1, (1, 2, 4, 8)),)
+_DIRECT_SHAPES = (
+    (32, 2, 1, 2, (1, 2, 4, 8)),
+    (64, 2, 1, 2, (1, 2, 4)),
+    (128, 3, 1, 1, (1,)),
+    (128, 3, 2, 1, (1,)),
+)
 
 
 @functools.cache
@@ -186,10 +193,11 @@ def supported_configs(types: EightBitTypes) -> tuple[EightBitConfig, ...]:
     found = []
     for tokens, groups, multicast, blocks, splits in (
         *_SHAPES,
+        *(_INTEGER_SHAPES if types.activation == "int8" else ()),
         *(() if types.promote else _DIRECT_SHAPES),
     ):
         for split in splits:
-            for stages in range(16 if tokens <= 64 else 8, 1, -1):
+            for stages in range(16 if tokens <= 64 else 8, 2, -1):
                 config = EightBitConfig(tokens, groups, multicast, split, stages, blocks)
                 if config.fits(types, split):
                     found.append(config)

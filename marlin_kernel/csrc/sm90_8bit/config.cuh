@@ -30,7 +30,6 @@ using scaled::kWarpgroupThreads;
 
 constexpr int kStepK = 32;  // of one instruction
 constexpr int kSteps = kStageK / kStepK;
-constexpr int kPartTokens = 64;  // tokens whose sums are moved to FP32 at once
 
 // A if CONDITION, else B.
 template <bool CONDITION, class A, class B>
@@ -78,16 +77,13 @@ struct Config {
   static constexpr int THREADS = CONSUMERS + kWarpgroupThreads;  // one warpgroup feeds
 
   // Products are added up in the accumulators of the instruction over all k, or moved on to FP32
-  // totals after every RUN steps, for PART tokens at a time.
+  // totals after every RUN steps, for PART tokens at a time (fewer where registers are short).
   static constexpr bool PROMOTE = GROUP > 0 || kIsSame<Operand, ptx::Float8>;
   static constexpr int RUN = GROUP > 0 ? GROUP / kStepK : kSteps;
-  static constexpr int PART = TOKENS < kPartTokens ? TOKENS : kPartTokens;
+  static constexpr int PART = TOKENS > 128 ? 32 : TOKENS > 64 ? 64 : TOKENS;
   static constexpr int PARTS = TOKENS / PART;
   static constexpr int MOVES = kSteps / RUN * PARTS;  // of a stage
   using Total = typename Either<PROMOTE, float, Sum>::Type;
-  // Fragments of the next stage are made while those of this one are multiplied, where there are
-  // registers for both.
-  static constexpr int FRAGMENT_BUFFERS = PROMOTE && TOKENS > 192 ? 1 : 2;
 
   // A record.
   static constexpr bool ZEROS = Weight::ZEROS == Zeros::INTEGER;
@@ -111,12 +107,12 @@ struct Config {
 
   static_assert(GROUP == 0 || GROUP == 32 || GROUP == 64 || GROUP == 128,
                 "a group is a whole column, 32, 64 or 128 k");
+  static_assert(STAGES >= 3, "a stage is opened while the one before it is multiplied");
   static_assert(!ZEROS || Weight::BITS == 4, "zero points come with 4-bit codes");
   static_assert(MULTICAST == 1 || SPLIT == 1, "a cluster shares tokens or a k range, not both");
   static_assert(CLUSTER <= 8, "portable clusters have at most 8 blocks");
   static_assert(TOKENS % (8 * MULTICAST) == 0, "each block of a cluster fetches whole atoms");
   static_assert(TOKENS % PART == 0, "tokens are moved on in whole parts");
-  static_assert(FRAGMENT_BUFFERS == 2 || MOVES % 2 == 0, "two sets of sums alternate");
 };
 
 // Dynamic shared memory.

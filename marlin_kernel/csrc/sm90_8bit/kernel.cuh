@@ -129,7 +129,6 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   using Weight = typename Config::Weight;
   using Operand = typename Config::Operand;
   static constexpr bool PROMOTE = Config::PROMOTE;
-  static constexpr int BUFFERS = Config::FRAGMENT_BUFFERS;
   static constexpr int MOVES = Config::MOVES;
   static constexpr bool FOUR_BITS = Weight::BITS == 4;
   using Base::group_;
@@ -189,7 +188,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   template <int BUFFER>
   __device__ __forceinline__ void multiply_stage(bool first, bool more) {
     if constexpr (PROMOTE)
-      multiply_moves<BUFFER % BUFFERS, BUFFER * MOVES, 0>(first, more);
+      multiply_moves<BUFFER, 0>(first, more);
     else
       multiply_whole<BUFFER>(first, more);
   }
@@ -216,11 +215,11 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   }
 
   // Sums of RUN steps and of PART tokens at a time. Two sets of accumulators alternate: one is moved
-  // on to the totals while the other is multiplied into. TURN: number of this stage's first move.
-  template <int BUFFER, int TURN, int MOVE>
+  // on to the totals while the other is multiplied into.
+  template <int BUFFER, int MOVE>
   __device__ __forceinline__ void multiply_moves(bool first, bool more) {
     if constexpr (MOVE < MOVES) {
-      constexpr int SET = (TURN + MOVE) % 2;
+      constexpr int SET = (BUFFER * MOVES + MOVE) % 2;
       constexpr int PART = MOVE % Config::PARTS;
       constexpr int RUN = MOVE / Config::PARTS;
       constexpr bool LAST = MOVE == MOVES - 1;
@@ -241,35 +240,26 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
         open_stage();
         load_words();
       }
-      if constexpr (MOVE > 0 || BUFFERS == 2) {
-        ptx::wgmma_wait<1>();  // the move before is complete
-        if (MOVE == 0 && !first) release(previous_);
-        add_to_totals<SET ^ 1, (PART + Config::PARTS - 1) % Config::PARTS>();
-      }
+      ptx::wgmma_wait<1>();  // the move before is complete
+      if (MOVE == 0 && !first) release(previous_);
       if (MOVE == 0) previous_ = stage;
+      add_to_totals<SET ^ 1, (PART + Config::PARTS - 1) % Config::PARTS>();
       scale_ = scale;
-      if constexpr (LAST && BUFFERS == 1) {  // the fragments are overwritten: wait for all
-        ptx::wgmma_wait<0>();
-        release(stage);
-        add_to_totals<SET, PART>();
-      }
-      if (LAST && more) decode<(BUFFER ^ 1) % BUFFERS>();
-      multiply_moves<BUFFER, TURN, MOVE + 1>(first, more);
+      if (LAST && more) decode<BUFFER ^ 1>();
+      multiply_moves<BUFFER, MOVE + 1>(first, more);
     }
   }
 
   // After the last stage, which was multiply_stage<BUFFER>.
   template <int BUFFER>
   __device__ __forceinline__ void finish() {
-    if constexpr (BUFFERS == 2) {
-      ptx::wgmma_wait<0>();
-      release(previous_);
-      if constexpr (PROMOTE) {
-        add_to_totals<(BUFFER * MOVES + MOVES - 1) % 2, Config::PARTS - 1>();
-      } else {
+    ptx::wgmma_wait<0>();
+    release(previous_);
+    if constexpr (PROMOTE) {
+      add_to_totals<(BUFFER * MOVES + MOVES - 1) % 2, Config::PARTS - 1>();
+    } else {
 #pragma unroll
-        for (int i = 0; i < Config::TOKENS / 2; ++i) ptx::pin_registers_8bit(totals_[i]);
-      }
+      for (int i = 0; i < Config::TOKENS / 2; ++i) ptx::pin_registers_8bit(totals_[i]);
     }
   }
 
@@ -376,7 +366,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   uint32_t words_[FOUR_BITS ? 2 * kSteps : 1];
   uint32_t scale_words_[Config::GROUPS > 0 ? Config::GROUPS : 1];
   uint32_t zero_pairs_[Config::GROUPS > 0 ? Config::GROUPS : 1];
-  uint32_t fragments_[BUFFERS][kSteps][4];
+  uint32_t fragments_[2][kSteps][4];
   Sum sums_[PROMOTE ? 2 : 1][Config::PART / 2];
   Total totals_[Config::TOKENS / 2];
 };
