@@ -83,7 +83,8 @@ def stored_tensors(held: Records, spec: LayerSpec, activation: str) -> dict[str,
     columns, stages, _ = held.weights.shape
     codes = _decode(held.weights[..., : types.code_bytes], types)
     out = {"B": pack(codes[: shape.k_padded], wtype)}
-    rows = held.weights[..., types.code_bytes :].reshape(columns, stages, types.rows, -1)
+    rows = held.weights[..., types.code_bytes :]
+    rows = rows.reshape(columns, stages, types.rows, types.row_bytes)
     if types.group_size:
         scales = _columns(rows[..., : 2 * TILE_FEATURES].contiguous().view(torch.float16))
         scales = scales[: shape.groups]
