@@ -34,6 +34,7 @@ FEW = EightBitConfig(tokens=8, warpgroups=2, multicast=1, split=1, stages=3, blo
 SPLIT = EightBitConfig(tokens=16, warpgroups=1, multicast=1, split=2, stages=3, blocks_per_sm=1)
 SHARED = EightBitConfig(tokens=64, warpgroups=1, multicast=2, split=1, stages=3, blocks_per_sm=1)
 PARTS = EightBitConfig(tokens=128, warpgroups=2, multicast=1, split=1, stages=3, blocks_per_sm=1)
+LEAD = EightBitConfig(64, warpgroups=2, multicast=1, split=1, stages=4, blocks_per_sm=1, lead=1)
 THREE = EightBitConfig(tokens=192, warpgroups=1, multicast=1, split=1, stages=3, blocks_per_sm=1)
 # weight type, activation, output, group size
 KERNELS = [
@@ -41,6 +42,8 @@ KERNELS = [
     (SPLIT, EightBitTypes("uint4b8", "int8", "bfloat16", 0)),
     (SHARED, EightBitTypes("uint4b8", "int8", "float16", 0)),
     (PARTS, EightBitTypes("uint4b8", "int8", "float16", 0)),
+    (LEAD, EightBitTypes("uint4b8", "int8", "float16", 0)),
+    (LEAD, EightBitTypes("uint4b8", "float8_e4m3fn", "float16", 128)),
     (FEW, EightBitTypes("uint4b8", "int8", "float16", 128)),
     (SPLIT, EightBitTypes("uint4b8", "int8", "float16", 64)),
     (SHARED, EightBitTypes("uint4b8", "int8", "bfloat16", 32)),
@@ -122,7 +125,7 @@ def library() -> EightBitLibrary:
 
 def name_of(value: object) -> str:
     if isinstance(value, EightBitConfig):
-        return f"t{value.tokens}w{value.warpgroups}m{value.multicast}s{value.split}"
+        return f"t{value.tokens}w{value.warpgroups}m{value.multicast}s{value.split}l{value.lead}"
     return f"{value.weight_type}-{value.activation}-{value.output}-g{value.group_size}"
 
 

@@ -56,6 +56,7 @@ template <class Weight_,       // of common/weight_types.cuh
           int SPLIT_,          // blocks of a cluster that share a tile's k range
           int STAGES_,         // of the ring
           int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
+          int LEAD_,           // 1: the first warpgroup starts two stages before the others
           int STORAGE_BYTES_>  // sizeof(Storage), as the host computes it
 struct Config {
   using Weight = Weight_;
@@ -70,6 +71,7 @@ struct Config {
   static constexpr int CLUSTER = MULTICAST * SPLIT;
   static constexpr int STAGES = STAGES_;
   static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
+  static constexpr bool LEAD = LEAD_ != 0;
   static constexpr int STORAGE_BYTES = STORAGE_BYTES_;
 
   static constexpr int FEATURES = WARPGROUPS * kGroupFeatures;
@@ -108,6 +110,8 @@ struct Config {
   static_assert(GROUP == 0 || GROUP == 32 || GROUP == 64 || GROUP == 128,
                 "a group is a whole column, 32, 64 or 128 k");
   static_assert(STAGES >= 3, "a stage is opened while the one before it is multiplied");
+  static_assert(!LEAD || (WARPGROUPS > 1 && STAGES >= 4 && SPLIT == 1),
+                "a leading warpgroup needs room in the ring, and several tiles to be of use");
   static_assert(!ZEROS || Weight::BITS == 4, "zero points come with 4-bit codes");
   static_assert(MULTICAST == 1 || SPLIT == 1, "a cluster shares tokens or a k range, not both");
   static_assert(CLUSTER <= 8, "portable clusters have at most 8 blocks");
@@ -130,6 +134,7 @@ struct Storage {
   alignas(16) float scale_a[Config::WARPGROUPS][Config::TOKENS];
   alignas(16) uint64_t full[Config::STAGES];
   alignas(16) uint64_t empty[Config::STAGES];
+  alignas(16) uint64_t lead;  // the first warpgroup has got ahead
 
   static_assert(Config::SPLIT == 1 || sizeof(Partial) <= sizeof(Ring),
                 "the sums of a tile must fit where the ring was");

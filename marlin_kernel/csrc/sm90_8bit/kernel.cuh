@@ -5,6 +5,10 @@
 // WARPGROUPS warpgroups turns the codes of its 64 features into A fragments and multiplies them with
 // all tokens of the stage. Codes of the next stage are decoded while this one is multiplied. Copies
 // of weights start before the preceding kernel has ended; activations wait for it.
+//
+// Warpgroups share the tensor cores and would all write their tiles at the same time, with nothing
+// left to multiply. With LEAD the first one starts two stages before the others and stays ahead: it
+// writes while the others still multiply, and multiplies while they write.
 #pragma once
 
 #include "common/ring.cuh"
@@ -142,11 +146,14 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
 
   __device__ __forceinline__ void run() {
     ptx::wait_for_predecessors();  // scales of tokens, and what is overwritten
+    leads_ = Config::LEAD && group_ == 0;
+    if (Config::LEAD && group_ > 0) ptx::mbarrier_wait(&shared_.lead, 0);
     for (scaled::Walk<Config> walk(p_); !walk.done(); walk.next()) {
       int feature, token;
       walk.place(feature, token);
       this->load_scales(token);
       multiply(walk.k_end(p_) - walk.k_begin(p_));
+      if (Config::LEAD) let_others_start();  // should there be fewer than three stages
       this->store_scales();
       if constexpr (Config::SPLIT > 1)
         this->add_cluster(totals_, walk.rank, feature, token);
@@ -173,6 +180,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
     for (; i + 2 < tiles; i += 2) {
       multiply_stage<0>(i == 0, true);
       multiply_stage<1>(false, true);
+      if (Config::LEAD) let_others_start();
     }
     if (i + 2 == tiles) {
       multiply_stage<0>(i == 0, true);
@@ -182,6 +190,11 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
       multiply_stage<0>(i == 0, false);
       finish<0>();
     }
+  }
+
+  __device__ __forceinline__ void let_others_start() {
+    if (leads_ && lane_ == 0) ptx::mbarrier_arrive(&shared_.lead);
+    leads_ = false;
   }
 
   // Multiply the stage whose fragments are in buffer `BUFFER`. first, more: of the tile.
@@ -360,6 +373,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   }
 
   common::RingPosition<Config::STAGES> position_;
+  bool leads_;        // and others have not been told to start
   int stage_ = 0;     // whose codes are being decoded or multiplied
   int previous_ = 0;  // to be released
   float2 scale_;      // of the sums under way
@@ -387,6 +401,7 @@ __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
       ptx::mbarrier_init(&shared.full[stage], 1);
       ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * Config::MULTICAST);
     }
+    if (Config::LEAD) ptx::mbarrier_init(&shared.lead, kWarpgroupThreads / kWarpSize);
     ptx::fence_mbarrier_init();
   }
   ptx::block_sync();
