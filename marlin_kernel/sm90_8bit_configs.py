@@ -193,7 +193,10 @@ _DIRECT_SHAPES = (
 def supported_configs(types: EightBitTypes) -> tuple[EightBitConfig, ...]:
     """Every configuration that the library may choose and the tests iterate."""
     found = []
-    short_of_registers = types.code_bytes > 4096 and types.group_size in (32, 64)
+    short_of_registers = types.activation == "int8" and (
+        types.group_size == 64
+        or (types.group_size == 32 and WEIGHT_TYPES[types.weight_type].bits == 8)
+    )
     for tokens, groups, multicast, blocks, splits in (
         *_SHAPES,
         *(_INTEGER_SHAPES if types.activation == "int8" else ()),

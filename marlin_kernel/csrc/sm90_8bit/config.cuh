@@ -82,7 +82,8 @@ struct Config {
   // totals after every RUN steps, for PART tokens at a time (fewer where registers are short).
   static constexpr bool PROMOTE = GROUP > 0 || kIsSame<Operand, ptx::Float8>;
   static constexpr int RUN = GROUP > 0 ? GROUP / kStepK : kSteps;
-  static constexpr int PART = TOKENS > 128 ? 32 : TOKENS > 64 ? 64 : TOKENS;
+  static constexpr int PART =
+      TOKENS > 128 || (GROUP == 64 && TOKENS > 32) ? 32 : TOKENS > 64 ? 64 : TOKENS;
   static constexpr int PARTS = TOKENS / PART;
   static constexpr int MOVES = kSteps / RUN * PARTS;  // of a stage
   using Total = typename Either<PROMOTE, float, Sum>::Type;
