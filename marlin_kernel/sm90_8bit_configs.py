@@ -168,22 +168,23 @@ _SHAPES = (
     *((tokens, 2, 1, 2, (1, 2, 4, 8)) for tokens in (8, 16)),
     *((tokens, 4, 1, 1, (1, 2, 4, 8)) for tokens in (8, 16)),
     (32, 1, 1, 2, (1, 2, 4, 8)),
-    (32, 3, 1, 1, (1, 2, 4, 8)),
+    (32, 3, 1, 1, (1, 2, 3, 4, 6, 8)),
     (64, 1, 1, 2, (1, 2, 4, 8)),
     (64, 2, 1, 1, (1, 2, 4)),
-    (64, 3, 1, 1, (1,)),
+    (64, 3, 1, 1, (1, 2, 3, 4, 6)),
     (128, 2, 1, 1, (1, 2, 4)),
-    (128, 2, 2, 1, (1,)),
     (192, 2, 1, 1, (1,)),
-    (192, 2, 2, 1, (1,)),
     (256, 2, 1, 1, (1,)),
-    (256, 2, 2, 1, (1,)),
+    *((tokens, 2, 2, 1, (1,)) for tokens in (64, 128, 192, 256)),
+    *((tokens, 2, 4, 1, (1,)) for tokens in (64, 128, 256)),
 )
 # Those that only integers have registers for, and only those without groups.
 _INTEGER_SHAPES = ((32, 4, 1, 1, (1, 2, 4, 8)),)
 _DIRECT_SHAPES = (
     (32, 2, 1, 2, (1, 2, 4, 8)),
     (64, 2, 1, 2, (1, 2, 4)),
+    (64, 4, 1, 1, (1, 2, 4)),
+    (64, 4, 2, 1, (1,)),
     (128, 3, 1, 1, (1,)),
     (128, 3, 2, 1, (1,)),
 )
@@ -202,7 +203,7 @@ def supported_configs(types: EightBitTypes) -> tuple[EightBitConfig, ...]:
         *(_INTEGER_SHAPES if types.activation == "int8" else ()),
         *(() if types.promote else _DIRECT_SHAPES),
     ):
-        if short_of_registers and tokens > 128:
+        if short_of_registers and (tokens > 128 or multicast > 2):
             continue
         for split in splits:
             for stages in range(16 if tokens <= 64 else 8, 2, -1):

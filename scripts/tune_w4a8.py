@@ -2,7 +2,7 @@
 
     python scripts/tune_w4a8.py                          # all types, shapes and token counts below
     python scripts/tune_w4a8.py --types uint4b8-int8-0   # these only; other rows of the table stay
-    python scripts/tune_w4a8.py --candidates 20          # more configurations of each entry
+    python scripts/tune_w4a8.py --candidates 30          # more configurations of each entry
 
 FP16 results, bias-free. Weights rotate so that none is in the L2 cache (scripts/gpu_timing.py);
 activations are quantized beforehand. Of every entry the configurations of least estimated time are
@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", default=TYPES, help="weight-activation-group")
     parser.add_argument("--shapes", nargs="+", help="K x N, as 4096x4096")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--candidates", type=int, default=12)
+    parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     gpu = scaled_mm._gpu_name(0)

@@ -82,8 +82,9 @@ struct Config {
   // totals after every RUN steps, for PART tokens at a time (fewer where registers are short).
   static constexpr bool PROMOTE = GROUP > 0 || kIsSame<Operand, ptx::Float8>;
   static constexpr int RUN = GROUP > 0 ? GROUP / kStepK : kSteps;
-  static constexpr int PART =
-      TOKENS > 128 || (GROUP == 64 && TOKENS > 32) ? 32 : TOKENS > 64 ? 64 : TOKENS;
+  static constexpr bool SMALL_PARTS = TOKENS > 128 || WARPGROUPS > 2 || GROUP == 64;
+  static constexpr int LARGEST_PART = SMALL_PARTS ? 32 : 64;
+  static constexpr int PART = TOKENS < LARGEST_PART ? TOKENS : LARGEST_PART;
   static constexpr int PARTS = TOKENS / PART;
   static constexpr int MOVES = kSteps / RUN * PARTS;  // of a stage
   using Total = typename Either<PROMOTE, float, Sum>::Type;
@@ -117,6 +118,7 @@ struct Config {
   static_assert(MULTICAST == 1 || SPLIT == 1, "a cluster shares tokens or a k range, not both");
   static_assert(CLUSTER <= 8, "portable clusters have at most 8 blocks");
   static_assert(TOKENS % (8 * MULTICAST) == 0, "each block of a cluster fetches whole atoms");
+  static_assert(FEATURES % SPLIT == 0, "every block of a cluster writes the same share");
   static_assert(TOKENS % PART == 0, "tokens are moved on in whole parts");
 };
 
