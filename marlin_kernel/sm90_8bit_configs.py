@@ -203,7 +203,7 @@ def supported_configs(types: EightBitTypes) -> tuple[EightBitConfig, ...]:
         *(_INTEGER_SHAPES if types.activation == "int8" else ()),
         *(() if types.promote else _DIRECT_SHAPES),
     ):
-        if short_of_registers and (tokens > 128 or multicast > 2):
+        if short_of_registers and tokens > 64:
             continue
         for split in splits:
             for stages in range(16 if tokens <= 64 else 8, 2, -1):
@@ -233,6 +233,8 @@ def estimate(
     k_tiles = math.ceil(k / STAGE_K)
     blocks = config.tiles(m, n) * config.cluster
     room = multiprocessors * config.blocks_per_sm
+    if config.cluster > 2:  # larger clusters do not fit on every multiprocessor
+        room = room * 9 // 10
     rounds = math.ceil(blocks / room)
     at_once = min(config.blocks_per_sm, math.ceil(blocks / multiprocessors))
     busy = min(1.0, blocks / multiprocessors) * multiprocessors

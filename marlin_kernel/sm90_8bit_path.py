@@ -60,6 +60,18 @@ def _plans() -> launch._ThreadPlans:
     return launch._ThreadPlans()
 
 
+def _limit_to_resident(plan: launch.Plan, cluster: int) -> None:
+    """No more clusters than run at once: tiles are divided among all, and late ones would be late.
+
+    Clusters of 4 do not fit on every multiprocessor.
+    """
+    most = launch._check(
+        launch._driver().cuOccupancyMaxActiveClusters(plan._handle, plan._config),
+        "cuOccupancyMaxActiveClusters",
+    )
+    plan._config.gridDimX = min(plan._config.gridDimX, max(1, int(most)) * cluster)
+
+
 def launch_config(
     config: EightBitConfig,
     types: EightBitTypes,
@@ -91,6 +103,8 @@ def launch_config(
             launch._TENSOR_MAP_OFFSET + launch._TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
         )
+        if config.multicast > 1:
+            _limit_to_resident(plan, config.multicast)
     start = launch._TENSOR_MAP_OFFSET
     plan.arguments[start : start + launch._TENSOR_MAP_BYTES] = scaled_mm._byte_map(
         a.data_ptr(), m, k, k, (config.tokens // config.multicast, STAGE_K)
