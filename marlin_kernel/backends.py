@@ -5,6 +5,8 @@ A layout is how the weights of a layer lie in memory while it is used:
     marlin  the on-disk tensors; unpack, dequantize and multiply, on any device
     sm80    the kernels of `sm80_path`     (sm80_layout.KernelTensors)
     sm90    the kernels of `launch`        (sm90_layout)
+    sm90_int8, sm90_fp8   the kernels of `sm90_8bit_path`, for inputs that are rounded to int8 or
+            float8_e4m3fn                  (sm90_8bit_layout.Records)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import formats, reference, sm80_layout, sm90_layout
+from . import formats, reference, sm80_layout, sm90_8bit_layout, sm90_layout
 from .errors import ConfigError
 from .formats import LayerSpec, QuantizedLinear
 from .layout import unpermute_columns
@@ -28,15 +30,14 @@ from .sm80_layout import KernelTensors
 from .weight_types import WeightType
 
 ENVIRONMENT = "MARLIN_KERNEL_BACKEND"
-LAYOUTS = ("codes", "marlin", "sm80", "sm90")
-_KERNEL_MODULES = {"sm90": "launch", "sm80": "sm80_path"}  # preferred first
+LAYOUTS = ("codes", "marlin", "sm80", "sm90", "sm90_int8", "sm90_fp8")
+EIGHT_BIT_LAYOUTS = {"sm90_int8": "int8", "sm90_fp8": "float8_e4m3fn"}  # and their activations
+_KERNEL_MODULES = {  # preferred first
+    "sm90": "launch",
+    **dict.fromkeys(EIGHT_BIT_LAYOUTS, "sm90_8bit_path"),
+    "sm80": "sm80_path",
+}
 _KERNEL_LAYOUTS = {"sm90": sm90_layout, "sm80": sm80_layout}
-# Weight types whose kernels have passed all their tests on a GPU. Those of the others, and of 8-bit
-# activations, have passed them in the emulator; they serve when MARLIN_KERNEL_BACKEND names them.
-_PROVEN_TYPES = ("uint4b8",)
-_PROVEN_SM90_TYPES = (
-    "uint4b8",
-)  # the same of the sm90 kernels: others use those of sm80 until then
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Selection:
 class Prepared:
     """Tensors of a layer in a layout: what `ops.gemm` takes.
 
-    weights: bytes [K, N] ("codes": see `natural`), else int32 words; scales: natural ("codes") or
+    weights: bytes [K, N] ("codes": see `natural`), records ("sm90_int8", "sm90_fp8": see
+    sm90_8bit_layout.Records, scales too), else int32 words; scales: natural ("codes") or
     in the order of the layout; zeros: natural ("codes"), as on disk ("marlin"), in the order of the
     layout, or None; perm: integers [K'], activations are gathered by it (the weight rows of an
     act-order layer are sorted by group; -1 in "sm80" and "sm90": no input), or None; group_size:
@@ -94,20 +96,14 @@ def _supports(
     if supports is None:
         return False
     group_size = kernel_group_size(spec.group_size, spec.k)
-    if layout == "sm80":
+    if layout in EIGHT_BIT_LAYOUTS and activation != EIGHT_BIT_LAYOUTS[layout]:
+        return False
+    if layout == "sm80" or layout in EIGHT_BIT_LAYOUTS:
         features = (activation, spec.act_order, spec.k_full)
         return supports(device, spec.weight_type.name, group_size, dtype, *features)
     if activation is not None:
         return False
     return supports(device, spec.weight_type.name, group_size, dtype)
-
-
-def _is_proven(layout: str, spec: LayerSpec, activation: str | None) -> bool:
-    """Whether the kernels for such layers have passed all their tests on a GPU."""
-    name = spec.weight_type.name
-    if layout == "sm90":
-        return name in _PROVEN_SM90_TYPES and spec.k_full
-    return name in _PROVEN_TYPES and activation is None
 
 
 def select_backend(
@@ -116,8 +112,7 @@ def select_backend(
     """Choose the layout for a layer on `device` with activations of `dtype`. Changes nothing.
 
     activation: "int8" or "float8_e4m3fn" if the layer rounds them. The environment variable
-    MARLIN_KERNEL_BACKEND names a layout to use instead. Kernels that no GPU has tested yet
-    (`_PROVEN_TYPES`) are used only so.
+    MARLIN_KERNEL_BACKEND names a layout to use instead.
     Raises ConfigError if that one is unknown or cannot serve the layer.
     """
     forced = os.environ.get(ENVIRONMENT)
@@ -133,19 +128,9 @@ def select_backend(
     if device.type != "cuda":
         return Selection("codes", f"dequantize and multiply on {device.type}")
     what = f"{spec.weight_type.name} and {activation or dtype} on {device}"
-    untested = None
     for layout in _KERNEL_MODULES:
-        if not _supports(layout, device, spec, dtype, activation):
-            continue
-        if _is_proven(layout, spec, activation):
+        if _supports(layout, device, spec, dtype, activation):
             return Selection(layout, f"kernel for {what}")
-        untested = layout
-    if untested is not None:
-        return Selection(
-            "marlin",
-            f"the kernel for {what} has not been tested on a GPU: dequantize "
-            f"({ENVIRONMENT}={untested} uses it)",
-        )
     return Selection("marlin", f"no kernel for {what}: dequantize")
 
 
@@ -157,6 +142,9 @@ def prepare(
     if layout in _KERNEL_LAYOUTS:
         held = _KERNEL_LAYOUTS[layout].kernel_tensors(tensors, spec)
         return Prepared(layout, held.weights, held.scales, held.zeros, held.perm, held.group_size)
+    if layout in EIGHT_BIT_LAYOUTS:
+        records = sm90_8bit_layout.records(tensors, spec, EIGHT_BIT_LAYOUTS[layout])
+        return Prepared(layout, records.weights, records.scales, None, None)
     if not spec.k_full:
         return _prepare_shard(tensors, spec)
     perm = torch.argsort(tensors["g_idx"], stable=True) if spec.act_order else None
@@ -190,6 +178,9 @@ def restore(
 
     global_scale: of the layer, if it has one. Raises ConfigError for a prepared shard of K.
     """
+    if prepared.layout in EIGHT_BIT_LAYOUTS:
+        records = sm90_8bit_layout.Records(prepared.weights, prepared.scales)
+        return sm90_8bit_layout.stored_tensors(records, spec, EIGHT_BIT_LAYOUTS[prepared.layout])
     if prepared.layout in _KERNEL_LAYOUTS or not spec.k_full:
         group_size = prepared.group_size
         if group_size is None:

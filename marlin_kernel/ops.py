@@ -22,7 +22,7 @@ _SCHEMA = (
     "int k, int n, int group_size, str weight_type, str layout, bool batch_invariant, "
     "Tensor? global_scale=None, str activation='', bool reduce_half=False) -> Tensor"
 )
-_KERNEL_LAYOUTS = ("sm80", "sm90")
+_KERNEL_LAYOUTS = ("sm80", "sm90", *backends.EIGHT_BIT_LAYOUTS)
 _KERNEL_ACTIVATIONS = (torch.float16, torch.bfloat16)
 _ACTIVATIONS = (*_KERNEL_ACTIVATIONS, torch.float32)
 ACTIVATION_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -58,6 +58,10 @@ def _gemm(
     elif layout == "sm90":
         tensors = (weights, scales, perm, global_scale, bias)
         out = _run_sm90(rows, *tensors, k, n, group_size, weight_type, batch_invariant)
+    elif layout in backends.EIGHT_BIT_LAYOUTS:
+        out = _run_8bit(
+            *(rows, weights, scales, bias, n, group_size, weight_type, layout, batch_invariant)
+        )
     else:
         wtype = lookup(weight_type)
         if layout == "marlin":
@@ -106,9 +110,9 @@ gemm = torch.ops.marlin_kernel.gemm.default
 a: float16, bfloat16 or float32 [..., k], any strides; weights, scales, zeros, perm: the tensors of
 backends.Prepared; bias: [n] or None; k, n: sizes without padding; group_size: inputs per scale, k
 for one group (kernel layouts: that of backends.Prepared); batch_invariant: a row's result must not
-depend on the other rows (kernel layouts); global_scale: float32 [1] of types that have one; activation:
-"", "int8" or "float8_e4m3fn": `a` is rounded to 8 bits with one scale per token; reduce_half:
-blocks of the sm80 kernel may exchange sums in fp16 (`a` float16). Returns a new tensor of the dtype
+depend on the other rows (kernel layouts); global_scale: float32 [1] of types that have one;
+activation: "", "int8" or "float8_e4m3fn": `a` is rounded to 8 bits with one scale per token;
+reduce_half: blocks of the sm80 kernel may exchange sums in fp16 (`a` float16). Returns a new tensor of the dtype
 of `a`, accumulated in float32.
 """
 
@@ -188,6 +192,32 @@ def _run_sm80(
         batch_invariant=batch_invariant,
         reduce_half=reduce_half,
     )
+    return out
+
+
+def _run_8bit(
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    weight_type: str,
+    layout: str,
+    batch_invariant: bool,
+) -> Tensor:
+    rows = _kernel_rows(rows, layout)
+    path, quantize = backends.kernels(layout), backends.kernels("sm80").quantize_activations
+    activation = backends.EIGHT_BIT_LAYOUTS[layout]
+    out = rows.new_empty(rows.shape[0], n)
+    if bias is not None and bias.dtype != rows.dtype:
+        bias = bias.to(rows.dtype)
+    codes, token_scales = quantize(
+        rows, ACTIVATION_DTYPES[activation], -(-rows.shape[1] // 16) * 16
+    )
+    grouped = scales.numel() == 1
+    types = path.types(weight_type, activation, rows.dtype, group_size if grouped else 0)
+    path.gemm(codes, token_scales, weights, scales, bias, out, types, batch_invariant)
     return out
 
 

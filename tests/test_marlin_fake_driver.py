@@ -231,3 +231,34 @@ fields = struct.unpack_from("<5Qq5i", bytes(record.arguments))
 assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008, m, n, k, n_padded // 64, k_padded // 64)
 """
     run(fake_directory, program, *HOPPER)
+
+
+def test_8bit_launch_on_hopper(fake_directory: Path) -> None:
+    program = """
+from marlin_kernel import scaled_mm, sm90_8bit_configs, sm90_8bit_path
+encoded = []
+def byte_map(*arguments):
+    encoded.append(arguments)
+    return bytes(range(128))
+scaled_mm._byte_map = byte_map
+n, k = 300, 1008
+for m, group_size in ((1, 0), (100, 128)):
+    types = sm90_8bit_configs.EightBitTypes("uint4b8", "int8", "float16", group_size)
+    a = tensor(0x100, m, k, dtype=torch.int8)
+    scales = tensor(0x400)
+    scales.numel = lambda: 320 if group_size == 0 else 1
+    operands = a, tensor(0x200), tensor(0x300, 5, 8, types.record_bytes), scales, None
+    config = next(c for c in sm90_8bit_configs.supported_configs(types) if c.split == 2)
+    sm90_8bit_path.launch_config(config, types, *operands, tensor(0x500, m, n))
+    assert compiled[-1] == (config.source(types), "sm_90a")
+    assert tuple(record.grid) == (config.grid(m, n, SMS), 1, 1)
+    assert tuple(record.block) == (config.threads, 1, 1)
+    assert record.shared_bytes == config.storage_bytes(types)
+    assert record.attributes == 1 << 4 | 1 << 6, "in clusters, and before its predecessor ends"
+    assert tuple(record.cluster) == (2, 1, 1)
+    fields = struct.unpack_from("<5Q6iQ", bytes(record.arguments))
+    assert fields[:5] == (0x200, 0x400, 0, 0x500, 0)
+    assert fields[5:] == (1, int(group_size == 0), m, n, 8, 5, 0x300)
+    assert encoded[-1] == (0x100, m, k, k, (config.tokens, 128))
+"""
+    run(fake_directory, program, *HOPPER)

@@ -387,7 +387,8 @@ def test_second_device() -> None:
 def test_supports() -> None:
     device = torch.device("cuda")
     assert launch.supports(device, "uint4b8", 128, torch.float16)
-    assert not launch.supports(device, "uint8b128", 128, torch.float16)
+    assert launch.supports(device, "uint8b128", 128, torch.float16)
+    assert not launch.supports(device, "mxfp4", 32, torch.float16)
     assert not launch.supports(device, "uint4b8", 96, torch.float16)
     assert not launch.supports(device, "uint4b8", 128, torch.float32)
     assert not launch.supports(torch.device("cpu"), "uint4b8", 128, torch.float16)

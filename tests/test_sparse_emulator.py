@@ -150,6 +150,8 @@ MUTATIONS = {
     ),
 }
 
+IN_EPILOGUE = ("sums overwrite a ring that is still read", "sums of other blocks are read early")
+
 
 def outcomes(mutation: str | None) -> list[str]:
     """What goes wrong, in each of several runs."""
@@ -157,7 +159,8 @@ def outcomes(mutation: str | None) -> list[str]:
     if mutation is not None:
         text = MUTATIONS[mutation]
         left = "if (n < p_.n)" if text.endswith("if (n < p_.n)") else ";"
-        change = ("scaled/kernel.cuh", text, left)
+        header = "epilogue" if mutation in IN_EPILOGUE else "kernel"
+        change = (f"scaled/{header}.cuh", text, left)
     chosen = CONFIGS[1], CONFIGS[2]
     built = ScaledLibrary([(c, INT8, torch.float16, True) for c in chosen], change)
     wrong = []

@@ -5,6 +5,7 @@
 #include "common/types.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/convert.cuh"
+#include "ptx/pdl.cuh"
 #include "ptx/shared_memory.cuh"
 
 namespace sm80 {
@@ -80,6 +81,9 @@ __global__ void __launch_bounds__(PREPARE_THREADS)
   constexpr float kLargest = kIsSame<Code, int8_t> ? 127.f : 448.f;
   constexpr int kOrder[4] = {0, 1, 8, 9};
   QuantizeStorage& shared = ptx::shared_memory<QuantizeStorage>();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  ptx::launch_dependents();  // a kernel that waits for these codes may fetch its weights meanwhile
+#endif
   for (int token = blockIdx.x; token < p.m; token += gridDim.x) {
     const Scalar* row = static_cast<const Scalar*>(p.activations) + token * p.row_stride;
     const bool aligned = reinterpret_cast<unsigned long long>(row) % 16 == 0;
