@@ -13,7 +13,7 @@ from typing import Any
 
 from marlin_kernel.errors import ConfigError, DataError, MarlinError
 from marlin_kernel.formats import FORMATS
-from marlin_kernel.weight_types import GROUP_SIZES
+from marlin_kernel.weight_types import WEIGHT_TYPES
 
 from .config import DTYPES, WBITS, QuantizeConfig, load_recipe, resolve
 from .distributed import launched_by_torchrun, leave
@@ -71,8 +71,21 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         choices=WBITS,
     )
-    flag(what, "--groupsize", "inputs per scale; -1: one per column", type=int, choices=GROUP_SIZES)
+    sizes = sorted({size for wtype in WEIGHT_TYPES.values() for size in wtype.group_sizes})
+    flag(
+        what,
+        "--groupsize",
+        "inputs per scale; -1: one per column; a weight type that lacks this size takes its own",
+        type=int,
+        choices=sizes,
+    )
     switch(what, "--sym", "symmetric grid; --no-sym stores zero points")
+    flag(
+        what,
+        "--weight_type",
+        "type of the codes, instead of --wbits and --sym, which mean an integer type",
+        choices=tuple(WEIGHT_TYPES),
+    )
     flag(
         what,
         "--sparsity",

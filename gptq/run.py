@@ -30,7 +30,6 @@ from .distributed import join, local_device
 from .models import StreamedModel, config_folder, resolve_source
 from .refine import StoredLinear, refine_model
 from .sequential import STEP_TOKENS, LinearResult, Walker
-from .solver import dequantize
 from .storage import (
     BackgroundWriter,
     FinishedLayers,
@@ -238,7 +237,8 @@ def _walk(
             if index < done:
                 layers, added = agree(finished.load(index) if finished is not None else None)
                 prefix = model.layer_name(index)
-                walker.advance(index, layer_weights(layers, prefix, model.device))
+                wtype = walker.options.wtype
+                walker.advance(index, layer_weights(layers, wtype, prefix, model.device))
                 rows += added
                 bar.update(stages)
                 continue
@@ -277,7 +277,7 @@ def _refine_end_to_end(
     def layers(index: int) -> dict[str, StoredLinear]:
         prefix = f"{model.layer_name(index)}."
         return {
-            name.removeprefix(prefix): StoredLinear.of(t, model.device)
+            name.removeprefix(prefix): StoredLinear.of(t, config.wtype, model.device)
             for name, t in finished.load(index)[0].items()
         }
 
@@ -294,8 +294,7 @@ def _refine_end_to_end(
     for index in range(model.num_layers):
         prefix = f"{model.layer_name(index)}."
         weights = {
-            path: dequantize(linear.codes, scales[prefix + path], linear.zeros, linear.g_idx)
-            for path, linear in layers(index).items()
+            path: linear.weight(scales[prefix + path]) for path, linear in layers(index).items()
         }
         walker.pass_probe(
             index,

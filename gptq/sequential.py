@@ -21,6 +21,7 @@ from marlin_kernel.errors import NumericalError
 from .activations import Activations, Offload
 from .calibration import make_batches
 from .distributed import Workers
+from .grid import find_global_scale
 from .hessian import Hessian
 from .models import Stages, StreamedModel
 from .refine import Refinement, RefineOptions, as_float, refine_layer
@@ -316,9 +317,17 @@ class Walker:
         shares = self.workers.share(weight.shape[0])
         first = sum(shares[: self.workers.rank])
         own = slice(first, first + shares[self.workers.rank])
-        lack = None if h.lack is None else h.lack[own]
+        common = None
+        if self.options.wtype is not None:  # of the whole stage, whoever solves its outputs
+            common = find_global_scale(weight, self.options.wtype)
         part = solve_columns(
-            weight[own], h.matrix(), self.options, name=name, shift=h.shift, lack=lack
+            weight[own],
+            h.matrix(),
+            self.options,
+            name=name,
+            shift=h.shift,
+            lack=None if h.lack is None else h.lack[own],
+            global_scale=common,
         )
         if self.workers.count == 1:
             return part

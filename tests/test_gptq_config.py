@@ -120,7 +120,8 @@ def test_fingerprint_knows_every_setting_that_decides_the_codes(field):
         skip_gq=True, device="cuda", dtype="bfloat16", sparsity="2:4",
     )  # fmt: skip
     places = {"checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
-              "report", "format", "from_config", "offload_activations"}  # fmt: skip
+              "report", "format", "from_config", "offload_activations",
+              "weight_type"}  # fmt: skip
     assert set(other) | places == {f.name for f in fields(QuantizeConfig)}
     if field not in places:
         base = config(asymmetric=False) if field == "true_sequential" else config()

@@ -104,9 +104,9 @@ def recorded(walk: Walker, monkeypatch) -> tuple[list[Statistics], dict[str, Sol
     calls: list[tuple[Tensor, ...]] = []
     tokens: list[int] = []
 
-    def spy(weight, h, options, *, name, shift, lack):
+    def spy(weight, h, options, *, shift, lack, **others):
         calls.append((weight.clone(), h.clone(), shift, lack))
-        return solve_columns(weight, h, options, name=name, shift=shift, lack=lack)
+        return solve_columns(weight, h, options, shift=shift, lack=lack, **others)
 
     def count(self, parts, summed):
         tokens.append(summed)
