@@ -137,7 +137,22 @@ def parser() -> argparse.ArgumentParser:
     run_group.add_argument("--config", help="YAML recipe (configs/quantize/); flags override it")
     flag(run_group, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     flag(run_group, "--dtype", "of activations (default: float32 on CPU)", choices=DTYPES)
-    switch(run_group, "--offload_activations", "keep activations of a GPU run in host memory")
+    run_group.add_argument(
+        "--offload_activations",
+        nargs="?",
+        const="host",
+        default=None,
+        metavar="WHERE",
+        help="keep activations elsewhere than on the device: in host memory (the value host, or no "
+        "value), on disk beside OUT (disk), or in a folder (its path) (default: none)",
+    )
+    run_group.add_argument(
+        "--no-offload_activations",
+        dest="offload_activations",
+        action="store_const",
+        const="none",
+        help=argparse.SUPPRESS,
+    )
     flag(
         run_group,
         "--from_config",

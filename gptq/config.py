@@ -76,7 +76,7 @@ class QuantizeConfig:
     report: str | None = None
     device: str | None = None
     dtype: str | None = None
-    offload_activations: bool = False
+    offload_activations: str | None = None
 
     def __post_init__(self) -> None:
         _choice("wbits", self.wbits, WBITS)
@@ -295,6 +295,9 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> QuantizeConf
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise ConfigError(f"eval={names!r} is not a list of data sets")
         values["eval"] = tuple(n.strip() for n in names if n.strip() and n.strip() != "none")
+    where = values.get("offload_activations")
+    if where in (True, False, "none"):  # as a switch: in host memory, or not at all
+        values["offload_activations"] = "host" if where is True else None
     for field in fields(QuantizeConfig):
         if field.name in values:
             values[field.name] = _typed(field.name, str(field.type), values[field.name])

@@ -20,6 +20,7 @@ from marlin_kernel.formats import LayerSpec
 from marlin_kernel.layer import Layer
 from marlin_kernel.weight_types import normalize_group_size
 
+from .activations import disk_folder
 from .config import QuantizeConfig
 from .models import StreamedModel
 from .sequential import STEP_TOKENS
@@ -47,6 +48,7 @@ class Plan:
     peak_host_bytes: int
     disk_bytes: int
     seconds: float
+    activation_bytes: int = 0  # on disk, of all processes
     processes: int = 1
 
     def rows(self, config: QuantizeConfig, model: StreamedModel) -> list[tuple[str, str]]:
@@ -68,7 +70,7 @@ class Plan:
             ("compute", f"{device}, {str(model.dtype).removeprefix('torch.')}"),
             ("peak host memory", f"about {_size(self.peak_host_bytes)}"),
             ("packed size", _size(self.packed_bytes)),
-            ("free disk needed", _size(self.disk_bytes)),
+            ("free disk needed", self._disk(config)),
             ("estimated time", _duration(self.seconds)),
         ]
         if device == "cuda":
@@ -78,6 +80,14 @@ class Plan:
             )
             rows.insert(6, ("peak GPU memory", f"about {_size(self.peak_device_bytes)}"))
         return rows
+
+    def _disk(self, config: QuantizeConfig) -> str:
+        """Room for the checkpoint, and for activations that are kept on disk."""
+        if not self.activation_bytes:
+            return _size(self.disk_bytes)
+        place = "" if config.offload_activations == "disk" else f" in {config.offload_activations}"
+        needed = f"{_size(self.activation_bytes)} for activations{place}"
+        return f"{_size(self.disk_bytes)}, and {needed} while the run lasts"
 
 
 def _method(config: QuantizeConfig) -> str:
@@ -125,8 +135,13 @@ def plan(
     codes = parameters + parameters // group * 4
     embedding = model.config.vocab_size * hidden * element
     gpu = model.device.type == "cuda"
-    offloaded = activations if config.offload_activations else 0
+    where = config.offload_activations
+    offloaded = activations if where else 0
     in_flight = min(activations, 8 * STEP_TOKENS * widest * element * streams) if gpu else 0
+    on_disk = offloaded if where != "host" else 0
+    lengths = [ids.numel() for ids in samples]
+    if on_disk and not gpu:
+        in_flight = min(activations, 8 * max(lengths, default=0) * widest * element)
     memory = activations - offloaded + in_flight + work + embedding
     memory += _refining(config, parameters, layer_parameters, tokens * hidden * element, gpu)
     shard = min(packed + max(unquantized, 0), 1 << 30)
@@ -137,8 +152,10 @@ def plan(
         tokens=tokens,
         packed_bytes=packed + max(unquantized, 0),
         peak_device_bytes=memory if gpu else 0,
-        peak_host_bytes=(2 * layer_parameters * 4 + offloaded if gpu else memory) + 2 * shard,
+        peak_host_bytes=(2 * layer_parameters * 4 + offloaded - on_disk if gpu else memory)
+        + 2 * shard,
         disk_bytes=codes + packed + max(unquantized, 0),
+        activation_bytes=on_disk * processes,
         seconds=_seconds(model, config, one_layer, tokens, streams, parameters),
         processes=processes,
     )
@@ -210,19 +227,14 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def check_room(plan: Plan, model: StreamedModel, folder: Path) -> None:
+def check_room(plan: Plan, config: QuantizeConfig, model: StreamedModel, folder: Path) -> None:
     """Raise ConfigError if disk or GPU memory cannot hold the run."""
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ConfigError(f"save={str(folder)!r}: {parent} is a file; choose another folder")
-    free = shutil.disk_usage(parent).free
-    if free < plan.disk_bytes:
-        raise ConfigError(
-            f"save={str(folder)!r}: {_size(free)} free, the run needs {_size(plan.disk_bytes)}; "
-            "choose another disk"
-        )
+    _check_disk("save", folder, plan.disk_bytes)
+    if plan.activation_bytes:
+        place = disk_folder(config.offload_activations, folder)
+        shared = config.offload_activations == "disk"
+        needed = plan.activation_bytes + (plan.disk_bytes if shared else 0)
+        _check_disk("offload_activations", place, needed)
     if model.device.type == "cuda":
         available = torch.cuda.mem_get_info(model.device)[0]
         if available < plan.peak_device_bytes:
@@ -230,6 +242,18 @@ def check_room(plan: Plan, model: StreamedModel, folder: Path) -> None:
                 f"{model.device} has {_size(available)} free, the run needs about "
                 f"{_size(plan.peak_device_bytes)}; lower --nsamples or --seqlen"
             )
+
+
+def _check_disk(setting: str, folder: Path, needed: int) -> None:
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"{setting}={str(folder)!r}: {_size(free)} free, the run needs {_size(needed)}; choose "
+            "another disk"
+        )
 
 
 @torch.no_grad()

@@ -150,6 +150,25 @@ def test_every_setting_has_a_flag_and_every_flag_a_setting():
     assert flags - {"config", "verbose"} == {f.name for f in fields(QuantizeConfig)}
 
 
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ((), None),
+        (("--offload_activations",), "host"),
+        (("--offload_activations", "disk"), "disk"),
+        (("--offload_activations", "/big"), "/big"),
+        (("--offload_activations", "--no-offload_activations"), None),
+    ],
+)
+def test_where_activations_lie(given, where):
+    flags = vars(parser().parse_args(["model", *given]))
+    flags = {k: v for k, v in flags.items() if k not in ("config", "verbose")}
+    assert resolve({}, flags).offload_activations == where
+    if where is None:
+        recipe = {"offload_activations": True}
+        assert resolve(recipe, flags).offload_activations == (None if given else "host")
+
+
 def test_a_flag_that_says_no_overrides_a_recipe_that_says_yes(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sym: true\nno_clip: true\nresume: true\n")
