@@ -138,6 +138,95 @@ def test_a_killed_run_leaves_nothing_that_loads_and_continues_to_the_same_bytes(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # what the dead run left is gone
 
 
+# Kills its children from outside, at random times: some at any time of the run, some while the
+# checkpoint is assembled. They are forks of a process that has all modules loaded, so that time is
+# spent on the work. Prints how many were killed, and how many of those while assembling.
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+torch.set_num_threads(1)
+from gptq.cli import main
+
+seed, last, *flags = sys.argv[1:]
+draw = random.Random(int(seed))
+folder = Path.cwd()
+
+def start(out):
+    child = os.fork()
+    if child == 0:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        code = 1
+        try:
+            code = main([*flags, "--save", str(out), "--resume"])
+        finally:
+            os._exit(code)
+    return child
+
+def ended(child):
+    return os.waitpid(child, os.WNOHANG)[0] != 0
+
+def wait_for(file, child):  # whether it came before the child ended
+    while not file.exists():
+        if ended(child):
+            return False
+        time.sleep(0.0005)
+    return True
+
+def content(out):
+    return (out / "model.safetensors").read_bytes()
+
+began = time.perf_counter()
+child = start(folder / "whole")
+assert wait_for(folder / ".whole.unfinished" / last, child)
+walked = time.perf_counter() - began
+assert os.waitpid(child, 0)[1] == 0
+duration = time.perf_counter() - began
+whole, out = content(folder / "whole"), folder / "out"
+killed = assembling = 0
+for trial in range(10):
+    child = start(out)
+    alive = True
+    if trial % 2:
+        alive = wait_for(folder / ".out.unfinished" / last, child)
+        time.sleep(draw.uniform(0, duration - walked))
+    else:
+        time.sleep(draw.uniform(0, duration))
+    if alive and not ended(child):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        killed += 1
+        assembling += any(folder.glob(".out.partial-*"))
+    if out.exists():  # it was in place before the end, and then it is whole
+        assert content(out) == whole
+        shutil.rmtree(out)
+child = start(out)
+assert os.waitpid(child, 0)[1] == 0
+assert content(out) == whole
+shutil.rmtree(folder / "whole")
+print(killed, assembling)
+"""
+
+
+def test_a_run_killed_again_and_again_at_random_times(flags, tmp_path):
+    """Every continuation ends in the same bytes, and nothing of the dead ones is left."""
+    seed = random.randrange(1 << 30)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    last = f"layer-{LAYERS - 1:04d}.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(seed), last, *flags],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    killed, _ = map(int, done.stdout.split())
+    assert killed >= 3, f"seed {seed}"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    load_model(tmp_path / "out", verify=True)
+
+
 @pytest.mark.parametrize(
     "method",
     [
