@@ -137,7 +137,8 @@ def row_name(path: str, report: dict[str, Any] | None) -> str | None:
     file = Path(path).expanduser() / "config.json"
     stored = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]
     bits = settings.get("wbits") or stored.get("bits", 4)
-    return f"{'RTN' if settings.get('nearest') else 'GPTQ'} INT{bits}"
+    what = settings.get("weight_type") or f"INT{bits}"
+    return f"{'RTN' if settings.get('nearest') else 'GPTQ'} {what}"
 
 
 def context_length(path: str) -> int | None:

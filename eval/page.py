@@ -130,12 +130,14 @@ def render_html(report: Report) -> str:
 def _header(report: Report) -> str:
     config = (report.quantization or {}).get("config", {})
     chips = []
-    if config.get("wbits"):
+    if config.get("weight_type"):
+        chips.append(f"{config['weight_type']} weights")
+    elif config.get("wbits"):
         chips.append(f"{config['wbits']}-bit weights")
     if config.get("groupsize"):
         size = config["groupsize"]
         chips.append("one scale per column" if size == -1 else f"group size {size}")
-    if "sym" in config:
+    if "sym" in config and not config.get("weight_type"):
         chips.append("symmetric" if config["sym"] else "asymmetric")
     if config.get("nearest"):
         chips.append("round to nearest")

@@ -1,8 +1,8 @@
-"""The GPTQ update on the grid of any weight type, HQQ, FP8 and FP4 included.
+"""The reference of `solver` for any weight type: the plain GPTQ update, input by input.
 
-Plain and short: inputs in their order, one after the other, scales from the weights of a group as
-they are when its first input is reached. For the integer types `solver` does more (activation
-order, clipping, refitted scales) and is faster.
+Short and obvious: inputs in their order, scales from the weights of a group as they are when its
+first input is reached, codes and scales rounded by `marlin_kernel.reference`. Runs use `solver`,
+which does more (activation order, clipping, refitted scales) and is faster.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 
 from marlin_kernel.errors import ConfigError, DataError, MarlinError
 from marlin_kernel.formats import FORMATS
-from marlin_kernel.weight_types import GROUP_SIZES
+from marlin_kernel.weight_types import WEIGHT_TYPES
 
 from .config import DTYPES, WBITS, QuantizeConfig, load_recipe, resolve
 from .distributed import launched_by_torchrun, leave
@@ -71,8 +71,21 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         choices=WBITS,
     )
-    flag(what, "--groupsize", "inputs per scale; -1: one per column", type=int, choices=GROUP_SIZES)
+    sizes = sorted({size for wtype in WEIGHT_TYPES.values() for size in wtype.group_sizes})
+    flag(
+        what,
+        "--groupsize",
+        "inputs per scale; -1: one per column; a weight type that lacks this size takes its own",
+        type=int,
+        choices=sizes,
+    )
     switch(what, "--sym", "symmetric grid; --no-sym stores zero points")
+    flag(
+        what,
+        "--weight_type",
+        "type of the codes, instead of --wbits and --sym, which mean an integer type",
+        choices=tuple(WEIGHT_TYPES),
+    )
     flag(
         what,
         "--sparsity",
@@ -124,7 +137,22 @@ def parser() -> argparse.ArgumentParser:
     run_group.add_argument("--config", help="YAML recipe (configs/quantize/); flags override it")
     flag(run_group, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     flag(run_group, "--dtype", "of activations (default: float32 on CPU)", choices=DTYPES)
-    switch(run_group, "--offload_activations", "keep activations of a GPU run in host memory")
+    run_group.add_argument(
+        "--offload_activations",
+        nargs="?",
+        const="host",
+        default=None,
+        metavar="WHERE",
+        help="keep activations elsewhere than on the device: in host memory (the value host, or no "
+        "value), on disk beside OUT (disk), or in a folder (its path) (default: none)",
+    )
+    run_group.add_argument(
+        "--no-offload_activations",
+        dest="offload_activations",
+        action="store_const",
+        const="none",
+        help=argparse.SUPPRESS,
+    )
     flag(
         run_group,
         "--from_config",

@@ -10,9 +10,15 @@ from typing import Any
 import yaml
 
 from marlin_kernel.errors import ConfigError
-from marlin_kernel.formats import FORMATS
-from marlin_kernel.sparse_format import SPARSE_FORMAT
-from marlin_kernel.weight_types import GROUP_SIZES, WeightType, integer_type
+from marlin_kernel.formats import FORMATS, check_type
+from marlin_kernel.sparse_format import SPARSE_FORMAT, SPARSE_TYPES
+from marlin_kernel.weight_types import (
+    GROUP_SIZES,
+    INTEGER_TYPES,
+    WEIGHT_TYPES,
+    WeightType,
+    integer_type,
+)
 
 from .grid import GridOptions
 from .refine import RefineOptions
@@ -21,6 +27,7 @@ from .sparsity import SPARSITIES
 
 WBITS = (4, 8, 16)
 DTYPES = ("float32", "float16", "bfloat16")
+_GROUPSIZE = 128
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class QuantizeConfig:
     seqlen: int | None = None
     # format
     wbits: int = 16
-    groupsize: int = 128
+    groupsize: int = _GROUPSIZE
     sym: bool = True
+    weight_type: str | None = None
     sparsity: str | None = None
     format: str = "marlin"
     # method
@@ -68,12 +76,20 @@ class QuantizeConfig:
     report: str | None = None
     device: str | None = None
     dtype: str | None = None
-    offload_activations: bool = False
+    offload_activations: str | None = None
 
     def __post_init__(self) -> None:
         _choice("wbits", self.wbits, WBITS)
-        _choice("groupsize", self.groupsize, GROUP_SIZES)
         _choice("format", self.format, FORMATS)
+        if self.weight_type is not None:
+            _choice("weight_type", self.weight_type, tuple(WEIGHT_TYPES))
+            _check_implied(self.weight_type, {"wbits": self.wbits, "sym": self.sym})
+        sizes = GROUP_SIZES if self.wtype is None else self.wtype.group_sizes
+        if self.groupsize not in sizes:
+            of = "" if self.wtype is None else f", the sizes of {self.wtype.name}"
+            raise ConfigError(
+                f"groupsize={self.groupsize} is not one of {', '.join(map(str, sizes))}{of}"
+            )
         if self.sparsity is not None:
             _choice("sparsity", self.sparsity, SPARSITIES)
         if self.dtype is not None:
@@ -124,12 +140,25 @@ class QuantizeConfig:
                     "activations, which only asymmetric calibration carries along; leave it out, "
                     "or use --asymmetric with --wbits 4|8 and without --nearest"
                 )
-        if self.sparsity and self.wbits != 16 and not self.sym:
+        if self.sparsity and self.wbits != 16 and self.wtype.name not in SPARSE_TYPES:
             raise ConfigError(
-                f"sparsity={self.sparsity!r} with sym=False: a pruned weight is the zero of a "
-                "symmetric grid; add --sym"
+                f"sparsity={self.sparsity!r} with weight_type={self.wtype.name}, sym={self.sym}: a "
+                "pruned weight is the zero of a symmetric integer grid; add --sym, or leave out "
+                "--weight_type"
+            )
+        if self.wtype is not None:
+            check_type(self.format, self.wtype)
+        if self.refine and self.wtype.scale != "float16":
+            raise ConfigError(
+                f"refine={self.refine} learns scales, and those of {self.wtype.name} are too "
+                "coarse to move by small steps; leave it out"
             )
         moves_groups = self.act_order and not self.static_groups and not self.nearest
+        if moves_groups and self.wtype is not None and self.wtype.name not in INTEGER_TYPES:
+            raise ConfigError(
+                "act_order without static_groups stores a group index per input, which layers of "
+                f"{self.wtype.name} do not have; add --static-groups"
+            )
         if self.sparsity and moves_groups:
             raise ConfigError(
                 f"sparsity={self.sparsity!r} counts consecutive inputs, which act_order without "
@@ -143,8 +172,10 @@ class QuantizeConfig:
             )
 
     @property
-    def weight_type(self) -> WeightType | None:
+    def wtype(self) -> WeightType | None:
         """Type of the codes; None with 16 bits, whose weights are not rounded."""
+        if self.weight_type is not None:
+            return WEIGHT_TYPES[self.weight_type]
         return None if self.wbits == 16 else integer_type(self.wbits, self.sym)
 
     @property
@@ -167,7 +198,7 @@ class QuantizeConfig:
             signed=self.signed_scales,
         )
         return SolverOptions(
-            wtype=self.weight_type,
+            wtype=self.wtype,
             group_size=self.groupsize,
             grid=grid,
             blocksize=self.blocksize,
@@ -195,7 +226,25 @@ class QuantizeConfig:
             "checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
             "report", "format", "from_config", "offload_activations",
         }  # fmt: skip
-        return {key: value for key, value in self.as_dict().items() if key not in left_out}
+        facts = {key: value for key, value in self.as_dict().items() if key not in left_out}
+        return facts | {"weight_type": None if self.wtype is None else self.wtype.name}
+
+
+def _check_implied(name: str, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `wbits` or `sym` among the values contradict the weight type `name`."""
+    implied = _implied(name)
+    for key, value in values.items():
+        if key in implied and value != implied[key]:
+            raise ConfigError(
+                f"{key}={value} with weight_type={name!r}, which means {key}={implied[key]}; leave "
+                "one out"
+            )
+
+
+def _implied(name: str) -> dict[str, Any]:
+    """Settings that a weight type decides."""
+    wtype = WEIGHT_TYPES[name]
+    return {"wbits": wtype.bits, "sym": wtype.symmetric}
 
 
 def _choice(name: str, value: Any, allowed: tuple) -> None:
@@ -237,17 +286,41 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> QuantizeConf
 
     Raises ConfigError for a value of another type than its setting has.
     """
-    values = {**recipe, **{key: value for key, value in flags.items() if value is not None}}
+    values: dict[str, Any] = {}
+    for level in (recipe, {key: value for key, value in flags.items() if value is not None}):
+        _add_level(values, level)
     if "eval" in values:
         names = values["eval"]
         names = names.split(",") if isinstance(names, str) else names
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise ConfigError(f"eval={names!r} is not a list of data sets")
         values["eval"] = tuple(n.strip() for n in names if n.strip() and n.strip() != "none")
+    where = values.get("offload_activations")
+    if where in (True, False, "none"):  # as a switch: in host memory, or not at all
+        values["offload_activations"] = "host" if where is True else None
     for field in fields(QuantizeConfig):
         if field.name in values:
             values[field.name] = _typed(field.name, str(field.type), values[field.name])
     return replace(QuantizeConfig(), **values)
+
+
+def _add_level(values: dict[str, Any], level: Mapping[str, Any]) -> None:
+    """Let settings override those of the levels before, and `weight_type` decide what it implies.
+
+    A type that a lower level named gives way to wbits or sym of this one, and to another type.
+    """
+    name = level.get("weight_type")
+    if name is None:
+        if "wbits" in level or "sym" in level:
+            values.pop("weight_type", None)
+        values.update(level)
+        return
+    _choice("weight_type", name, tuple(WEIGHT_TYPES))
+    _check_implied(name, level)
+    values.update({**level, **_implied(name)})
+    sizes = WEIGHT_TYPES[name].group_sizes
+    if "groupsize" not in level and values.get("groupsize", _GROUPSIZE) not in sizes:
+        values["groupsize"] = sizes[-1]
 
 
 def _typed(name: str, annotation: str, value: Any) -> Any:

@@ -161,16 +161,21 @@ def _launch(kernel: Kernel, grid_size: tuple[int, int], like: Tensor, arguments:
 
 
 def search_grid(
-    w: Tensor, factor: Tensor | None, wtype: WeightType, options: GridOptions
+    w: Tensor,
+    factor: Tensor | None,
+    wtype: WeightType,
+    options: GridOptions,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`grid.search_grid` on a GPU: scales and zeros float32 [G, N] of all groups.
 
-    w: float32 [G, g, N]; factor: float32 [G, g, g] upper triangular, or None.
+    For integer types, which have no global scale. w: float32 [G, g, N]; factor: float32 [G, g, g]
+    upper triangular, or None.
     Without factor, without clipping, or for groups that the kernel does not know, torch does it.
     """
     count, g, n = w.shape
     if factor is None or not options.clip or g not in SEARCH_GROUPS:
-        return grid.search_grid(w, factor, wtype, options)
+        return grid.search_grid(w, factor, wtype, options, global_scale)
     flat = w.reshape(count * g, n)
     scales = torch.empty(count, n, device=w.device)
     zeros = torch.empty_like(scales)
@@ -229,8 +234,10 @@ def update(
     zeros: Tensor | None,
     groups: Tensor,
     options: SolverOptions,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`solver._update` on a GPU; codes are uint8 [K, N]. options.blocksize has no effect."""
+    """`solver._update` on a GPU for integer types; codes are uint8 [K, N]. options.blocksize has no
+    effect."""
     k, n = w.shape
     work = w.clone(memory_format=torch.contiguous_format) if order is None else w[order]
     u, r = factor.u, factor.r

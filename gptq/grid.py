@@ -1,7 +1,8 @@
 """Scale and zero point of every group: min-max, and the Hessian-weighted clipping search.
 
 Weights are held transposed, ``[inputs, outputs]``, so that the inputs of one group are contiguous
-rows.
+rows. A weight of any type is ``(point - zero) * scale``: points are the codes of an integer type,
+and the numbers that the codes of a floating-point type stand for (whose zero is 0).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlin_kernel.reference import round_scales
+from marlin_kernel import reference
 from marlin_kernel.weight_types import WeightType
 
 
@@ -35,9 +36,76 @@ def quantize_to_codes(w: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> 
     return torch.div(w, scales).add_(zeros).round_().clamp_(0, levels - 1)
 
 
+def nearest_points(w: Tensor, scales: Tensor, zeros: Tensor, wtype: WeightType) -> Tensor:
+    """float32 points of the grid nearest to weights; broadcasts like its arguments."""
+    if not wtype.is_float:
+        return quantize_to_codes(w, scales, zeros, wtype.levels)
+    return round_to_float(torch.div(w, scales), wtype)
+
+
+def round_to_float(values: Tensor, wtype: WeightType) -> Tensor:
+    """``reference.decode(reference.encode(values))`` by arithmetic: ties to even, saturating."""
+    lowest = 2 - (1 << (wtype.exponent - 1))  # exponent of the smallest normal number
+    _, exponent = torch.frexp(values)  # |values| in [2**(exponent - 1), 2**exponent)
+    exponent = exponent.sub_(1).clamp_(min=lowest).sub_(wtype.mantissa)
+    steps = torch.ldexp(torch.ones_like(values), exponent)
+    return (values / steps).round_().mul_(steps).clamp_(-wtype.largest, wtype.largest)
+
+
+def encode_points(points: Tensor, wtype: WeightType) -> Tensor:
+    """uint8 codes of points. Inverse: `decode_points`."""
+    return reference.encode(points, wtype) if wtype.is_float else points.to(torch.uint8)
+
+
+def decode_points(codes: Tensor, wtype: WeightType | None) -> Tensor:
+    """Points of codes; integers, and weights that were only pruned (None), stay as they are."""
+    return reference.decode(codes, wtype) if wtype is not None and wtype.is_float else codes
+
+
+def find_global_scale(weight: Tensor, wtype: WeightType) -> Tensor | None:
+    """float32 [1]: common factor of the scales of `weight` (any shape); None for most types.
+
+    A power of two, so that no product with it rounds, with which the scale of the largest weight
+    is half to whole of the largest that the scales' dtype has.
+    """
+    if not wtype.global_scale:
+        return None
+    largest = torch.finfo(reference.SCALE_DTYPES[wtype.scale]).max
+    ratio = weight.detach().float().abs().amax() / (wtype.largest * largest)
+    return torch.exp2(torch.log2(ratio.clamp(min=2.0**-100)).ceil()).reshape(1)
+
+
+def storable_scales(
+    scales: Tensor, wtype: WeightType, global_scale: Tensor | None = None
+) -> Tensor:
+    """Scales as they will be stored, in float32 and with the global factor: never zero."""
+    return reference.scale_values(stored_scales(scales, wtype, global_scale), wtype, global_scale)
+
+
+def stored_scales(scales: Tensor, wtype: WeightType, global_scale: Tensor | None = None) -> Tensor:
+    """`scales` rounded to the dtype that a type stores (reference.SCALE_DTYPES).
+
+    float16 keeps signs; e4m3 is relative to `global_scale`, and e8m0 is the nearest exponent.
+    """
+    if wtype.scale == "float16":
+        return reference.round_scales(scales).half()
+    if wtype.scale == "e8m0":
+        return torch.log2(scales).round().clamp(-126, 127).add(127).to(torch.uint8)
+    dtype = reference.SCALE_DTYPES[wtype.scale]
+    limits = torch.finfo(dtype)
+    smallest = limits.smallest_normal * limits.eps
+    return (scales / global_scale).clamp(smallest, limits.max).to(dtype)
+
+
 def _ranges(w: Tensor, wtype: WeightType, signed: bool) -> list[tuple[Tensor, Tensor]]:
     """Unclipped (scale, zero) pairs to start from, each [G, N], for w [G, g, N]."""
     levels = wtype.levels
+    if wtype.is_float:
+        return _float_ranges(w.abs().amax(1), wtype)
+    if wtype.zeros == "float":
+        low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+        step = (high - low) / (levels - 1)
+        return [(step, (-low / reference.round_scales(step)).half().float())]
     if not wtype.symmetric:
         low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
         step = (high - low) / (levels - 1)
@@ -53,37 +121,61 @@ def _ranges(w: Tensor, wtype: WeightType, signed: bool) -> list[tuple[Tensor, Te
     return [(step, zeros), (-step, zeros)]
 
 
+def _float_ranges(largest: Tensor, wtype: WeightType) -> list[tuple[Tensor, Tensor]]:
+    """As `_ranges`, for a floating-point type; largest: [G, N] largest magnitude of each group."""
+    zeros = torch.zeros_like(largest)
+    if wtype.scale == "e8m0":  # OCP MX 1.0, section 6.3; up to a quarter of the range saturates
+        top = 2**wtype.exponent - 2  # exponent of the largest number
+        step = torch.exp2(torch.floor(torch.log2(largest)).clamp(min=-120) - top)
+        return [(step, zeros), (2 * step, zeros)]
+    step = largest / wtype.largest
+    if wtype.bits == 8:
+        return [(step, zeros)]
+    return [(step, zeros), (1.5 * step, zeros)]  # the largest weight becomes 6, or 4: 5 is missing
+
+
+def _shrinks(wtype: WeightType, options: GridOptions) -> list[float]:
+    """Factors of the unclipped scale to try; powers of two where scales are."""
+    if wtype.scale == "e8m0":
+        return [s for s in (1.0, 0.5, 0.25, 0.125) if s >= options.clip_min]
+    return torch.linspace(1.0, options.clip_min, max(options.clip_steps, 2)).tolist()
+
+
 def unclipped_scales(w: Tensor, wtype: WeightType, signed: bool) -> Tensor:
     """Scales [G, N] that cover the whole range of w [G, g, N]."""
     return _ranges(w, wtype, signed)[0][0]
 
 
 def search_grid(
-    w: Tensor, factor: Tensor | None, wtype: WeightType, options: GridOptions
+    w: Tensor,
+    factor: Tensor | None,
+    wtype: WeightType,
+    options: GridOptions,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros of all groups.
 
     w: float32 [G, g, N] (inputs x outputs). factor: float32 [G, g, g] upper triangular R with the
     group's Hessian-weighted error of a row e given by ``|e R|**2`` (R = U**-1 of the group's block,
     so the error left after the later inputs have compensated); None weighs all inputs alike.
+    global_scale: float32 [1], of the types that have one (`find_global_scale`).
     For every group and output the shrink factor with the least error is kept: clipping never makes
     the weighted error larger than no clipping.
-    Returns (scales, zeros), float32 [G, N]; scales already have the value fp16 storage gives them.
+    Returns (scales, zeros), float32 [G, N]; scales already have the value that storage gives them.
     Frantar et al., "MARLIN" (2024), section 4.1; GPTQ: arXiv 2210.17323.
     """
     starts = _ranges(w, wtype, options.signed)
     if not options.clip:
-        return round_scales(starts[0][0]), starts[0][1]
-    shrinks = torch.linspace(1.0, options.clip_min, max(options.clip_steps, 2)).tolist()
+        return storable_scales(starts[0][0], wtype, global_scale), starts[0][1]
     transposed = None if factor is None else factor.transpose(1, 2)
     best_error = torch.full_like(starts[0][0], torch.inf)
     best_scale = torch.empty_like(best_error)
     best_zero = torch.empty_like(best_error)
     for step, zeros in starts:
-        for shrink in shrinks:
-            scales = round_scales(step * shrink)
+        for shrink in _shrinks(wtype, options):
+            scales = storable_scales(step * shrink, wtype, global_scale)
             s, z = scales[:, None], zeros[:, None]
-            error = quantize_to_codes(w, s, z, wtype.levels).sub_(z).mul_(s).sub_(w)
+            error = nearest_points(w, s, z, wtype).sub_(z).mul_(s).sub_(w)
             if transposed is not None:
                 error = torch.bmm(transposed, error)
             error = error.square_().sum(1)

@@ -30,7 +30,7 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
         models["original"] = folder
     if packed is not None:
         method = "RTN" if config.nearest else "GPTQ"
-        name = f"{method} INT{config.wbits}"
+        name = f"{method} {config.weight_type or f'INT{config.wbits}'}"
         if config.sparsity:
             method = "magnitude" if config.nearest else "SparseGPT"
             name = f"{method} 2:4" if config.wbits == 16 else f"{name} 2:4"

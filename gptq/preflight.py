@@ -16,16 +16,17 @@ from torch import Tensor
 
 from marlin_kernel import formats, reference
 from marlin_kernel.errors import ConfigError, MarlinError
-from marlin_kernel.formats import LayerSpec, QuantizedLinear
+from marlin_kernel.formats import LayerSpec
 from marlin_kernel.layer import Layer
-from marlin_kernel.sparse_format import SPARSE_FORMAT
 from marlin_kernel.weight_types import normalize_group_size
 
+from .activations import disk_folder
 from .config import QuantizeConfig
 from .models import StreamedModel
 from .sequential import STEP_TOKENS
-from .solver import SolverOptions, solve
+from .solver import SolverOptions, fits_kernels, refits, solve
 from .sparsity import check_inputs
+from .storage import quantized_linear, stored_tensors
 
 _SOLVER_MATRICES = 6  # H, its damped copy, R, U, and two temporaries of the factorization, float32
 _MIB = 1 << 20
@@ -47,11 +48,12 @@ class Plan:
     peak_host_bytes: int
     disk_bytes: int
     seconds: float
+    activation_bytes: int = 0  # on disk, of all processes
     processes: int = 1
 
     def rows(self, config: QuantizeConfig, model: StreamedModel) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
-        wtype = "16 bits" if config.weight_type is None else config.weight_type.name
+        wtype = "16 bits" if config.wtype is None else config.wtype.name
         wtype += f", {config.sparsity} sparse" if config.sparsity else ""
         group = "one per column" if config.groupsize == -1 else str(config.groupsize)
         method = "round to nearest" if config.nearest else _method(config)
@@ -61,19 +63,31 @@ class Plan:
         rows = [
             ("quantized", f"{self.linears} linears, {self.parameters / 1e6:,.1f} M weights"),
             ("type", wtype)
-            if config.weight_type is None
+            if config.wtype is None
             else ("type", f"{wtype}, group size {group}, format {config.stored_format}"),
             ("method", method),
             ("calibration", f"{self.samples} samples, {self.tokens:,} tokens of {source}{each}"),
             ("compute", f"{device}, {str(model.dtype).removeprefix('torch.')}"),
             ("peak host memory", f"about {_size(self.peak_host_bytes)}"),
             ("packed size", _size(self.packed_bytes)),
-            ("free disk needed", _size(self.disk_bytes)),
+            ("free disk needed", self._disk(config)),
             ("estimated time", _duration(self.seconds)),
         ]
         if device == "cuda":
-            rows.insert(5, ("peak GPU memory", f"about {_size(self.peak_device_bytes)}"))
+            fused = fits_kernels(config.solver_options())
+            rows.insert(
+                5, ("solver", "CUDA kernels" if fused else f"torch (no kernels for {wtype})")
+            )
+            rows.insert(6, ("peak GPU memory", f"about {_size(self.peak_device_bytes)}"))
         return rows
+
+    def _disk(self, config: QuantizeConfig) -> str:
+        """Room for the checkpoint, and for activations that are kept on disk."""
+        if not self.activation_bytes:
+            return _size(self.disk_bytes)
+        place = "" if config.offload_activations == "disk" else f" in {config.offload_activations}"
+        needed = f"{_size(self.activation_bytes)} for activations{place}"
+        return f"{_size(self.disk_bytes)}, and {needed} while the run lasts"
 
 
 def _method(config: QuantizeConfig) -> str:
@@ -83,7 +97,7 @@ def _method(config: QuantizeConfig) -> str:
     if config.act_order:
         parts.append("act-order" + (" with static groups" if config.static_groups else ""))
     parts += [] if config.no_clip else ["Hessian clipping"]
-    parts += ["scale refit"] if config.refit else []
+    parts += ["scale refit"] if config.refit and refits(config.wtype) else []
     parts += [f"{config.refine} steps per layer"] if config.refine else []
     parts += [f"{config.refine_norms} steps end to end"] if config.refine_norms else []
     return ", ".join(parts)
@@ -117,11 +131,17 @@ def plan(
     work = layer_parameters * element * (streams + 1) + hessian + 6 * 4 * stacked
     packed = sum(_packed_bytes(k, n, config) for k, n in linears.values())
     unquantized = sum(_tensor_bytes(model, name) for name in model.tensors) - parameters * 2
-    codes = parameters + parameters // 64 * 4
+    group = 64 if config.groupsize == -1 else min(config.groupsize, 64)
+    codes = parameters + parameters // group * 4
     embedding = model.config.vocab_size * hidden * element
     gpu = model.device.type == "cuda"
-    offloaded = activations if config.offload_activations else 0
+    where = config.offload_activations
+    offloaded = activations if where else 0
     in_flight = min(activations, 8 * STEP_TOKENS * widest * element * streams) if gpu else 0
+    on_disk = offloaded if where != "host" else 0
+    lengths = [ids.numel() for ids in samples]
+    if on_disk and not gpu:
+        in_flight = min(activations, 8 * max(lengths, default=0) * widest * element)
     memory = activations - offloaded + in_flight + work + embedding
     memory += _refining(config, parameters, layer_parameters, tokens * hidden * element, gpu)
     shard = min(packed + max(unquantized, 0), 1 << 30)
@@ -132,8 +152,10 @@ def plan(
         tokens=tokens,
         packed_bytes=packed + max(unquantized, 0),
         peak_device_bytes=memory if gpu else 0,
-        peak_host_bytes=(2 * layer_parameters * 4 + offloaded if gpu else memory) + 2 * shard,
+        peak_host_bytes=(2 * layer_parameters * 4 + offloaded - on_disk if gpu else memory)
+        + 2 * shard,
         disk_bytes=codes + packed + max(unquantized, 0),
+        activation_bytes=on_disk * processes,
         seconds=_seconds(model, config, one_layer, tokens, streams, parameters),
         processes=processes,
     )
@@ -150,18 +172,12 @@ def _refining(config: QuantizeConfig, parameters: int, layer: int, states: int, 
 
 
 def _packed_bytes(k: int, n: int, config: QuantizeConfig) -> int:
-    if config.weight_type is None:
+    if config.wtype is None:
         return 2 * k * n
     g = normalize_group_size(config.groupsize, k)
-    spec = LayerSpec(k, n, config.weight_type, g, config.moves_groups and g < k, False)
-    if config.stored_format == SPARSE_FORMAT:
-        stored = formats.tensor_shapes(SPARSE_FORMAT, spec).values()
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
-    shape = spec.packed
-    return (
-        shape.k_padded * shape.n_padded * spec.weight_type.bits // 8
-        + shape.groups * shape.n_padded * 2
-    )
+    spec = LayerSpec(k, n, config.wtype, g, config.moves_groups and g < k, False)
+    stored = formats.tensor_shapes(config.stored_format, spec).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
 
 
 def _tensor_bytes(model: StreamedModel, name: str) -> int:
@@ -211,19 +227,14 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def check_room(plan: Plan, model: StreamedModel, folder: Path) -> None:
+def check_room(plan: Plan, config: QuantizeConfig, model: StreamedModel, folder: Path) -> None:
     """Raise ConfigError if disk or GPU memory cannot hold the run."""
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ConfigError(f"save={str(folder)!r}: {parent} is a file; choose another folder")
-    free = shutil.disk_usage(parent).free
-    if free < plan.disk_bytes:
-        raise ConfigError(
-            f"save={str(folder)!r}: {_size(free)} free, the run needs {_size(plan.disk_bytes)}; "
-            "choose another disk"
-        )
+    _check_disk("save", folder, plan.disk_bytes)
+    if plan.activation_bytes:
+        place = disk_folder(config.offload_activations, folder)
+        shared = config.offload_activations == "disk"
+        needed = plan.activation_bytes + (plan.disk_bytes if shared else 0)
+        _check_disk("offload_activations", place, needed)
     if model.device.type == "cuda":
         available = torch.cuda.mem_get_info(model.device)[0]
         if available < plan.peak_device_bytes:
@@ -231,6 +242,18 @@ def check_room(plan: Plan, model: StreamedModel, folder: Path) -> None:
                 f"{model.device} has {_size(available)} free, the run needs about "
                 f"{_size(plan.peak_device_bytes)}; lower --nsamples or --seqlen"
             )
+
+
+def _check_disk(setting: str, folder: Path, needed: int) -> None:
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"{setting}={str(folder)!r}: {_size(free)} free, the run needs {_size(needed)}; choose "
+            "another disk"
+        )
 
 
 @torch.no_grad()
@@ -245,7 +268,7 @@ def rehearse(
     name = max(linears, key=lambda n: linears[n][0] * linears[n][1])
     k, n = linears[name]
     options = config.solver_options()
-    wtype = config.weight_type
+    wtype = config.wtype
     if config.sparsity:
         for linear, (inputs, _) in linears.items():
             check_inputs(inputs, linear)
@@ -270,10 +293,8 @@ def rehearse(
     nearest = SolverOptions(wtype, config.groupsize, grid=options.grid, nearest=True)
     nearest = replace(nearest, sparsity=config.sparsity)
     solution = solve(weight, identity, nearest, name=name)[0]
-    layer = QuantizedLinear.of(
-        solution.codes.cpu(), solution.scales.cpu(), wtype, config.groupsize,
-        zeros=solution.zeros.cpu(),
-    )  # fmt: skip
+    tensors = {part: tensor.cpu() for part, tensor in stored_tensors(solution).items()}
+    layer = quantized_linear(tensors, wtype, config.groupsize)
     version = 1 if wtype.symmetric else 2
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "layer.safetensors"

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from marlin_kernel.errors import ConfigError
-from marlin_kernel.reference import round_scales
+from marlin_kernel.reference import scale_values
+from marlin_kernel.weight_types import WeightType
 
+from .grid import decode_points, storable_scales
 from .models import Stages, StreamedModel
 from .solver import Solution, dequantize
 
@@ -54,12 +56,26 @@ class StoredLinear:
     scales: Tensor
     zeros: Tensor
     g_idx: Tensor
+    wtype: WeightType
+    global_scale: Tensor | None = None
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor], device: torch.device) -> StoredLinear:
+    def of(tensors: Mapping[str, Tensor], wtype: WeightType, device: torch.device) -> StoredLinear:
         """From the stored tensors of a finished layer (`storage.FinishedLayers`)."""
         t = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return StoredLinear(t["codes"], t["scales"].float(), t["zeros"].float(), t["g_idx"].long())
+        common = t.get("global_scale")
+        scales = scale_values(t["scales"], wtype, common)
+        own = t["zeros"].float(), t["g_idx"].long(), wtype, common
+        return StoredLinear(t["codes"], scales, *own)
+
+    def points(self) -> Tensor:
+        """As `Solution.points`."""
+        return decode_points(self.codes, self.wtype)
+
+    def weight(self, scales: Tensor | None = None) -> Tensor:
+        """The dequantized weight, float32 [K, N]; with other scales [G, N] if they are given."""
+        scales = self.scales if scales is None else scales
+        return dequantize(self.points(), scales, self.zeros, self.g_idx)
 
 
 @dataclass(frozen=True)
@@ -241,22 +257,23 @@ class _Scales(_Learned):
 
     def __init__(self, linear: nn.Linear, solution: Solution | StoredLinear) -> None:
         super().__init__(linear.weight, solution.scales)
-        self._solution = solution
+        self._solution, self._points = solution, solution.points()
         groups = solution.g_idx
         self._size = int((groups == 0).sum())  # only the last group may be smaller
         moved = bool((groups[1:] < groups[:-1]).any())
         self._order = torch.argsort(groups, stable=True) if moved else None
 
     def value(self) -> Tensor:
-        return round_scales(self.first * self.factor)
+        s = self._solution
+        return storable_scales(self.first * self.factor, s.wtype, s.global_scale)
 
     def write(self) -> None:
         s = self._solution
-        self.parameter.data.copy_(dequantize(s.codes, self.value(), s.zeros, s.g_idx).T)
+        self.parameter.data.copy_(dequantize(self._points, self.value(), s.zeros, s.g_idx).T)
 
     def gradient(self) -> Tensor:
         s = self._solution
-        product = self.parameter.grad.T.float() * (s.codes - s.zeros[s.g_idx])
+        product = self.parameter.grad.T.float() * (self._points - s.zeros[s.g_idx])
         if self._order is not None:  # moved groups: bring the rows of each together
             product = product[self._order]
         k, n = product.shape

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from marlin_kernel.checkpoint import check_target, source_hash
 from marlin_kernel.errors import CheckpointError, ConfigError
 
 from . import preflight
+from .activations import remove_left_over, store_of
 from .calibration import sample_documents, sample_windows
 from .config import QuantizeConfig
 from .distributed import join, local_device
+from .lock import lock
 from .models import StreamedModel, config_folder, resolve_source
 from .refine import StoredLinear, refine_model
 from .sequential import STEP_TOKENS, LinearResult, Walker
-from .solver import dequantize
 from .storage import (
     BackgroundWriter,
     FinishedLayers,
@@ -63,10 +64,15 @@ def choose_device(config: QuantizeConfig) -> torch.device:
             f"device={config.device!r}: torch sees no GPU; use --device cpu, or install a CUDA "
             "build"
         )
-    if config.offload_activations and device.type != "cuda":
+    where = config.offload_activations
+    if where == "host" and device.type != "cuda":
         raise ConfigError(
             f"offload_activations with device={str(device)!r}: they are in host memory already; "
-            "leave it out"
+            "leave it out, or keep them on disk (--offload_activations disk)"
+        )
+    if where not in (None, "host", "disk") and not Path(where).expanduser().is_dir():
+        raise ConfigError(
+            f"offload_activations={where!r} is neither host nor disk nor a folder; make it first"
         )
     return device
 
@@ -111,11 +117,21 @@ def run(
     Raises MarlinError subclasses; finished layers of an interrupted run stay beside `out` for
     --resume.
     """
+    with ExitStack() as held:
+        return _run(config, out, say, held)
+
+
+def _run(
+    config: QuantizeConfig, out: Path, say: Callable[[str], None], held: ExitStack
+) -> dict[str, Any] | None:
+    """`run`; held: what must be given back however it ends."""
     began = time.perf_counter()
     check_target(out, config.overwrite)
     device = choose_device(config)
     workers = join(device)
     first = workers.rank == 0
+    if first:
+        held.enter_context(lock(out))
     random = config.from_config is not None
     folder = config_folder(config.from_config) if random else resolve_source(config.checkpoint)
     dtype = choose_dtype(config, folder, device)
@@ -148,7 +164,7 @@ def run(
     planned = preflight.plan(model, config, linears, own, workers.count)
     if first:
         say(_table(planned.rows(config, model)))
-        preflight.check_room(planned, model, out)
+        preflight.check_room(planned, config, model, out)
         preflight.rehearse(model, config, linears)
 
     origin = {"path": config.from_config or config.checkpoint, "sha256": source_hash(folder)}
@@ -156,6 +172,9 @@ def run(
     finished = None
     if first:
         finished = FinishedLayers(out.with_name(f".{out.name}.unfinished"), key, config.resume)
+        remove_left_over(config.offload_activations, out)
+    workers.agree(None)  # folders are as they must be
+    store = held.enter_context(store_of(config.offload_activations, device, out, workers.rank))
     walker = Walker(
         model,
         own,
@@ -164,7 +183,7 @@ def run(
         skip=skip,
         probe=probe,
         step_tokens=STEP_TOKENS if device.type == "cuda" else 1,
-        offload=config.offload_activations,
+        offload=store,
         workers=workers,
         refine=config.refine_options(config.refine),
     )
@@ -238,7 +257,8 @@ def _walk(
             if index < done:
                 layers, added = agree(finished.load(index) if finished is not None else None)
                 prefix = model.layer_name(index)
-                walker.advance(index, layer_weights(layers, prefix, model.device))
+                wtype = walker.options.wtype
+                walker.advance(index, layer_weights(layers, wtype, prefix, model.device))
                 rows += added
                 bar.update(stages)
                 continue
@@ -277,7 +297,7 @@ def _refine_end_to_end(
     def layers(index: int) -> dict[str, StoredLinear]:
         prefix = f"{model.layer_name(index)}."
         return {
-            name.removeprefix(prefix): StoredLinear.of(t, model.device)
+            name.removeprefix(prefix): StoredLinear.of(t, config.wtype, model.device)
             for name, t in finished.load(index)[0].items()
         }
 
@@ -294,8 +314,7 @@ def _refine_end_to_end(
     for index in range(model.num_layers):
         prefix = f"{model.layer_name(index)}."
         weights = {
-            path: dequantize(linear.codes, scales[prefix + path], linear.zeros, linear.g_idx)
-            for path, linear in layers(index).items()
+            path: linear.weight(scales[prefix + path]) for path, linear in layers(index).items()
         }
         walker.pass_probe(
             index,

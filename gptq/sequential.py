@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from marlin_kernel.errors import NumericalError
 
-from .activations import Activations, Offload
+from .activations import Activations, Store
 from .calibration import make_batches
 from .distributed import Workers
+from .grid import find_global_scale
 from .hessian import Hessian
 from .models import Stages, StreamedModel
 from .refine import Refinement, RefineOptions, as_float, refine_layer
@@ -77,8 +78,9 @@ class Walker:
     (needs true_sequential: a correction that looks at the inputs must see those that the layer will
     really get). skip: linears that stay as they are, by path inside the layer. probe: token ids
     that go through the quantized model, with all other tensors as they will be stored, and count
-    nowhere. step_tokens: tokens that pass a layer together. offload: keep activations in host
-    memory. refine: learn the scales of each layer together (needs asymmetric, and one worker).
+    nowhere. step_tokens: tokens that pass a layer together. offload: where activations lie between
+    two uses, by default on the device. refine: learn the scales of each layer together (needs
+    asymmetric, and one worker).
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class Walker:
         skip: Collection[str] = (),
         probe: Tensor | None = None,
         step_tokens: int = 1,
-        offload: bool = False,
+        offload: Store | None = None,
         workers: Workers | None = None,
         refine: RefineOptions | None = None,
     ) -> None:
@@ -112,7 +114,7 @@ class Walker:
         self._valid = [
             None if batch.valid is None else batch.valid.to(model.device) for batch in self.batches
         ]
-        self.hidden = Activations(len(self.batches), Offload(model.device) if offload else None)
+        self.hidden = Activations(len(self.batches), offload)
         for i, batch in enumerate(self.batches):
             self.hidden[i] = model.embed(batch.ids)
         self.target = self.hidden.copy() if self.asymmetric else None
@@ -316,14 +318,17 @@ class Walker:
         shares = self.workers.share(weight.shape[0])
         first = sum(shares[: self.workers.rank])
         own = slice(first, first + shares[self.workers.rank])
-        lack = None if h.lack is None else h.lack[own]
+        common = None
+        if self.options.wtype is not None:  # of the whole stage, whoever solves its outputs
+            common = find_global_scale(weight, self.options.wtype)
         part = solve_columns(
             weight[own],
             h.matrix(),
             self.options,
             name=name,
             shift=h.shift,
-            lack=lack,
+            lack=None if h.lack is None else h.lack[own],
+            global_scale=common,
             workers=self.workers,
         )
         if self.workers.count == 1:

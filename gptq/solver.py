@@ -16,11 +16,19 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 from marlin_kernel.reference import round_scales
-from marlin_kernel.weight_types import WeightType, normalize_group_size
+from marlin_kernel.weight_types import INTEGER_TYPES, WeightType, normalize_group_size
 
 from . import fused_solver, sparsity
 from .distributed import Workers
-from .grid import GridOptions, quantize_to_codes, search_grid, unclipped_scales
+from .grid import (
+    GridOptions,
+    decode_points,
+    encode_points,
+    find_global_scale,
+    nearest_points,
+    search_grid,
+    unclipped_scales,
+)
 from .hessian import Factor, factorize
 
 
@@ -38,7 +46,7 @@ class SolverOptions:
     become zero, chosen inside the update (`sparsity`; by magnitude with `nearest`).
     """
 
-    wtype: WeightType | None  # None: weights are pruned and not rounded
+    wtype: WeightType | None  # any type; None: weights are pruned and not rounded
     group_size: int
     grid: GridOptions = field(default_factory=GridOptions)
     blocksize: int = 128
@@ -77,24 +85,31 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Solution:
-    """codes uint8 [K, N]; scales float32 [G, N] with fp16 values; zeros float32 [G, N];
-    g_idx int64 [K]: group of each input (``k // group_size`` unless act-order moved the groups).
-    Weights that were only pruned are float32 codes of one group with the scale 1."""
+    """codes uint8 [K, N]; scales float32 [G, N] with the values that storage gives them, the global
+    one included; zeros float32 [G, N] (0 for types without); g_idx int64 [K]: group of each input
+    (``k // group_size`` unless act-order moved the groups); global_scale: float32 [1] or None.
+    Weights that were only pruned (wtype None) are float32 codes of one group with the scale 1."""
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
     g_idx: Tensor
     statistics: Statistics
+    wtype: WeightType | None
+    global_scale: Tensor | None = None
+
+    def points(self) -> Tensor:
+        """What the scales multiply, before zeros are subtracted (`grid`): [K, N]."""
+        return decode_points(self.codes, self.wtype)
 
     def weight(self) -> Tensor:
         """The dequantized weight, float32 [K, N]."""
-        return dequantize(self.codes, self.scales, self.zeros, self.g_idx)
+        return dequantize(self.points(), self.scales, self.zeros, self.g_idx)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
-    """``(codes - zeros) * scales`` as float32 [K, N]; scales, zeros: [G, N]; groups: int64 [K]."""
-    return (codes.float() - zeros.float()[groups]) * scales.float()[groups]
+def dequantize(points: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
+    """``(points - zeros) * scales`` as float32 [K, N]; scales, zeros: [G, N]; groups: int64 [K]."""
+    return (points.float() - zeros.float()[groups]) * scales.float()[groups]
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,8 @@ class Columns:
     """Quantized outputs of one layer or several stacked ones, before they are told apart.
 
     codes uint8 [K, N]; scales, zeros float32 [G, N]; g_idx int64 [K]; measures float32 [6, N]: sums
-    per output that `Statistics` are made of (`_measure`); damping, retries, dead: see Statistics.
+    per output that `Statistics` are made of (`_measure`); damping, retries, dead: see Statistics;
+    wtype, global_scale: see Solution.
     """
 
     codes: Tensor
@@ -113,6 +129,8 @@ class Columns:
     damping: float
     retries: int
     dead: int
+    wtype: WeightType | None
+    global_scale: Tensor | None = None
 
     def split(self, parts: Sequence[int], tokens: int) -> list[Solution]:
         """One Solution per stacked layer of so many outputs; tokens: what H was summed over."""
@@ -126,6 +144,8 @@ class Columns:
                     self.zeros[:, own].contiguous(),
                     self.g_idx,
                     self._statistics(self.measures[:, own], tokens),
+                    self.wtype,
+                    self.global_scale,
                 )
             )
         return solutions
@@ -174,12 +194,15 @@ def solve_columns(
     shift: Tensor | None = None,
     lack: Tensor | None = None,
     workers: Workers | None = None,
+    global_scale: Tensor | None = None,
 ) -> Columns:
     """Quantize outputs that share their input. No output depends on another.
 
     weight: float [N, K] as in torch.nn.Linear. h: float32 [K, K], 2 X Xᵀ.
     shift: float32 [K, K], 2 (X̃ - X) Xᵀ, and lack: float32 [N, K], 2 D Xᵀ, of asymmetric calibration
-    (`hessian.Hessian`), or None. workers: processes that hold other outputs and the same Hessian.
+    (`hessian.Hessian`), or None. global_scale: float32 [1] for the types that have one, if `weight`
+    is a part of what shares it; default: `grid.find_global_scale` of `weight`. workers: processes
+    that hold other outputs and the same Hessian.
     Raises NumericalError with `name` if weights or Hessian are not finite.
     """
     w = weight.detach().float().T.contiguous()
@@ -211,31 +234,37 @@ def solve_columns(
 
     if options.wtype is None:
         return _pruned(w, original, h, factor, order, int(dead.sum()), options)
+    if global_scale is None:
+        global_scale = find_global_scale(weight, options.wtype)
     update = fused_solver.update if _fused(w, options) else _update
     contiguous = order is None or options.static_groups
     groups = torch.arange(k, device=w.device) // g  # group of each input, or of each place in order
     if options.nearest:
-        scales, zeros = _static_grid(w, None, g, options)
+        scales, zeros = _static_grid(w, None, g, options, global_scale)
         kept = sparsity.keep_largest(w) if options.sparsity else w
-        codes = quantize_to_codes(kept, scales[groups], zeros[groups], options.wtype.levels)
+        points = nearest_points(kept, scales[groups], zeros[groups], options.wtype)
     elif contiguous:
         scales = zeros = None  # natural order: each group's grid is searched when it is reached
         if order is not None:
             weights = _group_factors(factor, order, g, name) if options.grid.clip else None
-            scales, zeros = _static_grid(w, weights, g, options)
-        codes, scales, zeros = update(w, factor, order, g, scales, zeros, groups, options)
+            scales, zeros = _static_grid(w, weights, g, options, global_scale)
+        points, scales, zeros = update(
+            w, factor, order, g, scales, zeros, groups, options, global_scale
+        )
     else:
-        codes, scales, zeros = update(w[order], factor, None, g, None, None, groups, options)
+        points, scales, zeros = update(
+            w[order], factor, None, g, None, None, groups, options, global_scale
+        )
         inverse = torch.argsort(order)
-        codes, groups = codes[inverse], groups[inverse]
+        points, groups = points[inverse], groups[inverse]
     damping, retries = factor.damping, factor.retries
     del factor
 
     if not options.nearest and (options.refit or options.sweeps):
-        codes, scales = _polish(w, safe, damping, codes, scales, zeros, groups, options)
-    measures = _measure(original, w, h, codes, scales, zeros, groups, options)
-    found = codes.to(torch.uint8), scales, zeros, groups, measures
-    return Columns(*found, damping, retries, int(dead.sum()))
+        points, scales = _polish(w, safe, damping, points, scales, zeros, groups, options)
+    measures = _measure(original, w, h, points, scales, zeros, groups, options)
+    found = encode_points(points, options.wtype), scales, zeros, groups, measures
+    return Columns(*found, damping, retries, int(dead.sum()), options.wtype, global_scale)
 
 
 def _pruned(
@@ -256,12 +285,19 @@ def _pruned(
     scales, zeros = torch.ones(1, n, device=w.device), torch.zeros(1, n, device=w.device)
     groups = torch.zeros(k, dtype=torch.int64, device=w.device)
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
-    return Columns(codes, scales, zeros, groups, measures, factor.damping, factor.retries, dead)
+    found = codes, scales, zeros, groups, measures
+    return Columns(*found, factor.damping, factor.retries, dead, None)
 
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:
     """Whether the CUDA kernels do the inner loops, instead of the reference in torch below."""
-    return w.is_cuda and options.fused and options.sparsity is None
+    return w.is_cuda and options.fused and fits_kernels(options)
+
+
+def fits_kernels(options: SolverOptions) -> bool:
+    """Whether the CUDA kernels know the method: integer types, without pruning."""
+    known = options.wtype is not None and options.wtype.name in INTEGER_TYPES
+    return known and options.sparsity is None
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -322,13 +358,17 @@ def _group_factors(factor: Factor, order: Tensor, g: int, name: str) -> Tensor:
 
 
 def _static_grid(
-    w: Tensor, factors: Tensor | None, g: int, options: SolverOptions
+    w: Tensor,
+    factors: Tensor | None,
+    g: int,
+    options: SolverOptions,
+    global_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if options.sparsity:  # fitted to the weights that are likely to stay
         w = sparsity.keep_largest(w)
     grouped = torch.nn.functional.pad(w, (0, 0, 0, -w.shape[0] % g)).reshape(-1, g, w.shape[1])
     search = fused_solver.search_grid if _fused(w, options) else search_grid
-    return search(grouped, factors, options.wtype, options.grid)
+    return search(grouped, factors, options.wtype, options.grid, global_scale)
 
 
 def _update(
@@ -340,17 +380,18 @@ def _update(
     zeros: Tensor | None,
     groups: Tensor,
     options: SolverOptions,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize input by input, spreading each rounding error over the inputs still to come.
 
     w: [K, N], in natural order. `order`: the sequence of inputs (None = natural). Given scales and
     zeros are used as they are; otherwise each group's grid is searched when the group is reached,
-    on the weights as updated by then.
+    on the weights as updated by then. Returns points (`grid`), scales, zeros.
     """
     k, n = w.shape
-    levels = options.wtype.levels
+    wtype = options.wtype
     work = w.clone() if order is None else w[order]
-    codes = torch.empty_like(work)
+    points = torch.empty_like(work)
     u, r = factor.u, factor.r
     sequence = groups if order is None else groups[order]
     dynamic = scales is None
@@ -379,30 +420,30 @@ def _update(
                 if options.sparsity:
                     group = sparsity.keep_largest(group)
                 factors = r[i:end, i:end][None] if options.grid.clip else None
-                found = search_grid(group[None], factors, options.wtype, options.grid)
+                found = search_grid(group[None], factors, wtype, options.grid, global_scale)
                 scales[i // g], zeros[i // g] = found[0][0], found[1][0]
             if dynamic:
                 s, z = scales[places[i]], zeros[places[i]]
             else:
                 s, z = block_scales[i - start], block_zeros[i - start]
             row = work[i]
-            code = quantize_to_codes(row, s, z, levels)
+            point = nearest_points(row, s, z, wtype)
             if options.sparsity:
                 place = i % sparsity.QUAD
                 if place == 0:
                     quad = slice(i, i + sparsity.QUAD)
                     stays = sparsity.choose_pairs(work[quad], u[quad, quad])
-                code = torch.where(stays[place], code, z)
-            codes[i] = code
-            error = torch.sub(code, z).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])
+                point = torch.where(stays[place], point, z)
+            points[i] = point
+            error = torch.sub(point, z).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])
             errors[i - start] = error
             if i + 1 < stop:
                 work[i + 1 : stop].addr_(u[i, i + 1 : stop], error, alpha=-1)
         if stop < k:
             work[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
     if order is not None:
-        codes = codes[torch.argsort(order)]
-    return codes, scales, zeros
+        points = points[torch.argsort(order)]
+    return points, scales, zeros
 
 
 def _polish(
@@ -415,16 +456,25 @@ def _polish(
     groups: Tensor,
     options: SolverOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Lower ``(Q - W) H (Q - W)ᵀ`` further: alternate scale refits and coordinate sweeps."""
+    """Lower ``(Q - W) H (Q - W)ᵀ`` further: alternate scale refits and coordinate sweeps.
+
+    codes: points (`grid`) here and in what follows. Scales of 8 bits are too coarse to be refitted.
+    """
+    refit = options.refit if refits(options.wtype) else 0
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
     sweep = fused_solver.sweep if _fused(w, options) else _sweep
-    for _ in range(max(options.refit, 1)):
-        if options.refit:
+    for _ in range(max(refit, 1)):
+        if refit:
             scales = _refit_scales(w, damped, codes, scales, zeros, groups)
         for _ in range(options.sweeps):
             codes = sweep(w, damped, codes, scales, zeros, groups, options)
     return codes, scales
+
+
+def refits(wtype: WeightType | None) -> bool:
+    """Whether scales are fine enough for what a refit finds: float16, not e4m3 or e8m0."""
+    return wtype is not None and wtype.scale == "float16"
 
 
 def _refit_scales(
@@ -490,7 +540,7 @@ def _sweep(
         for i in range(start, stop):
             old = quantized[i]
             best = torch.add(old, block[i - start], alpha=1.0 / diagonal[i])
-            code = quantize_to_codes(best, s_all[i], z_all[i], options.wtype.levels)
+            code = nearest_points(best, s_all[i], z_all[i], options.wtype)
             if movable is not None:
                 code = torch.where(movable[i], code, z_all[i])
             codes[i] = code

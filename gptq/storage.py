@@ -18,13 +18,16 @@ from torch import Tensor
 
 from marlin_kernel.checkpoint import CheckpointWriter
 from marlin_kernel.errors import CheckpointError, ConfigError
-from marlin_kernel.formats import QuantizedLinear
+from marlin_kernel.formats import QuantizedLinear, zero_dtype
 from marlin_kernel.schemes import Scheme
+from marlin_kernel.weight_types import WeightType
 
 from .config import QuantizeConfig
+from .grid import stored_scales
 from .models import StreamedModel
+from .refine import StoredLinear
 from .sequential import LinearResult
-from .solver import dequantize
+from .solver import Solution, dequantize
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -85,11 +88,8 @@ class FinishedLayers:
     ) -> None:
         tensors = {}
         for result in results:
-            solution = result.solution
-            tensors[f"{result.name}:codes"] = solution.codes.cpu().contiguous()
-            tensors[f"{result.name}:scales"] = solution.scales.cpu().to(torch.float16).contiguous()
-            tensors[f"{result.name}:zeros"] = solution.zeros.cpu().to(torch.uint8).contiguous()
-            tensors[f"{result.name}:g_idx"] = solution.g_idx.cpu().to(torch.int32).contiguous()
+            for part, tensor in stored_tensors(result.solution).items():
+                tensors[f"{result.name}:{part}"] = tensor.cpu().contiguous()
         file = self._file(index)
         partial = file.with_suffix(".partial")
         save_file(tensors, partial, {"rows": json.dumps(list(rows))})
@@ -168,14 +168,52 @@ class BackgroundWriter:
             self._thread.shutdown()
 
 
+def stored_tensors(solution: Solution) -> dict[str, Tensor]:
+    """The tensors of a finished linear: codes, and scales and zeros as the checkpoint has them."""
+    wtype, common = solution.wtype, solution.global_scale
+    tensors = {
+        "codes": solution.codes,
+        "scales": solution.scales.half(),
+        "zeros": solution.zeros.to(torch.uint8),
+        "g_idx": solution.g_idx.to(torch.int32),
+    }
+    if wtype is not None:
+        tensors["scales"] = stored_scales(solution.scales, wtype, common)
+        tensors["zeros"] = solution.zeros.to(zero_dtype(wtype))
+    return tensors if common is None else tensors | {"global_scale": common.clone()}
+
+
+def quantized_linear(
+    tensors: Mapping[str, Tensor], wtype: WeightType, group_size: int
+) -> QuantizedLinear:
+    """A finished linear as the checkpoint formats take it. tensors: `stored_tensors`, and a bias if
+    it has one."""
+    return QuantizedLinear.of(
+        tensors["codes"],
+        tensors["scales"],
+        wtype,
+        group_size,
+        zeros=None if wtype.is_float else tensors["zeros"],
+        g_idx=tensors["g_idx"],
+        bias=tensors.get("bias"),
+        global_scale=tensors.get("global_scale"),
+    )
+
+
 def layer_weights(
-    layers: Mapping[str, Mapping[str, Tensor]], prefix: str, device: torch.device
+    layers: Mapping[str, Mapping[str, Tensor]],
+    wtype: WeightType | None,
+    prefix: str,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """Dequantized weights float32 [N, K] of a loaded layer, by path inside the layer."""
     weights = {}
     for name, tensors in layers.items():
-        t = {part: tensor.to(device) for part, tensor in tensors.items()}
-        weight = dequantize(t["codes"], t["scales"], t["zeros"], t["g_idx"].long())
+        if wtype is None:
+            t = {part: tensor.to(device) for part, tensor in tensors.items()}
+            weight = dequantize(t["codes"], t["scales"], t["zeros"], t["g_idx"].long())
+        else:
+            weight = StoredLinear.of(tensors, wtype, device).weight()
         weights[name.removeprefix(f"{prefix}.")] = weight.T.contiguous()
     return weights
 
@@ -197,7 +235,7 @@ def write_checkpoint(
     probe: token ids int [T] and the logits [T, vocabulary] the packed model must give.
     Nothing appears at `out` before it is complete.
     """
-    wtype = config.weight_type
+    wtype = config.wtype
     scheme = None  # pruned weights are plain tensors
     if wtype is not None:
         scheme = Scheme(
@@ -221,18 +259,12 @@ def write_checkpoint(
                     writer.add(f"{name}.weight", pruned)
                     pruned_names.add(f"{name}.weight")
                     continue
-                writer.add_layer(
-                    name,
-                    QuantizedLinear.of(
-                        t["codes"],
-                        changed.get(f"{name}.scales", t["scales"]),
-                        wtype,
-                        config.groupsize,
-                        zeros=t["zeros"],
-                        g_idx=t["g_idx"],
-                        bias=model.stored(bias).to(model.device) if bias in model.tensors else None,
-                    ),
-                )
+                if f"{name}.scales" in changed:
+                    scales, common = changed[f"{name}.scales"], t.get("global_scale")
+                    t["scales"] = stored_scales(scales, wtype, common)
+                if bias in model.tensors:
+                    t["bias"] = model.stored(bias).to(model.device)
+                writer.add_layer(name, quantized_linear(t, wtype, config.groupsize))
                 quantized.add(name)
         prefixes = tuple(f"{name}." for name in quantized)
         for name in model.tensors:

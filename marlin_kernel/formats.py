@@ -326,11 +326,7 @@ def check_exportable(fmt: str, spec: LayerSpec) -> None:
     if fmt == SPARSE_FORMAT:
         sparse_format.check_spec(spec)
         return
-    if spec.weight_type.name not in INTEGER_TYPES:
-        raise ConfigError(
-            f"format {fmt!r} is written for integer types, not {spec.weight_type.name}; use "
-            "--format marlin"
-        )
+    check_type(fmt, spec.weight_type)
     if not spec.k_full:
         raise ConfigError(f"format {fmt!r} holds whole layers, not shards of K; write the layer")
     if spec.k % spec.group_size:
@@ -348,6 +344,16 @@ def check_exportable(fmt: str, spec: LayerSpec) -> None:
         raise ConfigError(
             "compressed-tensors readers no longer accept a group index (act-order with moving "
             "groups); use --format gptq, or --static-groups, which needs no index"
+        )
+
+
+def check_type(fmt: str, wtype: WeightType) -> None:
+    """Raise ConfigError, with the way out, if a format has no place for a weight type."""
+    check_format(fmt)
+    known = {"gptq": tuple(INTEGER_TYPES), "compressed-tensors": (*INTEGER_TYPES, "nvfp4", "mxfp4")}
+    if wtype.name not in known.get(fmt, (wtype.name,)):
+        raise ConfigError(
+            f"format {fmt!r} holds {', '.join(known[fmt])}, not {wtype.name}; use --format marlin"
         )
 
 
@@ -547,6 +553,8 @@ def _read_gptq(tensors: Mapping[str, Tensor], spec: LayerSpec, version: int) -> 
 
 def _write_compressed_tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
     wtype = layer.weight_type
+    if wtype.is_float:
+        return _write_compressed_float4(layer)
     tensors = {
         "weight_packed": pack_rows(layer.codes.T, wtype.bits),
         "weight_scale": layer.scales.T,
@@ -586,6 +594,25 @@ def _read_awq(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLinear
         zeros=unpack_awq(tensors["qzeros"]),
         bias=tensors["bias"] if spec.bias else None,
     )
+
+
+def _write_compressed_float4(layer: QuantizedLinear) -> dict[str, Tensor]:
+    """Inverse of `_read_compressed_float4`. Raises ConfigError for a global scale whose reciprocal,
+    which is what the format stores, is not exact."""
+    codes = torch.nn.functional.pad(layer.codes, (0, 0, 0, layer.codes.shape[0] % 2)).T
+    tensors = {
+        "weight_packed": codes[:, ::2] | (codes[:, 1::2] << 4),
+        "weight_scale": layer.scales.T,
+    }
+    if layer.global_scale is not None:
+        divisor = 1 / layer.global_scale
+        if not torch.equal(1 / divisor, layer.global_scale):
+            raise ConfigError(
+                f"compressed-tensors stores 1 / global_scale, which is not exact for "
+                f"{float(layer.global_scale):.9g}; use a power of two, or --format marlin"
+            )
+        tensors["weight_global_scale"] = divisor
+    return tensors
 
 
 def _read_compressed_float4(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLinear:

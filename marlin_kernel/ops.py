@@ -112,8 +112,8 @@ backends.Prepared; bias: [n] or None; k, n: sizes without padding; group_size: i
 for one group (kernel layouts: that of backends.Prepared); batch_invariant: a row's result must not
 depend on the other rows (kernel layouts); global_scale: float32 [1] of types that have one;
 activation: "", "int8" or "float8_e4m3fn": `a` is rounded to 8 bits with one scale per token;
-reduce_half: blocks of the sm80 kernel may exchange sums in fp16 (`a` float16). Returns a new tensor of the dtype
-of `a`, accumulated in float32.
+reduce_half: blocks of the sm80 kernel may exchange sums in fp16 (`a` float16). Returns a new tensor
+of the dtype of `a`, accumulated in float32.
 """
 
 

@@ -79,11 +79,14 @@ def quantization_config(
             "pack_dtype": "int32",
         }
     grouped = scheme.group_size != -1
+    strategy = "group" if grouped else "channel"
+    names = {name: stored for stored, name in _FLOAT4_FORMATS.items()}
+    stored_format = names.get(wtype.name, "pack-quantized")
     weights = {
         "num_bits": wtype.bits,
-        "type": "int",
+        "type": "float" if wtype.is_float else "int",
         "symmetric": wtype.symmetric,
-        "strategy": "group" if grouped else "channel",
+        "strategy": "tensor_group" if wtype.global_scale else strategy,
         "group_size": scheme.group_size if grouped else None,
         "dynamic": False,
         "actorder": None,
@@ -93,7 +96,7 @@ def quantization_config(
     }
     group = {
         "targets": ["Linear"],
-        "format": "pack-quantized",
+        "format": stored_format,
         "input_activations": None,
         "output_activations": None,
         "weights": weights,
@@ -101,7 +104,7 @@ def quantization_config(
     return {
         "quant_method": "compressed-tensors",
         "version": "0.17.0",
-        "format": "pack-quantized",
+        "format": stored_format,
         "quantization_status": "compressed",
         "ignore": list(ignore),
         "kv_cache_scheme": None,

@@ -193,7 +193,7 @@ def pack(model, solutions: dict[str, Solution], config: QuantizeConfig) -> dict[
     """
     before = {}
     for name, solution in solutions.items():
-        wtype = config.weight_type
+        wtype = config.wtype
         layer = QuantizedLinear.of(
             solution.codes, solution.scales, wtype, config.groupsize,
             zeros=solution.zeros, g_idx=solution.g_idx,

@@ -24,7 +24,7 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from gptq.run import peak_host, reset_peak_host  # noqa: E402
 
 BASE_BYTES = peak_host()  # an interpreter with torch loaded
 
+from gptq.activations import store_of  # noqa: E402
 from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.distributed import join, leave  # noqa: E402
 from gptq.hessian import Hessian  # noqa: E402
@@ -279,12 +280,16 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     tokens = args.nsamples * args.seqlen
     first = workers.rank == 0
 
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch, ExitStack() as held:
         finished = FinishedLayers(Path(scratch) / "layers", "benchmark", None)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         reset_peak_host()
         setup = time.perf_counter()
+        place = Path(scratch) / "out"
+        store = held.enter_context(
+            store_of(config.offload_activations, device, place, workers.rank)
+        )
         walker = Walker(
             model,
             samples[workers.rank :: workers.count],
@@ -292,7 +297,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
             true_sequential=config.true_sequential,
             probe=probe,
             step_tokens=STEP_TOKENS if device.type == "cuda" else 1,
-            offload=config.offload_activations,
+            offload=store,
             workers=workers,
         )
         wait(device)
@@ -340,7 +345,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         if args.reference:
             result["solver_against_torch"] = against_reference(model, config)
     parts = [Path(args.from_config).stem, Path(args.config).stem]
-    parts += ["offload"] if args.offload_activations else []
+    parts += {None: [], "host": ["offload"]}.get(args.offload_activations, ["offload_disk"])
     parts += [f"{workers.count}gpus"] if workers.count > 1 else []
     parts += ["twopass"] if not config.true_sequential else []
     name = "_".join(parts)
@@ -366,7 +371,9 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, help="default: 1024, with --from_config 2048")
     parser.add_argument("--groupsize", type=int, help="default: 64, with --from_config 128")
     parser.add_argument("--true-sequential", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--offload_activations", action="store_true")
+    parser.add_argument(
+        "--offload_activations", nargs="?", const="host", metavar="WHERE", help="host, disk, folder"
+    )
     parser.add_argument("--layers", type=int, help="of the shape, from the first on")
     parser.add_argument("--reference", action="store_true", help="time the solver in torch too")
     parser.add_argument("--scratch", help="folder for the finished layers")

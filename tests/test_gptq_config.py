@@ -120,7 +120,8 @@ def test_fingerprint_knows_every_setting_that_decides_the_codes(field):
         skip_gq=True, device="cuda", dtype="bfloat16", sparsity="2:4",
     )  # fmt: skip
     places = {"checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
-              "report", "format", "from_config", "offload_activations"}  # fmt: skip
+              "report", "format", "from_config", "offload_activations",
+              "weight_type"}  # fmt: skip
     assert set(other) | places == {f.name for f in fields(QuantizeConfig)}
     if field not in places:
         base = config(asymmetric=False) if field == "true_sequential" else config()
@@ -147,6 +148,25 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
 def test_every_setting_has_a_flag_and_every_flag_a_setting():
     flags = set(vars(parser().parse_args(["model"])))
     assert flags - {"config", "verbose"} == {f.name for f in fields(QuantizeConfig)}
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ((), None),
+        (("--offload_activations",), "host"),
+        (("--offload_activations", "disk"), "disk"),
+        (("--offload_activations", "/big"), "/big"),
+        (("--offload_activations", "--no-offload_activations"), None),
+    ],
+)
+def test_where_activations_lie(given, where):
+    flags = vars(parser().parse_args(["model", *given]))
+    flags = {k: v for k, v in flags.items() if k not in ("config", "verbose")}
+    assert resolve({}, flags).offload_activations == where
+    if where is None:
+        recipe = {"offload_activations": True}
+        assert resolve(recipe, flags).offload_activations == (None if given else "host")
 
 
 def test_a_flag_that_says_no_overrides_a_recipe_that_says_yes(tmp_path):

@@ -83,6 +83,7 @@ def test_gradient_of_scales_is_autograds(k, group, moved):
         round_scales(torch.rand(count, 6, generator=draw) + 0.5),
         torch.full((count, 6), 8.0),
         groups,
+        WEIGHT_TYPES["uint4b8"],
     )
     module = nn.Linear(k, 6, bias=False)
     learned = refine._Scales(module, linear)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gptq.activations import Activations, DiskOffload
 from gptq.cli import main
+from gptq.lock import lock
 from gptq.sequential import Walker
 from gptq.storage import FinishedLayers
 from marlin_kernel import ConfigError
@@ -135,6 +138,95 @@ def test_a_killed_run_leaves_nothing_that_loads_and_continues_to_the_same_bytes(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # what the dead run left is gone
 
 
+# Kills its children from outside, at random times: some at any time of the run, some while the
+# checkpoint is assembled. They are forks of a process that has all modules loaded, so that time is
+# spent on the work. Prints how many were killed, and how many of those while assembling.
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+torch.set_num_threads(1)
+from gptq.cli import main
+
+seed, last, *flags = sys.argv[1:]
+draw = random.Random(int(seed))
+folder = Path.cwd()
+
+def start(out):
+    child = os.fork()
+    if child == 0:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        code = 1
+        try:
+            code = main([*flags, "--save", str(out), "--resume"])
+        finally:
+            os._exit(code)
+    return child
+
+def ended(child):
+    return os.waitpid(child, os.WNOHANG)[0] != 0
+
+def wait_for(file, child):  # whether it came before the child ended
+    while not file.exists():
+        if ended(child):
+            return False
+        time.sleep(0.0005)
+    return True
+
+def content(out):
+    return (out / "model.safetensors").read_bytes()
+
+began = time.perf_counter()
+child = start(folder / "whole")
+assert wait_for(folder / ".whole.unfinished" / last, child)
+walked = time.perf_counter() - began
+assert os.waitpid(child, 0)[1] == 0
+duration = time.perf_counter() - began
+whole, out = content(folder / "whole"), folder / "out"
+killed = assembling = 0
+for trial in range(10):
+    child = start(out)
+    alive = True
+    if trial % 2:
+        alive = wait_for(folder / ".out.unfinished" / last, child)
+        time.sleep(draw.uniform(0, duration - walked))
+    else:
+        time.sleep(draw.uniform(0, duration))
+    if alive and not ended(child):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        killed += 1
+        assembling += any(folder.glob(".out.partial-*"))
+    if out.exists():  # it was in place before the end, and then it is whole
+        assert content(out) == whole
+        shutil.rmtree(out)
+child = start(out)
+assert os.waitpid(child, 0)[1] == 0
+assert content(out) == whole
+shutil.rmtree(folder / "whole")
+print(killed, assembling)
+"""
+
+
+def test_a_run_killed_again_and_again_at_random_times(flags, tmp_path):
+    """Every continuation ends in the same bytes, and nothing of the dead ones is left."""
+    seed = random.randrange(1 << 30)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    last = f"layer-{LAYERS - 1:04d}.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(seed), last, *flags],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    killed, _ = map(int, done.stdout.split())
+    assert killed >= 3, f"seed {seed}"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    load_model(tmp_path / "out", verify=True)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -251,6 +343,121 @@ def test_a_run_for_an_existing_checkpoint_keeps_it_until_the_end(flags, tmp_path
     load_model(out, verify=True)
     assert main([*flags, "--save", str(out), "--overwrite", "--resume"]) == 0
     assert (out / FILE).read_bytes() != old
+
+
+# ---- activations on disk -------------------------------------------------------------------------
+
+
+def test_activations_on_disk_change_no_byte(flags, uninterrupted, tmp_path, capsys):
+    """Beside OUT, and in a folder that is named; nothing is left of them."""
+    big = tmp_path / "big"
+    big.mkdir()
+    for where in ("disk", str(big)):
+        out = tmp_path / "out"
+        assert main([*flags, "--save", str(out), "--offload_activations", where]) == 0
+        assert (out / FILE).read_bytes() == uninterrupted
+        assert "for activations" in capsys.readouterr().out
+        shutil.rmtree(out)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["big"] and not list(big.iterdir())
+
+
+def test_files_of_a_dead_run_go_when_the_next_one_starts(flags, uninterrupted, tmp_path):
+    out, big = tmp_path / "out", tmp_path / "big"
+    big.mkdir()
+    stages = "stage6"
+    where = ["--save", str(out), "--offload_activations", str(big)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, stages, *flags, *where],
+        env=environment, cwd=tmp_path, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    left = [p for p in big.rglob("*") if p.is_file()]
+    assert left
+    assert main([*flags, *where, "--resume"]) == 0
+    assert (out / FILE).read_bytes() == uninterrupted
+    assert not list(big.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_store_on_disk_keeps_bits_and_only_what_is_referred_to(dtype, tmp_path):
+    store = DiskOffload(tmp_path / "files", torch.device("cpu"))
+    kept = Activations(3, store)
+    tensors = [torch.randn(1, 5 + i, 8).to(dtype) for i in range(3)]
+    for i, tensor in enumerate(tensors):
+        kept[i] = tensor
+    other = kept.copy()
+    assert all(map(torch.equal, other, tensors))
+    kept[1] = tensors[0]
+    assert torch.equal(other[1], tensors[1]) and torch.equal(kept[1], tensors[0])
+    assert torch.equal(kept.take(0), tensors[0])
+    del other
+    assert torch.equal(kept[2], tensors[2])
+    assert len(list((tmp_path / "files").iterdir())) == 2
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_loses_bytes_is_named(tmp_path):
+    store = DiskOffload(tmp_path / "files", torch.device("cpu"))
+    kept = Activations(1, store)
+    kept[0] = torch.randn(4, 4)
+    assert kept[0].shape == (4, 4)
+    next((tmp_path / "files").iterdir()).write_bytes(b"short")
+    with pytest.raises(ConfigError, match="offload_activations: .*shorter.*--resume"):
+        kept[0]
+    store.close()
+
+
+# ---- two runs with one OUT -----------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from gptq.lock import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(flags, uninterrupted, tmp_path, capsys):
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)], env=environment, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        for more in ((), ("--resume",), ("--no-resume", "--overwrite")):
+            assert main([*flags, "--save", str(out), *more]) == 2
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert f"process {holder.pid} on " in error and "--resume" in error
+        assert [p.name for p in tmp_path.iterdir()] == [".out.lock"]
+    finally:
+        holder.kill()  # SIGKILL: it cannot remove its file
+        holder.wait()
+    assert (tmp_path / ".out.lock").is_file()
+    assert main([*flags, "--save", str(out)]) == 0
+    assert (out / FILE).read_bytes() == uninterrupted
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_goes_however_the_run_ends(tmp_path):
+    out = tmp_path / "a" / "b" / "out"
+    with pytest.raises(KeyError), lock(out):
+        assert (out.parent / ".out.lock").is_file()
+        with pytest.raises(ConfigError, match="another run writes there"), lock(out):
+            pass
+        assert (out.parent / ".out.lock").is_file()
+        raise KeyError
+    assert not list(tmp_path.iterdir())  # and the folders made for it
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match="file is a file; choose another"),
+        lock(tmp_path / "file" / "x" / "out"),
+    ):
+        pass
 
 
 # ---- the folder of finished layers ---------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq.activations import DiskOffload, Offload
 from gptq.grid import GridOptions
 from gptq.models import StreamedModel
 from gptq.sequential import Walker
@@ -104,9 +105,9 @@ def recorded(walk: Walker, monkeypatch) -> tuple[list[Statistics], dict[str, Sol
     calls: list[tuple[Tensor, ...]] = []
     tokens: list[int] = []
 
-    def spy(weight, h, options, *, name, shift, lack):
+    def spy(weight, h, options, *, shift, lack, **others):
         calls.append((weight.clone(), h.clone(), shift, lack))
-        return solve_columns(weight, h, options, name=name, shift=shift, lack=lack)
+        return solve_columns(weight, h, options, shift=shift, lack=lack, **others)
 
     def count(self, parts, summed):
         tokens.append(summed)
@@ -326,20 +327,23 @@ def test_overflowing_activations_name_their_layer(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_offloaded_activations_give_the_same_bits(llama, asymmetric):
+def test_offloaded_activations_give_the_same_bits(llama, asymmetric, tmp_path):
     """Copies beside the computation must neither come late nor be overwritten early."""
     options = replace(OPTIONS, asymmetric=asymmetric)
     found = []
-    for offload in (False, True):
-        model = StreamedModel(llama, torch.float16, torch.device("cuda"))
+    device = torch.device("cuda")
+    stores = (None, Offload(device), DiskOffload(tmp_path / "activations", device))
+    for offload in stores:
+        model = StreamedModel(llama, torch.float16, device)
         samples = token_samples(count=64, length=60)
         walk = Walker(model, samples, options, step_tokens=100, offload=offload)
         found.append(quantize(walk))
         hidden = [x.cpu() for x in walk.hidden]
         found.append(hidden)
-    for name, solution in found[0].items():
-        assert torch.equal(solution.codes, found[2][name].codes)
-    assert all(map(torch.equal, found[1], found[3]))
+    for other in (2, 4):
+        for name, solution in found[0].items():
+            assert torch.equal(solution.codes, found[other][name].codes)
+        assert all(map(torch.equal, found[1], found[other + 1]))
 
 
 @pytest.mark.gpu

@@ -274,8 +274,8 @@ def test_selection(fake_kernels, monkeypatch):
     assert fake_kernels.calls[-1] == ("cuda", "uint4b8", -1, torch.float16)
     assert select_backend(cuda, spec, torch.float32).layout == "marlin"
     shard = LayerSpec(128, 64, U4B8, 32, act_order=True, shard_groups=8)
-    assert select_backend(cuda, shard, torch.float16).layout == "sm80"  # sm90: when asked for
-    eight = LayerSpec(128, 64, WEIGHT_TYPES["uint8"], 32)
+    assert select_backend(cuda, shard, torch.float16).layout == "sm90"
+    eight = LayerSpec(128, 64, WEIGHT_TYPES["uint8"], 32)  # fake_kernels refuses it
     chosen = select_backend(cuda, eight, torch.float16)
     assert chosen.layout == "marlin" and "no kernel for uint8" in chosen.reason
     monkeypatch.setenv("MARLIN_KERNEL_BACKEND", "marlin")
