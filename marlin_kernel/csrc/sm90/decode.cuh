@@ -14,7 +14,7 @@
 #pragma once
 
 #include "dequant/int4_biased.cuh"
-#include "dequant/unscaled.cuh"
+#include "dequant/operand.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
@@ -40,8 +40,7 @@ class Decoder {
   static constexpr bool BIASED = dequant::kIsBiased4<Weight>;
   // True value of a sum.
   static constexpr float kUnit =
-      BIASED ? dequant::BiasedPair<Scalar>::kUnit
-             : dequant::Unscaled<Weight, Scalar>::UNIT * dequant::ScalePair<Weight>::UNIT;
+      BIASED ? dequant::BiasedPair<Scalar>::kUnit : dequant::Operand<Weight, Scalar>::UNIT;
   using Accumulators = float[4][Config::TOKEN_TILES][4];  // [16 features][8 tokens][fragment]
 
  public:
@@ -264,7 +263,7 @@ class Decoder {
         code[0] = step == 0 ? v.x : step == 1 ? v.y : step == 2 ? v.z : v.w;
       }
       uint32_t a[4];
-      dequant::Unscaled<Weight, Scalar>::fragment(a, code, zeros, m);
+      dequant::Operand<Weight, Scalar>::fragment(a, code, zeros, m);
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t) {
         const uint32_t(&chunks)[4] = tokens[t][step / 2];

@@ -1,0 +1,136 @@
+// Codes to the A operand in the sm_90 kernels: the interface of dequant/dequantizer.cuh, and its
+// specialisations but where Hopper has better instructions or the sm_90 layout another order of bits.
+//
+//   Operand<Weight, Scalar>::fragment(a, words, zeros, j), UNIT, apply(a, scales, j), SCALED_UNIT
+//   ScalePair<Weight>::get(pair)   scales as fp32
+// scales, zeros (with j = 0) and pair: those of rows g and g + 8, side by side in the lowest bits.
+//
+// float8_e4m3fn to fp16: Hopper converts two bytes at once.
+//
+// float4_e2m1f: a table of the eight magnitudes in two registers, from which prmt picks four bytes by
+// the nibbles of a selector. In fp16 a magnitude is its upper byte alone; bf16 needs a second table.
+// The selectors are the magnitudes themselves; signs lie in bit 3 of the nibbles, where a mask finds
+// those of four results in place. So, of the eight codes of a lane (sm90_layout.arrange_floats):
+//     magnitude of nibble q: byte q % 4 of result q / 4
+//     sign of byte i of result 0: bit 8 i + 7;  of result 1: bit 8 i + 3
+//     bytes 0 and 2 of result r are the pair a[2 r], bytes 1 and 3 the pair a[2 r + 1]
+#pragma once
+
+#include "dequant/dequantizer.cuh"
+#include "dequant/float8.cuh"
+#include "dequant/integer4.cuh"
+#include "dequant/integer8.cuh"
+#include "ptx/bit_ops.cuh"
+#include "ptx/convert.cuh"
+
+namespace dequant {
+
+// ---- scales ----
+template <class Weight, Scales FORMAT = Weight::SCALES>
+struct ScalePair;
+
+template <class Weight>
+struct ScalePair<Weight, Scales::HALF> {
+  static __device__ __forceinline__ float2 get(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
+};
+
+template <class Weight>
+struct ScalePair<Weight, Scales::E4M3> {
+  static __device__ __forceinline__ float2 get(uint32_t pair) {
+    const uint32_t value = ptx::e4m3_pair_to_half2(pair);
+    return __half22float2(*reinterpret_cast<const __half2*>(&value));
+  }
+};
+
+template <class Weight>
+struct ScalePair<Weight, Scales::E8M0> {
+  static __device__ __forceinline__ float2 get(uint32_t pair) {
+    return make_float2(__uint_as_float((pair & 0xff) << 23), __uint_as_float((pair & 0xff00) << 15));
+  }
+};
+
+// a *= the pair of scales, which are as exact in the 16-bit type as the values.
+template <class Scalar>
+__device__ __forceinline__ void scale_rows(uint32_t (&a)[4], uint32_t pair) {
+  const uint32_t rows[2] = {ptx::permute_bytes(pair, pair, kLowRow),
+                            ptx::permute_bytes(pair, pair, kHighRow)};
+#pragma unroll
+  for (int i = 0; i < 4; i++) a[i] = ptx::mul2(a[i], rows[i % 2], Scalar());
+}
+
+// ---- codes ----
+template <class Weight, class Scalar>
+struct Operand : Dequantizer<Weight, Scalar> {};
+
+template <>
+struct Operand<weights::float8_e4m3fn, __half> : HalfScales<__half> {
+  static constexpr float UNIT = 1.f, SCALED_UNIT = 1.f;
+  static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[2],
+                                                  const uint32_t*, int) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      const uint32_t pairs = ptx::permute_bytes(words[row], 0, 0x3120);
+      a[row] = ptx::e4m3_pair_to_half2(pairs);
+      a[row + 2] = ptx::e4m3_pair_to_half2(pairs >> 16);
+    }
+  }
+};
+
+constexpr uint32_t kMagnitudes = 0x77777777, kByteSigns = 0x80808080, kUpperBytes = 0xff00ff00;
+
+template <class Scalar>
+__device__ __forceinline__ void float4_values(uint32_t (&a)[4], uint32_t word) {
+  const uint32_t magnitudes = word & kMagnitudes;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const uint32_t selector = r == 0 ? magnitudes : magnitudes >> 16;
+    const uint32_t signs = r == 0 ? word : word << 4;
+    if constexpr (kIsSame<Scalar, __half>) {  // 0, .5, 1, 1.5 | 2, 3, 4, 6
+      const uint32_t upper = ptx::and_or(
+          signs, kByteSigns, ptx::permute_bytes(0x3e3c3800, 0x46444240, selector));
+      a[2 * r] = ptx::permute_bytes(upper, 0, 0x2404);
+      a[2 * r + 1] = upper & kUpperBytes;
+    } else {
+      const uint32_t lower = ptx::permute_bytes(0xc0800000, 0xc0804000, selector);
+      const uint32_t upper = ptx::and_or(
+          signs, kByteSigns, ptx::permute_bytes(0x3f3f3f00, 0x40404040, selector));
+      a[2 * r] = ptx::permute_bytes(lower, upper, 0x6240);
+      a[2 * r + 1] = ptx::permute_bytes(lower, upper, 0x7351);
+    }
+  }
+}
+
+template <class Scalar>
+struct Operand<weights::nvfp4, Scalar> {
+  static constexpr float UNIT = 1.f, SCALED_UNIT = 1.f;
+  static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[1],
+                                                  const uint32_t*, int) {
+    float4_values<Scalar>(a, words[0]);
+  }
+  static __device__ __forceinline__ void apply(uint32_t (&a)[4], const uint32_t* scales, int) {
+    if constexpr (kIsSame<Scalar, __half>) {
+      scale_rows<Scalar>(a, ptx::e4m3_pair_to_half2(scales[0]));
+    } else {
+      const float2 s = ScalePair<weights::nvfp4>::get(scales[0]);
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(s.x, s.y);
+      scale_rows<Scalar>(a, *reinterpret_cast<const uint32_t*>(&pair));
+    }
+  }
+};
+
+template <>
+struct Operand<weights::mxfp4, __nv_bfloat16> {
+  static constexpr float UNIT = 1.f, SCALED_UNIT = 1.f;
+  static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[1],
+                                                  const uint32_t*, int) {
+    float4_values<__nv_bfloat16>(a, words[0]);
+  }
+  static __device__ __forceinline__ void apply(uint32_t (&a)[4], const uint32_t* scales, int) {
+    const uint32_t pair = ptx::permute_bytes(scales[0], 0, 0x1404) >> 1 & 0x7f807f80;
+    scale_rows<__nv_bfloat16>(a, pair);
+  }
+};
+
+}  // namespace dequant
