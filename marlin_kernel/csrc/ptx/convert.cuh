@@ -26,10 +26,17 @@ __device__ __forceinline__ uint32_t pack_bytes(const float (&v)[4], float8_e4m3)
   return low | static_cast<uint32_t>(high) << 16;
 }
 
-// cvt.rn.f16x2.e4m3x2 (sm_89 and newer): the two lower bytes, e4m3, to fp16; exact.
-__device__ __forceinline__ uint32_t e4m3_pair_to_half2(uint32_t bytes) {
+// cvt.rn.f16x2.e4m3x2 (sm_89 and newer): two bytes, e4m3, to fp16; exact. `high`: the two upper ones.
+__device__ __forceinline__ uint32_t e4m3_pair_to_half2(uint32_t bytes, bool high) {
   uint32_t pair;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;\n" : "=r"(pair) : "h"(static_cast<uint16_t>(bytes)));
+  if (high)
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h;}\n"
+        : "=r"(pair)
+        : "r"(bytes));
+  else
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l;}\n"
+        : "=r"(pair)
+        : "r"(bytes));
   return pair;
 }
 

@@ -238,7 +238,8 @@ class Consumer {
         shared_(ptx::shared_memory<Storage>()),
         group_(ptx::warp_uniform(threadIdx.x / kWarpgroupThreads)),
         warp_(ptx::warp_uniform(threadIdx.x / kWarpSize % 4)),
-        lane_(threadIdx.x % kWarpSize) {}
+        lane_(threadIdx.x % kWarpSize),
+        tables_(p.m >> 31 & threadIdx.x) {}
 
   __device__ __forceinline__ void run() {
     bool waited = false;
@@ -404,11 +405,11 @@ class Consumer {
 #pragma unroll
     for (int s = 0; s < Config::STEP_K16; ++s) {
       const int row = s * Config::STEP_ROWS / Config::STEP_K16;
-      Operand::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0);
+      Operand::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0, tables_);
       if constexpr (Config::SCALE_WEIGHTS)
         Operand::apply(fragments_[BUFFER][s], &scale_words_[row], 0);
     }
-    if constexpr (Config::SCALE_SUMS) return dequant::ScalePair<Weight>::get(scale_words_[0]);
+    if constexpr (Config::SCALE_SUMS) return dequant::ScalePair<Weight>::get(scale_words_, 0);
     return make_float2(1.f, 1.f);
   }
 
@@ -622,6 +623,7 @@ class Consumer {
   const int group_;  // warpgroup
   const int warp_;   // in the warpgroup
   const int lane_;
+  const typename Operand::Tables tables_;
   RingPosition<Config::STAGES> position_;
   int stage_ = 0;           // whose codes are being loaded
   int previous_stage_ = 0;  // to be released

@@ -32,8 +32,9 @@ inline uint32_t pack_bytes(const float (&v)[4], float8_e4m3) {
   return word;
 }
 
-inline uint32_t e4m3_pair_to_half2(uint32_t bytes) {
+inline uint32_t e4m3_pair_to_half2(uint32_t bytes, bool high) {
   uint32_t pair = 0;
+  if (high) bytes >>= 16;
   for (int i = 0; i < 2; ++i) {
     const int code = bytes >> (8 * i) & 0x7f, exponent = code >> 3, mantissa = code & 7;
     const float value =
