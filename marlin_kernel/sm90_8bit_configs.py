@@ -250,7 +250,7 @@ def estimate(
     clocks = -(-k_tiles // config.split) * max(at_once * max(mma, issue, dram, l2), alone)
     epilogue = config.features * config.tokens / 16 + (2000 if config.split > 1 else 700)
     if config.lead:  # hidden behind products, but for the last tile
-        epilogue = epilogue / 2 + 1000 / rounds
+        epilogue = epilogue / 2 + (epilogue / 2 + 1000) / rounds
     return 2.0 + rounds * (clocks + epilogue * at_once) / 1700
 
 

@@ -31,6 +31,8 @@ def kernel_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> KernelTens
     """
     held = sm80_layout.kernel_tensors(tensors, spec)
     weights = order_words(held.weights, spec.weight_type)
+    if spec.weight_type.bits == 4 and spec.weight_type.is_float:
+        weights = arrange_floats(weights)
     scales = order_rows(held.scales, held.zeros, held.group_size)
     if weights.is_cuda:
         # The kernels prefetch weights before their predecessor in the stream has ended.
@@ -44,7 +46,10 @@ def stored_tensors(held: KernelTensors, spec: LayerSpec) -> dict[str, Tensor]:
     Raises ConfigError for a shard of K, whose groups can no longer be told.
     """
     wtype = spec.weight_type
-    weights = _reordered_words(held.weights, wtype, inverse=True)
+    weights = held.weights
+    if wtype.bits == 4 and wtype.is_float:
+        weights = arrange_floats(weights, inverse=True)
+    weights = _reordered_words(weights, wtype, inverse=True)
     scales, zeros = split_rows(held.scales, wtype, held.group_size)
     plain = replace(held, weights=weights, scales=scales, zeros=zeros)
     return sm80_layout.stored_tensors(plain, spec)
@@ -53,6 +58,27 @@ def stored_tensors(held: KernelTensors, spec: LayerSpec) -> dict[str, Tensor]:
 def order_words(words: Tensor, wtype: WeightType) -> Tensor:
     """`B` int32 [K'/16, N' * bits/2] in the order of the kernels, as a new tensor."""
     return _reordered_words(words, wtype, inverse=False)
+
+
+# Nibble p of a word, which holds the code of register p // 2 % 2 + p % 2 * 2 of the operand and of
+# half p // 4 of it, has its magnitude in nibble _NIBBLES[p] and its sign in bit _SIGNS[p].
+_REGISTERS = [(p // 2 % 2 + p % 2 * 2, p // 4) for p in range(8)]
+_NIBBLES = [register // 2 * 4 + register % 2 + 2 * half for register, half in _REGISTERS]
+_SIGNS = [8 * (q % 4) + (3 if q >= 4 else 7) for q in _NIBBLES]
+
+
+def arrange_floats(words: Tensor, inverse: bool = False) -> Tensor:
+    """The bits of words of float4_e2m1f codes where csrc/dequant/operand.cuh finds them.
+
+    words: int32, eight codes each in the order of FORMAT.md. Returns new words of the same shape.
+    inverse: back to that order.
+    """
+    out = torch.zeros_like(words)
+    for p, (nibble, sign) in enumerate(zip(_NIBBLES, _SIGNS, strict=True)):
+        for width, plain, arranged in ((3, 4 * p, 4 * nibble), (1, 4 * p + 3, sign)):
+            source, target = (arranged, plain) if inverse else (plain, arranged)
+            out |= (words >> source & (1 << width) - 1) << target
+    return out
 
 
 def order_rows(scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:

@@ -7,7 +7,8 @@ On Hopper 16-bit activations have two paths: "sm80" (mma.sync) and "sm90" (wgmma
 kernel that only reads the same bytes (scripts/bench.py, read_floor) as the yardstick of the second.
 Protocol of gpu_timing: CUDA-graph replay, every launch on another copy of the weights. Activations
 of 8 bits are timed as quantized ones; quantizing them is a row of its own. Results are checked in
-tests/test_marlin_gpu_types.py, and roughly here, before they are timed.
+tests/test_marlin_gpu_types.py, and roughly here, before they are timed. 8-bit activations by wgmma
+on Hopper have a benchmark of their own: scripts/bench_w4a8.py.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ FEW = EightBitConfig(tokens=8, warpgroups=2, multicast=1, split=1, stages=3, blo
 SPLIT = EightBitConfig(tokens=16, warpgroups=1, multicast=1, split=2, stages=3, blocks_per_sm=1)
 SHARED = EightBitConfig(tokens=64, warpgroups=1, multicast=2, split=1, stages=3, blocks_per_sm=1)
 PARTS = EightBitConfig(tokens=128, warpgroups=2, multicast=1, split=1, stages=3, blocks_per_sm=1)
-LEAD = EightBitConfig(64, warpgroups=2, multicast=1, split=1, stages=4, blocks_per_sm=1, lead=1)
+LEAD = EightBitConfig(64, warpgroups=2, multicast=2, split=1, stages=4, blocks_per_sm=1, lead=1)
 WIDE = EightBitConfig(tokens=64, warpgroups=3, multicast=1, split=3, stages=3, blocks_per_sm=1)
 THREE = EightBitConfig(tokens=192, warpgroups=1, multicast=1, split=1, stages=3, blocks_per_sm=1)
 # weight type, activation, output, group size

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "dequant/int4_biased.cuh"
-#include "dequant/unscaled.cuh"
+#include "dequant/operand.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
@@ -33,6 +33,7 @@ class Decoder {
   using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
   using Rows = typename Config::Rows;
+  using Operand = dequant::Operand<Weight, Scalar>;
   using Storage = DecodeStorage<Config>;
   static_assert(sizeof(Storage) == Config::STORAGE_BYTES,
                 "the host's formula for shared memory must agree with the struct");
@@ -40,8 +41,7 @@ class Decoder {
   static constexpr bool BIASED = dequant::kIsBiased4<Weight>;
   // True value of a sum.
   static constexpr float kUnit =
-      BIASED ? dequant::BiasedPair<Scalar>::kUnit
-             : dequant::Unscaled<Weight, Scalar>::UNIT * dequant::ScalePair<Weight>::UNIT;
+      BIASED ? dequant::BiasedPair<Scalar>::kUnit : Operand::UNIT;
   using Accumulators = float[4][Config::TOKEN_TILES][4];  // [16 features][8 tokens][fragment]
 
  public:
@@ -51,6 +51,7 @@ class Decoder {
         activations_(reinterpret_cast<uint8_t*>(&shared_ + 1)),
         warp_(ptx::warp_uniform(threadIdx.x / kWarpSize)),
         lane_(threadIdx.x % kWarpSize),
+        tables_(p.m >> 31 & threadIdx.x),
         rank_(Config::SPLIT > 1 ? static_cast<int>(blockIdx.x) : 0),
         block_range_(p.k_tiles, rank_, Config::SPLIT),
         cursor_{static_cast<int>(blockIdx.y) * Config::WARPS_N + warp_ % Config::WARPS_N} {
@@ -264,7 +265,7 @@ class Decoder {
         code[0] = step == 0 ? v.x : step == 1 ? v.y : step == 2 ? v.z : v.w;
       }
       uint32_t a[4];
-      dequant::Unscaled<Weight, Scalar>::fragment(a, code, zeros, m);
+      Operand::fragment(a, code, zeros, m, tables_);
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t) {
         const uint32_t(&chunks)[4] = tokens[t][step / 2];
@@ -286,9 +287,7 @@ class Decoder {
     for (int m = 0; m < 4; ++m) {
       float sums[Config::TOKEN_TILES][4] = {};
       multiply_steps<STEPS>(sums, words, tokens, m, first, group.zeros);
-      constexpr int kPairsPerWord = Weight::SCALES == Scales::HALF ? 1 : 2;
-      const uint32_t pair = group.scales[m / kPairsPerWord] >> (m % kPairsPerWord * 16);
-      const float2 scale = dequant::ScalePair<Weight>::get(pair);
+      const float2 scale = dequant::ScalePair<Weight>::get(group.scales, m);
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t)
 #pragma unroll
@@ -480,6 +479,7 @@ class Decoder {
   uint8_t* const activations_;  // [m][row_bytes_]
   const int warp_;
   const int lane_;
+  const typename Operand::Tables tables_;
   const int rank_;           // in the cluster
   const Range block_range_;  // k tiles of this block
   int first_tile_;           // first k tile of this warp

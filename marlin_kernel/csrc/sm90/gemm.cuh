@@ -14,7 +14,7 @@
 // finishes the last part (nothing waits for another block).
 #pragma once
 
-#include "dequant/unscaled.cuh"
+#include "dequant/operand.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
@@ -226,8 +226,7 @@ class Consumer {
   using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
   using Rows = typename Config::Rows;
-  using Scaled = dequant::Dequantizer<Weight, Scalar>;
-  using Unscaled = dequant::Unscaled<Weight, Scalar>;
+  using Operand = dequant::Operand<Weight, Scalar>;
   using Pair = typename Element<Scalar>::Pair;
   using Storage = GemmStorage<Config>;
   using Mma = ptx::Wgmma<Config::TOKENS, Scalar>;
@@ -239,7 +238,8 @@ class Consumer {
         shared_(ptx::shared_memory<Storage>()),
         group_(ptx::warp_uniform(threadIdx.x / kWarpgroupThreads)),
         warp_(ptx::warp_uniform(threadIdx.x / kWarpSize % 4)),
-        lane_(threadIdx.x % kWarpSize) {}
+        lane_(threadIdx.x % kWarpSize),
+        tables_(p.m >> 31 & threadIdx.x) {}
 
   __device__ __forceinline__ void run() {
     bool waited = false;
@@ -405,14 +405,11 @@ class Consumer {
 #pragma unroll
     for (int s = 0; s < Config::STEP_K16; ++s) {
       const int row = s * Config::STEP_ROWS / Config::STEP_K16;
-      if constexpr (Config::SCALE_WEIGHTS) {
-        Scaled::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0);
-        Scaled::apply(fragments_[BUFFER][s], &scale_words_[row], 0);
-      } else {
-        Unscaled::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0);
-      }
+      Operand::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0, tables_);
+      if constexpr (Config::SCALE_WEIGHTS)
+        Operand::apply(fragments_[BUFFER][s], &scale_words_[row], 0);
     }
-    if constexpr (Config::SCALE_SUMS) return dequant::ScalePair<Weight>::get(scale_words_[0]);
+    if constexpr (Config::SCALE_SUMS) return dequant::ScalePair<Weight>::get(scale_words_, 0);
     return make_float2(1.f, 1.f);
   }
 
@@ -556,8 +553,7 @@ class Consumer {
 
   // What the sums of feature n lack.
   __device__ __forceinline__ float column_scale(int n) const {
-    float scale = Config::SCALE_WEIGHTS ? Scaled::SCALED_UNIT : Unscaled::UNIT;
-    if constexpr (Config::SCALE_SUMS) scale *= dequant::ScalePair<Weight>::UNIT;
+    float scale = Config::SCALE_WEIGHTS ? Operand::SCALED_UNIT : Operand::UNIT;
     if constexpr (Weight::SCALES == Scales::E4M3) scale *= *p_.global_scale;
     if constexpr (Config::GROUP != 0) return scale;
     if (n >= p_.n) return 0.f;
@@ -627,6 +623,7 @@ class Consumer {
   const int group_;  // warpgroup
   const int warp_;   // in the warpgroup
   const int lane_;
+  const typename Operand::Tables tables_;
   RingPosition<Config::STAGES> position_;
   int stage_ = 0;           // whose codes are being loaded
   int previous_stage_ = 0;  // to be released

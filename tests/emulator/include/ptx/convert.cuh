@@ -32,4 +32,18 @@ inline uint32_t pack_bytes(const float (&v)[4], float8_e4m3) {
   return word;
 }
 
+inline uint32_t e4m3_pair_to_half2(uint32_t bytes, bool high) {
+  uint32_t pair = 0;
+  if (high) bytes >>= 16;
+  for (int i = 0; i < 2; ++i) {
+    const int code = bytes >> (8 * i) & 0x7f, exponent = code >> 3, mantissa = code & 7;
+    const float value =
+        exponent == 0 ? ldexpf(mantissa, -9) : ldexpf(8 + mantissa, exponent - 10);
+    uint32_t half = emu::float_to_half_bits(code == 0x7f ? NAN : value) & 0x7fff;
+    half |= (bytes >> (8 * i + 7) & 1) << 15;
+    pair |= half << (16 * i);
+  }
+  return pair;
+}
+
 }  // namespace ptx
