@@ -50,8 +50,13 @@ def round_to_float(values: Tensor, wtype: WeightType) -> Tensor:
     lowest = 2 - (1 << (wtype.exponent - 1))  # exponent of the smallest normal number
     _, exponent = torch.frexp(values)  # |values| in [2**(exponent - 1), 2**exponent)
     exponent = exponent.sub_(1).clamp_(min=lowest).sub_(wtype.mantissa)
-    steps = torch.ldexp(torch.ones_like(values), exponent)
+    steps = _power_of_two(exponent)
     return (values / steps).round_().mul_(steps).clamp_(-wtype.largest, wtype.largest)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """float32 ``2**e`` of int32 exponents, exact on every device; beyond -126..127 the nearest."""
+    return ((exponents.clamp(-126, 127) + 127) << 23).view(torch.float32)
 
 
 def encode_points(points: Tensor, wtype: WeightType) -> Tensor:
@@ -74,7 +79,8 @@ def find_global_scale(weight: Tensor, wtype: WeightType) -> Tensor | None:
         return None
     largest = torch.finfo(reference.SCALE_DTYPES[wtype.scale]).max
     ratio = weight.detach().float().abs().amax() / (wtype.largest * largest)
-    return torch.exp2(torch.log2(ratio.clamp(min=2.0**-100)).ceil()).reshape(1)
+    mantissa, exponent = torch.frexp(ratio.clamp(min=2.0**-100))  # mantissa in [1/2, 1)
+    return _power_of_two(exponent - (mantissa == 0.5).to(torch.int32)).reshape(1)
 
 
 def storable_scales(
@@ -128,7 +134,8 @@ def _float_ranges(largest: Tensor, wtype: WeightType) -> list[tuple[Tensor, Tens
     zeros = torch.zeros_like(largest)
     if wtype.scale == "e8m0":  # OCP MX 1.0, section 6.3; up to a quarter of the range saturates
         top = 2**wtype.exponent - 2  # exponent of the largest number
-        step = torch.exp2(torch.floor(torch.log2(largest)).clamp(min=-120) - top)
+        _, exponent = torch.frexp(largest)  # largest in [2**(exponent - 1), 2**exponent), or 0
+        step = _power_of_two(exponent - 1 - top)
         return [(step, zeros), (2 * step, zeros)]
     step = largest / wtype.largest
     if wtype.bits == 8:
