@@ -339,10 +339,12 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     """Quantize a model of the shape args.from_config. Processes but the first return None."""
     flags = {
         "from_config": args.from_config, "nsamples": args.nsamples, "seqlen": args.seqlen,
-        "groupsize": args.groupsize, "device": args.device, "wbits": 4,
-        "true_sequential": args.true_sequential, "offload_activations": args.offload_activations,
+        "device": args.device, "true_sequential": args.true_sequential, "offload_activations": args.offload_activations,
     }  # fmt: skip
-    config = resolve(load_recipe(args.config), flags)
+    recipe = load_recipe(args.config)
+    if "weight_type" not in recipe:  # which decides both
+        flags |= {"wbits": 4, "groupsize": args.groupsize}
+    config = resolve(recipe, flags)
     device = choose_device(config)
     workers = join(device)
     folder = config_folder(config.from_config)
