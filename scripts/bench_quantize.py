@@ -339,7 +339,8 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     """Quantize a model of the shape args.from_config. Processes but the first return None."""
     flags = {
         "from_config": args.from_config, "nsamples": args.nsamples, "seqlen": args.seqlen,
-        "device": args.device, "true_sequential": args.true_sequential, "offload_activations": args.offload_activations,
+        "device": args.device, "true_sequential": args.true_sequential,
+        "offload_activations": args.offload_activations,
     }  # fmt: skip
     recipe = load_recipe(args.config)
     if "weight_type" not in recipe:  # which decides both
