@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import tempfile
@@ -246,6 +247,8 @@ def _summarize(report: dict[str, Any], out: Path | None) -> None:
         f"{totals['seconds_hessian']:.0f}, solver {totals['seconds_solve']:.0f}); peak memory "
         f"{totals['peak_host_bytes'] / 2**30:.2f} GiB"
     )
+    if totals["processes"] > 1:
+        print(json.dumps({"ranks": totals["ranks"]}))
     print(f"mean relative error of a linear {mean:.4f}; largest:")
     for row in worst:
         print(f"  {row['relative_error']:.4f}  {row['name']}")

@@ -42,6 +42,10 @@ class Workers:
         """The value that process 0 has."""
         return value
 
+    def collect(self, value: Any) -> list[Any]:
+        """What every process holds, in the order of their ranks."""
+        return [value]
+
     def share(self, total: int) -> list[int]:
         """How to divide `total` things: sizes for each process, equal up to one."""
         each, more = divmod(total, self.count)
@@ -72,6 +76,11 @@ class _Group(Workers):
         box = [value]
         self._call(self._dist.broadcast_object_list, box, src=0, device=self._device)
         return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        values = [None] * self.count
+        self._call(self._dist.all_gather_object, values, value)
+        return values
 
     def _call(self, collective: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         try:

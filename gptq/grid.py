@@ -15,6 +15,8 @@ from torch import Tensor
 from marlin_kernel import reference
 from marlin_kernel.weight_types import WeightType
 
+_CACHED = 1 << 18  # weights whose clipping factors are tried together on a CPU
+
 
 @dataclass(frozen=True)
 class GridOptions:
@@ -48,8 +50,13 @@ def round_to_float(values: Tensor, wtype: WeightType) -> Tensor:
     lowest = 2 - (1 << (wtype.exponent - 1))  # exponent of the smallest normal number
     _, exponent = torch.frexp(values)  # |values| in [2**(exponent - 1), 2**exponent)
     exponent = exponent.sub_(1).clamp_(min=lowest).sub_(wtype.mantissa)
-    steps = torch.ldexp(torch.ones_like(values), exponent)
+    steps = _power_of_two(exponent)
     return (values / steps).round_().mul_(steps).clamp_(-wtype.largest, wtype.largest)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """float32 ``2**e`` of int32 exponents, exact on every device; beyond -126..127 the nearest."""
+    return ((exponents.clamp(-126, 127) + 127) << 23).view(torch.float32)
 
 
 def encode_points(points: Tensor, wtype: WeightType) -> Tensor:
@@ -72,7 +79,8 @@ def find_global_scale(weight: Tensor, wtype: WeightType) -> Tensor | None:
         return None
     largest = torch.finfo(reference.SCALE_DTYPES[wtype.scale]).max
     ratio = weight.detach().float().abs().amax() / (wtype.largest * largest)
-    return torch.exp2(torch.log2(ratio.clamp(min=2.0**-100)).ceil()).reshape(1)
+    mantissa, exponent = torch.frexp(ratio.clamp(min=2.0**-100))  # mantissa in [1/2, 1)
+    return _power_of_two(exponent - (mantissa == 0.5).to(torch.int32)).reshape(1)
 
 
 def storable_scales(
@@ -126,7 +134,8 @@ def _float_ranges(largest: Tensor, wtype: WeightType) -> list[tuple[Tensor, Tens
     zeros = torch.zeros_like(largest)
     if wtype.scale == "e8m0":  # OCP MX 1.0, section 6.3; up to a quarter of the range saturates
         top = 2**wtype.exponent - 2  # exponent of the largest number
-        step = torch.exp2(torch.floor(torch.log2(largest)).clamp(min=-120) - top)
+        _, exponent = torch.frexp(largest)  # largest in [2**(exponent - 1), 2**exponent), or 0
+        step = _power_of_two(exponent - 1 - top)
         return [(step, zeros), (2 * step, zeros)]
     step = largest / wtype.largest
     if wtype.bits == 8:
@@ -144,6 +153,18 @@ def _shrinks(wtype: WeightType, options: GridOptions) -> list[float]:
 def unclipped_scales(w: Tensor, wtype: WeightType, signed: bool) -> Tensor:
     """Scales [G, N] that cover the whole range of w [G, g, N]."""
     return _ranges(w, wtype, signed)[0][0]
+
+
+def _rounding_errors(
+    w: Tensor, scales: Tensor, zeros: Tensor, wtype: WeightType, out: Tensor
+) -> None:
+    """What rounding adds to weights, into `out`; for a constant zero in few passes."""
+    if wtype.bias is None:
+        torch.sub(nearest_points(w, scales, zeros, wtype), zeros, out=out)
+    else:
+        torch.div(w, scales, out=out)
+        out.round_().clamp_(-wtype.bias, wtype.levels - 1 - wtype.bias)
+    out.mul_(scales).sub_(w)
 
 
 def search_grid(
@@ -164,21 +185,29 @@ def search_grid(
     Returns (scales, zeros), float32 [G, N]; scales already have the value that storage gives them.
     Frantar et al., "MARLIN" (2024), section 4.1; GPTQ: arXiv 2210.17323.
     """
+    if options.clip and not w.is_cuda:  # groups that stay in the cache while factors are tried
+        few = max(_CACHED // (w.shape[1] * w.shape[2]), 1)
+        if few < w.shape[0]:
+            factors = [None] * -(-w.shape[0] // few) if factor is None else factor.split(few)
+            parts = zip(w.split(few), factors, strict=True)
+            found = [search_grid(*part, wtype, options, global_scale) for part in parts]
+            return torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
     starts = _ranges(w, wtype, options.signed)
     if not options.clip:
         return storable_scales(starts[0][0], wtype, global_scale), starts[0][1]
     transposed = None if factor is None else factor.transpose(1, 2)
+    errors = torch.empty_like(w)
+    weighted = errors if transposed is None else torch.empty_like(w)
     best_error = torch.full_like(starts[0][0], torch.inf)
     best_scale = torch.empty_like(best_error)
     best_zero = torch.empty_like(best_error)
     for step, zeros in starts:
         for shrink in _shrinks(wtype, options):
             scales = storable_scales(step * shrink, wtype, global_scale)
-            s, z = scales[:, None], zeros[:, None]
-            error = nearest_points(w, s, z, wtype).sub_(z).mul_(s).sub_(w)
+            _rounding_errors(w, scales[:, None], zeros[:, None], wtype, errors)
             if transposed is not None:
-                error = torch.bmm(transposed, error)
-            error = error.square_().sum(1)
+                torch.bmm(transposed, errors, out=weighted)
+            error = weighted.square_().sum(1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scales, best_scale)

@@ -144,7 +144,7 @@ def _run(
     if random:
         samples, probe = random_samples(config, seqlen, model.config.vocab_size)
     else:
-        tokenizer = _tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         samples = [] if config.nearest else calibration_samples(config, tokenizer, seqlen)
         probe = _probe_tokens(tokenizer, model.config.vocab_size)
     _check_vocabulary(samples, model)
@@ -188,6 +188,7 @@ def _run(
         refine=config.refine_options(config.refine),
     )
     rows = _walk(model, walker, finished)
+    ranks = workers.collect(spent(walker))
     if finished is None:
         workers.agree(None)  # the first process has written the checkpoint
         return None
@@ -210,6 +211,7 @@ def _run(
         "packed_bytes": planned.packed_bytes,
         "calibration_tokens": sum(ids.numel() for ids in samples),
         "processes": workers.count,
+        "ranks": ranks,
         "parameters_quantized": planned.parameters,
     }
     report = {
@@ -329,6 +331,25 @@ def _refine_end_to_end(
     return changed | norms, asdict(refinement)
 
 
+def spent(walker: Walker) -> dict[str, Any]:
+    """Of this process: seconds by kind of work (on a GPU those of its stream), and peak memory."""
+    clock, device = walker.clock, walker.model.device
+    return {
+        "rank": walker.workers.rank,
+        "device": str(device),
+        "tokens": walker.tokens,
+        "seconds": {
+            "forward": clock.forward,
+            "hessian": clock.hessian,
+            "solve": clock.solve,
+            "refine": clock.refine,
+            "io_waited_for": clock.io,
+        },
+        "peak_device_bytes": _peak_device(device),
+        "peak_host_bytes": peak_host(),
+    }
+
+
 def _row(result: LinearResult, device: torch.device) -> dict[str, Any]:
     k, n = result.solution.codes.shape
     return {
@@ -371,7 +392,7 @@ def _linear_sizes(model: StreamedModel, skip: frozenset[str]) -> dict[str, tuple
     return sizes
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:

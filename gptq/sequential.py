@@ -104,6 +104,8 @@ class Walker:
         self.refine = refine
         self.probe = None if probe is None else model.as_stored(model.embed(probe))
         self.asymmetric = options.asymmetric and not options.nearest
+        # Sums exact enough to be told apart: those of half precision on tensor cores are cut.
+        self._exact = model.dtype == torch.float32
         self.clock = Clock()
         self.batches = make_batches(samples, step_tokens)
         self.places = [  # batch, row and length of each sample, in the order they are carried
@@ -180,10 +182,20 @@ class Walker:
                 with self.timed("forward"):
                     x = main.enter(number, i)
                     y = twin.enter(number, i) if twin is not None else None
+                    behind = None
+                    if twin is not None and family.adds_to_residual(number) and self._exact:
+                        behind = twin.pass_early(number, i)
                 with self.timed("hessian"):
+                    if behind is not None:
+                        bias = layer.get_submodule(stage[0]).bias
+                        self._add_behind(h, i, x, behind, bias)
+                        continue
                     self._add(h, i, x, y, weight if family.adds_to_residual(number) else None)
             self._complete(h, f"{prefix}.{stage[0]}")
-            del x, y
+            if h.lack is not None and self._exact:
+                with self.timed("hessian"):
+                    h.lack.addmm_(weight.float(), h.matrix(), alpha=-1)
+            del x, y, behind
             results += self._solve_stage(layer, prefix, stage, h)
             del h
             on_stage(stage[-1])
@@ -244,6 +256,18 @@ class Walker:
         else:  # what its outputs lack: D = R̃ - R + W (X̃ - X); N products instead of K
             lack = self.target[i] - self.hidden[i] + nn.functional.linear(delta, weight)
             h.add(self._real(x, i), lack=self._real(lack, i))
+
+    def _add_behind(
+        self, h: Hessian, i: int, x: Tensor, behind: Tensor, bias: Tensor | None
+    ) -> None:
+        """As `_add` with `weight`, but leaves W X to the end, when W X Xᵀ is W H.
+
+        behind: R̃ + W X̃ + bias, which the original model needs anyway.
+        """
+        lack = behind - self.hidden[i]
+        if bias is not None:
+            lack -= bias
+        h.add(self._real(x, i), lack=self._real(lack, i))
 
     def _real(self, x: Tensor, i: int) -> Tensor:
         """Rows [tokens, ...] of batch i that are no padding."""
@@ -398,6 +422,7 @@ class _Stream:
     ) -> None:
         self._stages, self._hidden, self._arguments = stages, hidden, arguments
         self._inputs = hidden.like()
+        self._passed: set[int] = set()  # batches that are already behind the linear of their stage
 
     def enter(self, stage: int, i: int) -> Tensor:
         """Move batch i to the inputs of stage 0, 1, 2 or 3 (of one further than it was)."""
@@ -407,16 +432,30 @@ class _Stream:
         elif stage == 1:
             x = stages.attend(self._inputs.take(i), self._arguments(i))
         elif stage == 2:
-            hidden[i] = behind = hidden[i] + stages.project(self._inputs.take(i))
-            x = stages.mlp_input(behind)
+            x = stages.mlp_input(self.pass_linear(1, i))
         else:
             x = stages.activate(self._inputs.take(i))
         self._inputs[i] = x
         return x
 
+    def pass_linear(self, stage: int, i: int) -> Tensor:
+        """Residual stream of batch i behind the linear of stage 1 or 3, which it passes once."""
+        if i in self._passed:
+            self._passed.remove(i)
+            return self._hidden[i]
+        linear = self._stages.project if stage == 1 else self._stages.descend
+        self._hidden[i] = behind = self._hidden[i] + linear(self._inputs.take(i))
+        return behind
+
+    def pass_early(self, stage: int, i: int) -> Tensor:
+        """`pass_linear`, before `enter` or `leave` asks for it."""
+        behind = self.pass_linear(stage, i)
+        self._passed.add(i)
+        return behind
+
     def leave(self, i: int) -> None:
         """Move batch i from the inputs of the last stage behind the layer."""
-        self._hidden[i] = self._hidden[i] + self._stages.descend(self._inputs.take(i))
+        self.pass_linear(3, i)
 
 
 class _Timer:

@@ -31,6 +31,8 @@ from .grid import (
 )
 from .hessian import Factor, factorize
 
+_STRIPES = 8  # of H, of which only the upper triangle is multiplied
+
 
 @dataclass(frozen=True)
 class SolverOptions:
@@ -324,12 +326,15 @@ def _target_move(
     target. `lack` holds D Xᵀ; for a layer without residual, `shift` holds (X̃ - X) Xᵀ instead.
     Asymmetric calibration as an objective: Li et al., "GPTAQ" (arXiv 2504.02692).
     """
+    damped = h.clone()
+    damped.diagonal().add_(damping * float(h.diagonal().mean()))
+    lower = torch.linalg.cholesky(damped)
+    if lack is None and shift.shape[0] < w.shape[1]:  # fewer columns to solve for than outputs
+        return torch.cholesky_solve(shift.T.contiguous(), lower) @ w
     right = lack.T.contiguous() if shift is None else shift.T @ w
     if shift is not None and lack is not None:
         right += lack.T
-    damped = h.clone()
-    damped.diagonal().add_(damping * float(h.diagonal().mean()))
-    return torch.cholesky_solve(right, torch.linalg.cholesky(damped))
+    return torch.cholesky_solve(right, lower)
 
 
 def _group_factors(factor: Factor, order: Tensor, g: int, name: str) -> Tensor:
@@ -570,8 +575,7 @@ def _measure(
     moved = (error - original).square_().sum(0)
     error -= target
     with _tf32(h):
-        loss = (error * (h @ error)).sum(0) / 2
-        energy = (original * (h @ original)).sum(0) / 2
+        loss, energy = _quadratic(error, h) / 2, _quadratic(original, h) / 2
     if options.wtype is None:
         ratio = torch.ones_like(scales)
         weight = original.square().sum(0)
@@ -582,6 +586,23 @@ def _measure(
     ratio = (scales.abs() / full.abs().clamp(min=1e-12)).clamp(max=4)
     weight = original.square().sum(0)
     return torch.stack([loss, energy, moved, weight, ratio.sum(0), (ratio < 0.99).float().sum(0)])
+
+
+def _quadratic(x: Tensor, h: Tensor) -> Tensor:
+    """``xᵀ H x`` of every column, float32 [N], for symmetric H [K, K] and x [K, N].
+
+    By blocks of the upper triangle, those beside the diagonal twice: half of the products.
+    """
+    k = h.shape[0]
+    width = max(k // _STRIPES, 1)
+    total = torch.zeros(x.shape[1], device=x.device)
+    for start in range(0, k, width):
+        stop = min(start + width, k)
+        product = h[start:stop, start:stop] @ x[start:stop]
+        if stop < k:
+            product.addmm_(h[start:stop, stop:], x[stop:], alpha=2)
+        total += product.mul_(x[start:stop]).sum(0)
+    return total
 
 
 @contextlib.contextmanager

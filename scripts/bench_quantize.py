@@ -7,13 +7,23 @@ tokens (one feeds the statistics, one carries the quantized activations on) plus
 products 2 X Xᵀ, both timed in the same process. Peak memory is counted over an interpreter that has
 torch loaded. Writes bench_quantize.json into --out.
 
+    python scripts/bench_quantize.py MODEL --dataset c4_sample.txt --layers 2
+
+The first layers of a real model alone, in process CPU time: for busy machines. Writes
+bench_quantize_layers.json.
+
     python scripts/bench_quantize.py --from_config configs/bench/llama2-7b.json \\
         --config configs/quantize/marlin.yaml --true-sequential --reference
 
 A shape with random weights and tokens on a GPU, from the first to the last layer (or the first
 --layers of them), finished layers written to disk. The floor is the counted FLOPs over the rates of
 matrix products measured in the same process. --reference also times one layer's linears with the
-solver in plain torch, and counts where the codes differ. Under torchrun, processes share the work.
+solver in plain torch, and counts where the codes differ. Under torchrun, processes share the work,
+and the one JSON holds the time split and the peak memory of every rank:
+
+    torchrun --nproc-per-node 4 scripts/bench_quantize.py --true-sequential \\
+        --from_config configs/bench/llama2-7b.json --config configs/quantize/marlin.yaml
+
 Writes bench_quantize_<shape>_<recipe>[...].json.
 """
 
@@ -24,6 +34,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -45,11 +56,14 @@ from gptq.hessian import Hessian  # noqa: E402
 from gptq.models import Stages, StreamedModel, config_folder, resolve_source  # noqa: E402
 from gptq.run import (  # noqa: E402
     STEP_TOKENS,
+    calibration_samples,
     choose_device,
     choose_dtype,
     environment,
+    load_tokenizer,
     random_samples,
     run,
+    spent,
 )
 from gptq.sequential import Walker  # noqa: E402
 from gptq.solver import solve  # noqa: E402
@@ -59,30 +73,40 @@ from scripts.gpu_timing import circumstances  # noqa: E402
 # ---- a real model --------------------------------------------------------------------------------
 
 
+Now = Callable[[], float]  # seconds: time.perf_counter, or time.process_time on a busy machine
+
+
 @torch.no_grad()
-def forward_seconds(model: StreamedModel, count: int, length: int) -> float:
-    """One pass of `count` sequences of `length` tokens through all decoder layers."""
+def forward_seconds(
+    model: StreamedModel, count: int, length: int, layers: int, now: Now = time.perf_counter
+) -> float:
+    """One pass of `count` sequences of `length` tokens through the first decoder layers."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (count, length), generator=generator)
     hidden = [model.embed(row) for row in ids]
-    spent = 0.0
-    for index in range(model.num_layers):
+    total = 0.0
+    for index in range(layers):
         stages = Stages(model.layer(index), model.family)
         arguments = model.layer_arguments(length, index)
-        began = time.perf_counter()
+        began = now()
         for i, x in enumerate(hidden):
             hidden[i] = stages.forward(x, arguments)
         wait(model.device)
-        spent += time.perf_counter() - began
-    return spent
+        total += now() - began
+    return total
 
 
 @torch.no_grad()
 def hessian_seconds(
-    model: StreamedModel, count: int, length: int, layers: int, asymmetric: bool
+    model: StreamedModel,
+    count: int,
+    length: int,
+    layers: int,
+    asymmetric: bool,
+    now: Now = time.perf_counter,
 ) -> float:
-    """Products of all layers' statistics; `layers` are timed and scaled up to the model."""
-    spent = 0.0
+    """Products of the statistics of so many layers."""
+    total = 0.0
     for number, stage in enumerate(model.family.stages):
         linear = model.skeleton.get_submodule(f"{model.layer_name(0)}.{stage[0]}")
         k, n = linear.in_features, linear.out_features
@@ -96,15 +120,15 @@ def hessian_seconds(
             extra["delta"] = torch.randn_like(x)
         h = Hessian(k, model.device)
         h.add(x, **extra)
-        began = time.perf_counter()
+        began = now()
         for _ in range(layers):
             for _ in range(count):
-                if "lack" in extra:
+                if "lack" in extra and model.dtype != torch.float32:  # else W X Xᵀ is W H
                     extra["lack"] = torch.nn.functional.linear(x, weight)
                 h.add(x, **extra)
         wait(model.device)
-        spent += time.perf_counter() - began
-    return spent / layers * model.num_layers
+        total += now() - began
+    return total
 
 
 def wait(device: torch.device) -> None:
@@ -130,9 +154,11 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         model = StreamedModel(source, dtype, device)
         tokens = report["totals"]["calibration_tokens"]
         count = round(tokens / args.seqlen)
-        forward = forward_seconds(model, count, args.seqlen)
-        plain = hessian_seconds(model, count, args.seqlen, 2, False)
-        full = hessian_seconds(model, count, args.seqlen, 2, True) if config.asymmetric else plain
+        forward = forward_seconds(model, count, args.seqlen, model.num_layers)
+        scale = model.num_layers / 2  # two layers are timed
+        plain = full = hessian_seconds(model, count, args.seqlen, 2, False) * scale
+        if config.asymmetric:
+            full = hessian_seconds(model, count, args.seqlen, 2, True) * scale
     totals = report["totals"]
     floor = 2 * forward + plain
     floor_full = 2 * forward + full
@@ -162,6 +188,52 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return "bench_quantize.json", result
 
 
+def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The first layers of args.model in process CPU time, which other work on the machine changes
+    little: quantizing them against two forward passes and the Hessian products."""
+    flags = {
+        "checkpoint": args.model, "dataset": args.dataset, "nsamples": args.nsamples,
+        "seqlen": args.seqlen, "groupsize": args.groupsize, "device": "cpu",
+    }  # fmt: skip
+    config = resolve(load_recipe(args.config), flags)
+    source, cpu = resolve_source(config.checkpoint), torch.device("cpu")
+    model = StreamedModel(source, choose_dtype(config, source, cpu), cpu)
+    tokens = torch.cat(calibration_samples(config, load_tokenizer(source), args.seqlen))
+    samples = [row for row in tokens.split(args.seqlen) if row.numel() == args.seqlen]
+    layers, now = min(args.layers, model.num_layers), time.process_time
+    walker = Walker(model, samples, config.solver_options(), true_sequential=config.true_sequential)
+    began = now()
+    losses = [
+        result.solution.statistics.loss
+        for index in range(layers)
+        for result in walker.quantize_layer(index, lambda path: None)
+    ]
+    quantize = now() - began
+    forward = forward_seconds(model, len(samples), args.seqlen, layers, now)
+    plain = full = hessian_seconds(model, len(samples), args.seqlen, layers, False, now)
+    if config.asymmetric:
+        full = hessian_seconds(model, len(samples), args.seqlen, layers, True, now)
+    result = {
+        "command": command(),
+        "commit": circumstances("", args)["commit"],
+        "environment": environment(model.device),
+        "settings": config.fingerprint(),
+        "calibration_tokens": len(samples) * args.seqlen,
+        "layers": layers,
+        "layers_of_model": model.num_layers,
+        "cpu_seconds": {
+            "quantize": quantize,
+            "one_forward": forward,
+            "hessian_products": plain,
+            "hessian_and_target_products": full,
+        },
+        "ratio": quantize / (2 * forward + plain),
+        "ratio_with_target_products": quantize / (2 * forward + full),
+        "loss_of_each_linear": losses,
+    }
+    return "bench_quantize_layers.json", result
+
+
 # ---- a shape -------------------------------------------------------------------------------------
 
 
@@ -187,8 +259,9 @@ def floor_of_layer(
     factor: Cholesky and the triangle's inverse; update: GPTQ's error feedback; clipping: one
     triangle per factor tried. With asymmetric calibration, two forwards and the target's products.
     """
-    half, single = product_rate(model.device, model.dtype, 8192), None
-    single = product_rate(model.device, torch.float32, 4096)
+    sizes = (8192, 4096) if model.device.type == "cuda" else (1024, 1024)
+    half = product_rate(model.device, model.dtype, sizes[0])
+    single = product_rate(model.device, torch.float32, sizes[1])
     prefix = model.layer_name(0)
     forward = hessian = target = factor = update = clipping = 0.0
     starts = 2 if config.signed_scales and config.sym else 1
@@ -266,10 +339,13 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     """Quantize a model of the shape args.from_config. Processes but the first return None."""
     flags = {
         "from_config": args.from_config, "nsamples": args.nsamples, "seqlen": args.seqlen,
-        "groupsize": args.groupsize, "device": args.device, "wbits": 4,
-        "true_sequential": args.true_sequential, "offload_activations": args.offload_activations,
+        "device": args.device, "true_sequential": args.true_sequential,
+        "offload_activations": args.offload_activations,
     }  # fmt: skip
-    config = resolve(load_recipe(args.config), flags)
+    recipe = load_recipe(args.config)
+    if "weight_type" not in recipe:  # which decides both
+        flags |= {"wbits": 4, "groupsize": args.groupsize}
+    config = resolve(recipe, flags)
     device = choose_device(config)
     workers = join(device)
     folder = config_folder(config.from_config)
@@ -317,8 +393,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         seconds = time.perf_counter() - began
         errors = [result.solution.statistics.relative_error for result in results]
         del results
-    clock = walker.clock
-    peak_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    ranks = workers.collect(spent(walker))
     result = {
         "command": command(),
         "commit": circumstances("", args)["commit"],
@@ -331,12 +406,10 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         "seconds": seconds,
         "seconds_before_the_first_layer": began - setup,
         "seconds_of_each_layer": each,
-        "seconds_of_the_first_process": {
-            "forward": clock.forward, "hessian": clock.hessian, "solve": clock.solve,
-            "io_waited_for": clock.io,
-        },
-        "peak_device_bytes": peak_device,
-        "peak_host_bytes": peak_host(),
+        "seconds_of_the_first_process": ranks[0]["seconds"],
+        "ranks": ranks,
+        "peak_device_bytes": max(rank["peak_device_bytes"] for rank in ranks),
+        "peak_host_bytes": sum(rank["peak_host_bytes"] for rank in ranks),
         "relative_errors_of_the_last_layer": errors,
     }  # fmt: skip
     del walker
@@ -374,7 +447,9 @@ def main() -> None:
     parser.add_argument(
         "--offload_activations", nargs="?", const="host", metavar="WHERE", help="host, disk, folder"
     )
-    parser.add_argument("--layers", type=int, help="of the shape, from the first on")
+    parser.add_argument(
+        "--layers", type=int, help="only the first ones; of a real model: in process CPU time"
+    )
     parser.add_argument("--reference", action="store_true", help="time the solver in torch too")
     parser.add_argument("--scratch", help="folder for the finished layers")
     parser.add_argument("--device", default=None)
@@ -386,7 +461,8 @@ def main() -> None:
     args.nsamples = args.nsamples or (128 if shape else 32)
     args.seqlen = args.seqlen or (2048 if shape else 1024)
     args.groupsize = args.groupsize or (128 if shape else 64)
-    name, result = bench_shape(args) if shape else bench_model(args)
+    one_model = bench_layers if args.layers else bench_model
+    name, result = (bench_shape if shape else one_model)(args)
     leave()
     if result is None:
         return

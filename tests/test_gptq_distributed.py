@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,11 @@ def test_two_processes_write_the_checkpoint_of_one_and_survive_a_failure(flags, 
     resumed = torchrun(tmp_path, [*flags, *out, "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("packed checkpoint") == 1  # the first process speaks for all
+    (line,) = [line for line in resumed.stdout.splitlines() if line.startswith('{"ranks"')]
+    ranks = json.loads(line)["ranks"]
+    report = json.loads((whole / "quantization_report.json").read_text())
+    assert report["totals"]["ranks"] == ranks and [rank["rank"] for rank in ranks] == [0, 1]
+    assert all(rank["peak_host_bytes"] > 0 and rank["seconds"]["solve"] > 0 for rank in ranks)
 
     ours, theirs = open_checkpoint(whole), open_checkpoint(alone)
     scheme = packed_scheme(ours)
@@ -98,6 +104,7 @@ def test_a_single_process_shares_with_nobody():
     workers.sum(part)
     assert torch.equal(workers.gather(part, [3]), torch.ones(2, 3))
     assert workers.agree("value") == "value" and workers.share(5) == [5]
+    assert workers.collect("value") == ["value"]
 
 
 def test_devices_of_several_processes(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq import grid
 from gptq.grid import GridOptions, quantize_to_codes, search_grid
 from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, reference
 from marlin_kernel.reference import MIN_SCALE, round_scales
@@ -147,3 +148,25 @@ def test_codes_are_clamped_and_half_goes_to_even():
     w = torch.tensor([[-9.0, -8.0, 0.5, 1.5, 7.0, 7.4, 9.0]])
     codes = quantize_to_codes(w, torch.ones(1), torch.full((1,), 8.0), 16)
     assert codes.tolist() == [[0, 0, 8, 10, 15, 15, 15]]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["uint4b8", "uint4", "mxfp4"])
+def test_groups_searched_a_few_at_a_time_give_the_same(name, weighted, monkeypatch):
+    w, factor = groups(count=5, n=24)
+    search = (w, factor if weighted else None, WEIGHT_TYPES[name], GridOptions())
+    whole = search_grid(*search)
+    monkeypatch.setattr("gptq.grid._CACHED", 2 * 32 * 24)
+    assert all(map(torch.equal, search_grid(*search), whole))
+
+
+def test_errors_in_few_passes_are_those_of_the_codes():
+    """Of a constant zero: rounding before or after it is added is the same, but for ties."""
+    w, _ = groups()
+    out = torch.empty_like(w)
+    for wtype in (U4B8, WEIGHT_TYPES["uint8b128"], WEIGHT_TYPES["uint4"]):
+        scales, zeros = search_grid(w, None, wtype, GridOptions())
+        s, z = scales[:, None], zeros[:, None]
+        grid._rounding_errors(w, s, z, wtype, out)
+        wanted = (quantize_to_codes(w, s, z, wtype.levels) - z) * s - w
+        assert float(((out - wanted).abs() > 1e-6 * w.abs().max()).float().mean()) < 1e-3

@@ -356,3 +356,24 @@ def test_the_gpu_walk_agrees_with_the_cpu(llama):
     for name, solution in found.items():
         error = wanted[name].statistics.relative_error
         assert solution.statistics.relative_error == pytest.approx(error, rel=0.05, abs=1e-3), name
+
+
+def test_target_products_from_the_hessian_are_those_of_the_inputs(tmp_path, monkeypatch):
+    """W X̃ is taken from the original's own pass and W X Xᵀ from H; biases cancel."""
+    write_source(tmp_path, SOURCES["llama-biases"])
+    lacks: list[Tensor] = []
+
+    def spy(weight, h, options, *, lack, **others):
+        if lack is not None:
+            lacks.append(lack.clone())
+        return solve_columns(weight, h, options, lack=lack, **others)
+
+    monkeypatch.setattr("gptq.sequential.solve_columns", spy)
+    for exact in (True, False):
+        walk = walker(tmp_path, replace(OPTIONS, asymmetric=True))
+        assert walk._exact
+        walk._exact = exact
+        quantize(walk, 1)
+    assert len(lacks) == 4  # o and down, twice
+    for found, wanted in zip(lacks[:2], lacks[2:], strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4

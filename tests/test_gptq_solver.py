@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq import solver
 from gptq.grid import GridOptions
 from gptq.hessian import factorize
 from gptq.solver import (
@@ -503,3 +504,15 @@ def test_statistics_say_what_happened():
     assert 0.25 <= facts.clip_mean < 1 and 0 < facts.clip_fraction <= 1
     whole = solve(weight, 2 * x.T @ x, replace(opts, nearest=True, grid=PLAIN))[0].statistics
     assert whole.clip_mean == pytest.approx(1, rel=1e-3) and whole.clip_fraction == 0
+
+
+# ---- the same with less work ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 96])
+def test_quadratic_form_from_one_triangle(k):
+    draw = torch.Generator().manual_seed(0)
+    root = torch.randn(k, k, generator=draw)
+    h, x = root @ root.T, torch.randn(k, 5, generator=draw)
+    wanted = (x.double() * (h.double() @ x.double())).sum(0)
+    torch.testing.assert_close(solver._quadratic(x, h), wanted.float(), rtol=1e-5, atol=1e-4)
