@@ -159,7 +159,8 @@ class DecodeConfig:
         if WEIGHT_TYPES[weight_type].bits == 4:
             if group_size in (16, 32) and self.threads * self.blocks_per_sm > 512:
                 return False  # several groups per tile need more registers than that leaves
-            if group_size in (-1, 16, 32) and self.token_tiles > 1 and self.blocks_per_sm > 1:
+            many = group_size in (-1, 16, 32) or WEIGHT_TYPES[weight_type].zeros == "float"
+            if many and self.token_tiles > 1 and self.blocks_per_sm > 1:
                 return False  # likewise
         return (
             0 < m <= self.max_tokens
@@ -362,8 +363,9 @@ _WIDE_SHAPES_8 = (
     (32, 1, 4, 1, 2, False),
     (64, 1, 3, 1, 2, False),
 )
-# Groups of 16 k: more registers, and they scale weights only.
-_DECODE_SHAPES_16 = (*_DECODE_SHAPES, (2, 1, 8, 3, 1))
+# 4-bit codes of other types than uint4b8 may need more registers.
+_DECODE_SHAPES_4 = (*_DECODE_SHAPES, (2, 1, 8, 3, 1))
+# Groups of 16 k scale weights only.
 _GEMM_SHAPES_16 = (
     (8, 1, 6, 2, 2, False),
     (16, 1, 6, 2, 2, False),
@@ -380,8 +382,9 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
     decode_shapes, shapes, wide_shapes = _DECODE_SHAPES, _GEMM_SHAPES, _WIDE_SHAPES
     if WEIGHT_TYPES[weight_type].bits == 8:
         decode_shapes, shapes, wide_shapes = _DECODE_SHAPES_8, _GEMM_SHAPES_8, _WIDE_SHAPES_8
+    elif weight_type != "uint4b8":
+        decode_shapes = _DECODE_SHAPES_4
     if 16 in group_sizes(weight_type):
-        decode_shapes = _DECODE_SHAPES_16
         shapes = (*_GEMM_SHAPES_16, *(shape for shape in shapes if not shape[-1]))
     configs: list[KernelConfig] = [
         DecodeConfig(t, wn, wk, split, stages, blocks)

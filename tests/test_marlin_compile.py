@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from marlin_kernel import compiler, kernel_configs
+from marlin_kernel import WEIGHT_TYPES, compiler, kernel_configs
 from marlin_kernel.compiler import CompileError, Cubin, KernelSource
 from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig, KernelConfig
 from tests.compiling import REGISTERS, needs_nvrtc, own_cache, sass  # noqa: F401 (fixture)
@@ -28,9 +28,10 @@ VARIANTS = [("bfloat16", 128), ("float16", 32), ("bfloat16", 32), ("float16", -1
 pytestmark = needs_nvrtc
 
 
-def check(config: KernelConfig, dtype: str, group_size: int) -> Cubin:
+def check(config: KernelConfig, dtype: str, group_size: int, weight_type: str = "uint4b8") -> Cubin:
     """Compile; assert that nothing spills and that the blocks that should share an SM can."""
-    cubin = compiler.compile_kernel(config.source(dtype, group_size), "sm_90a")
+    source = config.source(dtype, group_size, weight_type)
+    cubin = compiler.compile_kernel(source, "sm_90a")
     assert cubin.stack_bytes == 0, f"{config} spills {cubin.stack_bytes} bytes"
     assert cubin.registers * config.threads * config.blocks_per_sm <= REGISTERS
     assert "C7510" not in cubin.log and "C7512" not in cubin.log, cubin.log  # serialised wgmma
@@ -56,13 +57,38 @@ def test_variants_compile(dtype: str, group_size: int) -> None:
             check(config, dtype, group_size)
 
 
+def typed_kernels() -> list[tuple[str, str, int]]:
+    """Weight type, dtype of activations, group size of every set of kernels."""
+    return [
+        (t.name, dtype, group_size)
+        for t in WEIGHT_TYPES.values()
+        for dtype in kernel_configs.SCALARS
+        if dtype in t.activations
+        for group_size in kernel_configs.group_sizes(t.name)
+    ]
+
+
+@pytest.mark.parametrize("weight_type", [name for name in WEIGHT_TYPES if name != "uint4b8"])
+def test_types_compile(weight_type: str) -> None:
+    """Some configurations of every type and group size; the slow test below takes all."""
+    sets = [row for row in typed_kernels() if row[0] == weight_type]
+    for i, (_, dtype, group_size) in enumerate(sets):
+        fitting = [
+            config
+            for config in kernel_configs.supported_configs(weight_type)
+            if config.split == 1 and config.fits(1, 64, group_size, weight_type)
+        ]
+        assert {type(config) for config in fitting} == {DecodeConfig, GemmConfig}
+        for config in fitting[i :: len(sets)][:3]:
+            check(config, dtype, group_size, weight_type)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", kernel_configs.SCALARS)
-@pytest.mark.parametrize("group_size", kernel_configs.GROUP_SIZES)
-def test_every_configuration_compiles(dtype: str, group_size: int) -> None:
-    for config in kernel_configs.supported_configs():
-        if config.fits(1, 64, group_size):
-            check(config, dtype, group_size)
+@pytest.mark.parametrize("weight_type, dtype, group_size", typed_kernels())
+def test_every_configuration_compiles(weight_type: str, dtype: str, group_size: int) -> None:
+    for config in kernel_configs.supported_configs(weight_type):
+        if config.fits(1, 64, group_size, weight_type):
+            check(config, dtype, group_size, weight_type)
 
 
 # ---- cache ----
@@ -124,19 +150,23 @@ def test_ahead_of_time_command(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 # ---- choice ----
 
 
-@pytest.mark.parametrize("group_size", kernel_configs.GROUP_SIZES)
-def test_every_size_has_a_kernel(group_size: int) -> None:
-    supported = set(kernel_configs.supported_configs())
+@pytest.mark.parametrize(
+    "weight_type, group_size", dict.fromkeys((t, g) for t, _, g in typed_kernels())
+)
+def test_every_size_has_a_kernel(weight_type: str, group_size: int) -> None:
+    supported = set(kernel_configs.supported_configs(weight_type))
     for k_tiles in (1, 2, 3, 9, 64, 448, 1000):
         if group_size == 128 and k_tiles % 2:
             continue
         for column_tiles in (1, 2, 3, 64, 344, 896):
             for m in (1, 7, 8, 9, 16, 17, 100, 128, 129, 1000, 8192):
                 for invariant in (False, True):
+                    sizes = (m, k_tiles, column_tiles, group_size)
                     config = kernel_configs.select_config(
-                        m, k_tiles, column_tiles, group_size, batch_invariant=invariant
+                        *sizes, batch_invariant=invariant, weight_type=weight_type
                     )
-                    assert config in supported and config.fits(m, k_tiles, group_size)
+                    assert config in supported
+                    assert config.fits(m, k_tiles, group_size, weight_type)
 
 
 def test_batch_invariant_choice_orders_additions_by_k_and_n_only() -> None:
@@ -149,9 +179,12 @@ def test_batch_invariant_choice_orders_additions_by_k_and_n_only() -> None:
 
 
 def test_tuned_rows_name_supported_configurations() -> None:
-    supported = set(kernel_configs.supported_configs())
-    for path in kernel_configs.TUNING_DIRECTORY.glob("*.json"):
-        for choices in kernel_configs._tuned_rows(path.stem).values():
+    tables = [("uint4b8", path) for path in kernel_configs.TUNING_DIRECTORY.glob("*.json")]
+    for name in WEIGHT_TYPES:
+        tables += [(name, p) for p in (kernel_configs.TUNING_DIRECTORY / name).glob("*.json")]
+    for weight_type, path in tables:
+        supported = set(kernel_configs.supported_configs(weight_type))
+        for choices in kernel_configs._tuned_rows(path.stem, weight_type).values():
             limits = [limit for limit, _ in choices]
             assert limits == sorted(limits)
             assert {config for _, config in choices} <= supported

@@ -43,7 +43,8 @@ struct BiasedPair<__half> {
     a[2] = next & mask;
     a[3] = (next >> 8) & mask;
   }
-  static constexpr float kOffset = 0.f;  // that codes come with
+  static constexpr float kOffset = 0.f;                     // that codes come with
+  static constexpr uint32_t kOffsetMinus1024 = 0xe400e400;  // in fp16
   // -8 in the unit of the part; and 1.
   static __device__ __forceinline__ uint32_t bias(int part) {
     return part == 0 ? 0x80088008u : 0x80808080u;
@@ -72,6 +73,7 @@ struct BiasedPair<__nv_bfloat16> {
       a[kRegisterOfShift[i]] = ptx::and_or(mine >> (4 * i), kLowNibbles, kBf16_128);
   }
   static constexpr float kOffset = 128.f;
+  static constexpr uint32_t kOffsetMinus1024 = 0xe300e300;
   static __device__ __forceinline__ uint32_t bias(int) { return kBf16Minus136; }
   static __device__ __forceinline__ uint32_t one(int) { return 0x3f803f80; }
   static __device__ __forceinline__ int unit(int) { return 0; }
@@ -83,15 +85,20 @@ template <class Weight>
 constexpr bool kIsBiased4 =
     kIsSame<Weight, weights::uint4b8> || (Weight::BITS == 4 && Weight::ZEROS != Zeros::NONE);
 
-// Zero points of rows g and g + 8 of 16-row tile m.
+// Zero points of rows g and g + 8 of 16-row tile m, plus the offset of the codes.
+template <class Scalar>
 __device__ __forceinline__ float2 zero_pair(const GroupRegisters<weights::uint4>& group, int m) {
-  const uint32_t z = ptx::and_or(group.zeros[0] >> (4 * m), kLowNibbles, kHalf1024);
-  const float2 above = __half22float2(*reinterpret_cast<const __half2*>(&z));
-  return make_float2(above.x - 1024.f, above.y - 1024.f);
+  const uint32_t above = ptx::and_or(group.zeros[0] >> (4 * m), kLowNibbles, kHalf1024);
+  const uint32_t z = ptx::add2(above, BiasedPair<Scalar>::kOffsetMinus1024, __half());
+  return __half22float2(*reinterpret_cast<const __half2*>(&z));
 }
+template <class Scalar>
 __device__ __forceinline__ float2 zero_pair(const GroupRegisters<weights::uint4_hqq>& group,
                                             int m) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&group.zeros[m]));
+  const float2 z = __half22float2(*reinterpret_cast<const __half2*>(&group.zeros[m]));
+  constexpr float kOffset = BiasedPair<Scalar>::kOffset;
+  if constexpr (kOffset == 0.f) return z;
+  return make_float2(z.x + kOffset, z.y + kOffset);
 }
 
 }  // namespace dequant

@@ -361,11 +361,7 @@ class Decoder {
       if constexpr (Config::GROUP != 0)
         scale = __half22float2(*reinterpret_cast<const __half2*>(&group.scales[m]));
       float2 zero = make_float2(0.f, 0.f);
-      if constexpr (ZEROS) {
-        zero = dequant::zero_pair(group, m);
-        zero.x += Codes::kOffset;
-        zero.y += Codes::kOffset;
-      }
+      if constexpr (ZEROS) zero = dequant::zero_pair<Scalar>(group, m);
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t)
 #pragma unroll
