@@ -206,6 +206,8 @@ def supported_configs(types: EightBitTypes) -> tuple[EightBitConfig, ...]:
     ):
         if short_of_registers and tokens > 64:
             continue
+        if (types.weight_type, types.group_size, tokens) == ("uint8b128", 128, 192):
+            continue  # likewise
         if asymmetric and types.group_size and tokens > 64:  # likewise
             splits = splits[:1]
         for split in splits:
