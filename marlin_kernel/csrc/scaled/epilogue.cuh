@@ -96,7 +96,7 @@ class Output {
       ptx::named_sync(1 + group_, kWarpgroupThreads);
       common::copy_rows<kGroupFeatures, kWarpgroupThreads>(
           out, p_.out, p_.m, p_.n, token + chunk * Config::OUT_TOKENS, first,
-          threadIdx.x % kWarpgroupThreads);
+          warp_ * kWarpSize + lane_);
     }
     ptx::named_sync(1 + group_, kWarpgroupThreads);  // before scales or output are overwritten
   }
@@ -130,7 +130,8 @@ class Output {
 
     constexpr int kFeatures = Config::FEATURES / Config::SPLIT;
     constexpr int kAtOnce = Config::CONSUMERS / kFeatures;  // groups of four tokens
-    const int f = rank * kFeatures + threadIdx.x % kFeatures;
+    const int thread = group_ * kWarpgroupThreads + warp_ * kWarpSize + lane_;
+    const int f = rank * kFeatures + thread % kFeatures;
     const int n = feature + f;
     const float scale = feature_scale(n);
     const float shift = bias(n);
@@ -138,7 +139,7 @@ class Output {
     ptx::cluster_wait();
     if (n < p_.n) {
 #pragma unroll 1
-      for (int at = threadIdx.x / kFeatures * 4; at < tokens; at += kAtOnce * 4) {
+      for (int at = thread / kFeatures * 4; at < tokens; at += kAtOnce * 4) {
         Sum sums[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int source = 0; source < Config::SPLIT; ++source) {
@@ -161,7 +162,7 @@ class Output {
   Shared& shared_;
   const int group_;  // warpgroup
   const int warp_;   // in the warpgroup
-  const int lane_;
+  int lane_;
 
  private:
   float scales_[kOwnTokens];

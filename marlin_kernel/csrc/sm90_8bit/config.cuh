@@ -103,7 +103,7 @@ struct Config {
   static constexpr int PARTIAL_ROW = TOKENS + 4;      // 32-bit sums; likewise
 
   // Registers per thread: what the launch gives, redistributed to those that multiply.
-  static constexpr int FEEDER_REGISTERS = 32;
+  static constexpr int FEEDER_REGISTERS = WARPGROUPS <= 2 && BLOCKS_PER_SM == 1 ? 40 : 32;
   static constexpr int LAUNCH_REGISTERS = 65536 / (THREADS * BLOCKS_PER_SM) / 8 * 8;
   static constexpr int SHARED_OUT =
       (LAUNCH_REGISTERS * THREADS - FEEDER_REGISTERS * kWarpgroupThreads) / CONSUMERS / 8 * 8;

@@ -154,6 +154,8 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
       this->load_scales(token);
       multiply(walk.k_end(p_) - walk.k_begin(p_));
       if (Config::LEAD) let_others_start();  // should there be fewer than three stages
+      // Addresses of the output are derived now, and not kept in registers while multiplying.
+      ptx::pin_registers_8bit(lane_);
       this->store_scales();
       if constexpr (Config::SPLIT > 1)
         this->add_cluster(totals_, walk.rank, feature, token);
