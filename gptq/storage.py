@@ -89,6 +89,8 @@ class FinishedLayers:
         tensors = {}
         for result in results:
             for part, tensor in stored_tensors(result.solution).items():
+                if part == "codes" and _fits_nibbles(result.solution):
+                    part, tensor = "nibbles", tensor[0::2] | tensor[1::2] << 4
                 tensors[f"{result.name}:{part}"] = tensor.cpu().contiguous()
         file = self._file(index)
         partial = file.with_suffix(".partial")
@@ -108,7 +110,13 @@ class FinishedLayers:
                 rows = json.loads(file.metadata()["rows"])
                 for key in file.keys():  # noqa: SIM118 (no mapping)
                     name, _, part = key.rpartition(":")
-                    layers.setdefault(name, {})[part] = file.get_tensor(key)
+                    tensor = file.get_tensor(key)
+                    if part == "nibbles":
+                        part, tensor = (
+                            "codes",
+                            torch.stack([tensor & 15, tensor >> 4], 1).flatten(0, 1),
+                        )
+                    layers.setdefault(name, {})[part] = tensor
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self._file(index)}: the record of a finished layer is damaged ({error}); "
@@ -166,6 +174,12 @@ class BackgroundWriter:
             self.wait()
         finally:
             self._thread.shutdown()
+
+
+def _fits_nibbles(solution: Solution) -> bool:
+    """Whether the record of a layer may hold two codes a byte."""
+    wtype = solution.wtype
+    return wtype is not None and wtype.bits == 4 and solution.codes.shape[0] % 2 == 0
 
 
 def stored_tensors(solution: Solution) -> dict[str, Tensor]:

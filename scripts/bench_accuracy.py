@@ -193,13 +193,12 @@ def pack(model, solutions: dict[str, Solution], config: QuantizeConfig) -> dict[
     """
     before = {}
     for name, solution in solutions.items():
-        wtype = config.wtype
+        before[name] = model.get_submodule(name)
         layer = QuantizedLinear.of(
-            solution.codes, solution.scales, wtype, config.groupsize,
-            zeros=solution.zeros, g_idx=solution.g_idx,
+            solution.codes, solution.scales, config.wtype, config.groupsize,
+            zeros=solution.zeros, g_idx=solution.g_idx, bias=before[name].bias,
         )  # fmt: skip
         stored = formats.read(formats.write(layer, "marlin"), "marlin", layer.spec)
-        before[name] = model.get_submodule(name)
         packed = Layer.from_quantized(stored).to(model.device).prepare(torch.float32)
         model.set_submodule(name, packed)
     return before
