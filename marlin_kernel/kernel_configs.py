@@ -372,6 +372,7 @@ _GEMM_SHAPES_16 = (
     (16, 2, 4, 1, 2, False),
 )
 _SPLITS = (2, 3, 4, 5, 6, 8)
+_MANY_TOKENS = 1024  # from here on more of them change nothing
 _FEW_TOKENS = 4  # up to so many, the small-batch kernel was the faster one at every shape measured
 _INVARIANT_SHAPES = ((32, 4, 2), (64, 4, 2), (128, 3, 1))  # tokens, stages, blocks_per_sm
 
@@ -572,7 +573,8 @@ def _tuned_rows(
             (entry["m"], kinds[entry["kind"]](**entry["config"])) for entry in row["choices"]
         ]
         choices.sort(key=lambda choice: choice[0])
-        choices[-1] = (1 << 62, choices[-1][1])  # also serves all larger m
+        if choices[-1][0] >= _MANY_TOKENS:
+            choices[-1] = (1 << 62, choices[-1][1])  # also serves all larger m
         table[row["k"] // TILE_K, row["n"] // TILE_N] = tuple(choices)
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -356,6 +357,7 @@ def test_tracers_see_the_operator() -> None:
     assert torch.equal(graph(x), module(x))
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests disturb host times")
 def test_eager_calls_cost_little_host_time() -> None:
     file = Path(__file__).parents[1] / "scripts" / "call_overhead.py"
     spec = importlib.util.spec_from_file_location("call_overhead", file)
