@@ -69,11 +69,13 @@ def large() -> str:
     ]
     for path in sorted(RESULTS.glob("bench_quantize_llama2-*.json"), key=_size_first):
         content = json.loads(path.read_text(encoding="utf-8"))
-        model, *recipe = path.stem.removeprefix("bench_quantize_llama2-").split("_")
+        stem = re.sub(r"_\d+gpus$", "", path.stem)
+        model, *recipe = stem.removeprefix("bench_quantize_llama2-").split("_")
+        gpus = f", on {content['processes']} GPUs" if content["processes"] > 1 else ""
         later = content["seconds_of_each_layer"][1:]
         device, host = (content[f"peak_{side}_bytes"] / 2**30 for side in ("device", "host"))
         lines.append(
-            f"| Llama-2-{model.upper()}, {RECIPES[' '.join(recipe)]} "
+            f"| Llama-2-{model.upper()}, {RECIPES[' '.join(recipe)]}{gpus} "
             f"| {content['layers']} of {content['layers_of_model']} | {content['seconds']:.1f} "
             f"| {sum(later) / len(later):.2f} | {device:.1f} GiB | {host:.1f} GiB |"
         )
