@@ -35,7 +35,8 @@ FUSIBLE = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 _PER_COLUMN = ("B", "s", "z")  # on-disk tensors [rows, a multiple of N']
-_FUSIBLE_TENSORS = {*_PER_COLUMN, "g_idx", "bias"}  # g_idx must be common, a bias gets gaps
+_COMMON = ("g_idx", "global_scale")  # must be equal
+_FUSIBLE_TENSORS = {*_PER_COLUMN, *_COMMON, "bias"}  # a bias gets gaps
 
 
 class FusedLayer(Layer):
@@ -66,8 +67,7 @@ class FusedLayer(Layer):
             for suffix in _PER_COLUMN
             if suffix in stored[0]
         }
-        if specs[0].act_order:
-            tensors["g_idx"] = stored[0]["g_idx"]
+        tensors |= {suffix: stored[0][suffix] for suffix in _COMMON if suffix in stored[0]}
         starts = itertools.accumulate((spec.packed.n_padded for spec in specs), initial=0)
         columns = tuple((start, start + spec.n) for spec, start in zip(specs, starts, strict=False))
         n = columns[-1][1]
@@ -210,6 +210,10 @@ def obstacle(layers: Sequence[nn.Module]) -> str | None:
         orders = [layer._stored_tensors()["g_idx"] for layer in packed]
         if not all(torch.equal(orders[0], order) for order in orders[1:]):
             return "they assign inputs to groups differently (act-order)"
+    if first.spec.weight_type.global_scale:
+        scales = [layer.global_scale for layer in packed]
+        if not all(torch.equal(scales[0], scale) for scale in scales[1:]):
+            return "their global scales differ"
     return None
 
 

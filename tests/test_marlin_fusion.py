@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, ConfigError, Layer, formats, hf
+from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.fusion import (
     FusedLayer,
     FusedPart,
@@ -214,12 +215,40 @@ def test_what_differs_stays_apart_and_is_said(caplog, other, reason):
 
 
 def test_tensors_that_are_not_per_column_stay_apart(monkeypatch):
-    """A scale of the whole layer, for example, cannot serve three."""
+    """A table of the whole layer, for example, cannot serve three."""
     shapes = formats.tensor_shapes
     monkeypatch.setattr(
-        formats, "tensor_shapes", lambda *a: shapes(*a) | {"global_scale": ((1,), torch.float32)}
+        formats, "tensor_shapes", lambda *a: shapes(*a) | {"table": ((1,), torch.float32)}
     )
-    assert "they hold global_scale, which are not per column" in obstacle(layers())
+    assert "they hold table, which are not per column" in obstacle(layers())
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_common_global_scale_is_kept(prepared):
+    nvfp4 = WEIGHT_TYPES["nvfp4"]
+    weights = [torch.randn(96, n) / 10 for n in WIDTHS]
+    alone = [QuantizedLinear.quantize(w, nvfp4, 16) for w in weights]
+    assert obstacle([Layer.from_quantized(q) for q in alone]) == "their global scales differ"
+    together = QuantizedLinear.quantize(torch.cat(weights, 1), nvfp4, 16)
+    columns = [slice(0, 96), slice(96, 128), slice(128, 168)]
+    parts = [
+        Layer.from_quantized(
+            QuantizedLinear.of(
+                together.codes[:, c], together.scales[:, c], nvfp4, 16,
+                global_scale=together.global_scale,
+            )
+        )
+        for c in columns
+    ]  # fmt: skip
+    if prepared:
+        parts = [part.prepare(torch.float32) for part in parts]
+    x = torch.randn(3, 96)
+    model = Attention(parts)
+    expected, stored = model(x), {name: t.clone() for name, t in model.state_dict().items()}
+    assert fuse_layers(model) == ["qkv_proj"]
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], stored[name]) for name in stored)
 
 
 def test_group_indices_must_be_common():
