@@ -70,7 +70,7 @@ def typed_kernels() -> list[tuple[str, str, int]]:
 
 @pytest.mark.parametrize("weight_type", [name for name in WEIGHT_TYPES if name != "uint4b8"])
 def test_types_compile(weight_type: str) -> None:
-    """Some configurations of every type and group size; the slow test below takes all."""
+    """Some configurations of every type and group size; the exhaustive test below takes all."""
     sets = [row for row in typed_kernels() if row[0] == weight_type]
     for i, (_, dtype, group_size) in enumerate(sets):
         fitting = [
@@ -83,8 +83,13 @@ def test_types_compile(weight_type: str) -> None:
             check(config, dtype, group_size, weight_type)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("weight_type, dtype, group_size", typed_kernels())
+@pytest.mark.parametrize(
+    "weight_type, dtype, group_size",
+    [
+        pytest.param(*row, marks=pytest.mark.slow if row[0] == "uint4b8" else pytest.mark.exhaustive)
+        for row in typed_kernels()
+    ],
+)
 def test_every_configuration_compiles(weight_type: str, dtype: str, group_size: int) -> None:
     for config in kernel_configs.supported_configs(weight_type):
         if config.fits(1, 64, group_size, weight_type):
