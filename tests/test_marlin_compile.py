@@ -86,7 +86,9 @@ def test_types_compile(weight_type: str) -> None:
 @pytest.mark.parametrize(
     "weight_type, dtype, group_size",
     [
-        pytest.param(*row, marks=pytest.mark.slow if row[0] == "uint4b8" else pytest.mark.exhaustive)
+        pytest.param(
+            *row, marks=pytest.mark.slow if row[0] == "uint4b8" else pytest.mark.exhaustive
+        )
         for row in typed_kernels()
     ],
 )
