@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import formats, reference, sm80_layout, sm90_8bit_layout, sm90_layout
+from . import formats, reference, sm80_layout, sm90_layout
 from .errors import ConfigError
 from .formats import LayerSpec, QuantizedLinear
 from .layout import unpermute_columns
@@ -143,6 +143,8 @@ def prepare(
         held = _KERNEL_LAYOUTS[layout].kernel_tensors(tensors, spec)
         return Prepared(layout, held.weights, held.scales, held.zeros, held.perm, held.group_size)
     if layout in EIGHT_BIT_LAYOUTS:
+        from . import sm90_8bit_layout  # needs the compiler's names
+
         records = sm90_8bit_layout.records(tensors, spec, EIGHT_BIT_LAYOUTS[layout])
         return Prepared(layout, records.weights, records.scales, None, None)
     if not spec.k_full:
@@ -179,6 +181,8 @@ def restore(
     global_scale: of the layer, if it has one. Raises ConfigError for a prepared shard of K.
     """
     if prepared.layout in EIGHT_BIT_LAYOUTS:
+        from . import sm90_8bit_layout
+
         records = sm90_8bit_layout.Records(prepared.weights, prepared.scales)
         return sm90_8bit_layout.stored_tensors(records, spec, EIGHT_BIT_LAYOUTS[prepared.layout])
     if prepared.layout in _KERNEL_LAYOUTS or not spec.k_full:

@@ -211,8 +211,8 @@ SM80_MUTATIONS = {
     ),
     "the padding of K is not zero-filled": (
         "sm80/load.cuh",
-        "count < 0 ? 0 : count > Config::CHUNK ? Config::CHUNK : count",
-        "count > 0 ? Config::CHUNK : 0",
+        "count = p_.k - k < Config::CHUNK ? p_.k - k : Config::CHUNK",
+        "count = Config::CHUNK",
     ),
 }
 MUTANT = Kernel(

@@ -169,12 +169,19 @@ class Share {
     const int first_row = Source::row_of(k_first_, n_first_);
     const int first_column = Source::column_of(k_first_, n_first_);
     const int rows = Source::rows(p_), columns = Source::columns(p_);
-#pragma unroll
-    for (int i = lane_; i < Source::ROWS * Source::COLUMNS; i += kWarpSize) {
+    auto copy = [&](int i) {
       const int r = i / Source::COLUMNS, c = i % Source::COLUMNS;
       const bool inside = first_row + r < rows && first_column + c < columns;
       staged_[Source::staged(r, c)] =
           inside ? p_.source[static_cast<long long>(first_row + r) * columns + first_column + c] : 0;
+    };
+    constexpr int kWords = Source::ROWS * Source::COLUMNS;
+    if constexpr (Source::BITS == 4) {  // 16 loads of a lane are under way at once
+#pragma unroll
+      for (int i = lane_; i < kWords; i += kWarpSize) copy(i);
+    } else {
+#pragma unroll 16
+      for (int i = lane_; i < kWords; i += kWarpSize) copy(i);
     }
   }
 
@@ -209,7 +216,7 @@ class Share {
 };
 
 template <class Source, bool Permuted>
-__global__ void __launch_bounds__(BLOCK_WARPS* kWarpSize)
+__global__ void __launch_bounds__(BLOCK_WARPS* kWarpSize, Source::BITS == 4 ? 3 : 2)
     repack(const __grid_constant__ Problem p) {
   constexpr int kBits = Source::BITS;
   constexpr int kCodes = 32 / kBits;       // of a word
