@@ -15,7 +15,7 @@ from torch import Tensor
 from marlin_kernel import reference
 from marlin_kernel.weight_types import WeightType
 
-_CACHED = 1 << 18  # weights whose clipping factors are tried together on a CPU
+_CACHED = 1 << 20  # weights whose clipping factors are tried together on a CPU
 
 
 @dataclass(frozen=True)
