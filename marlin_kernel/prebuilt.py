@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,15 +137,20 @@ def _capability(arch: str) -> str:
     raise ConfigError(f"architecture {arch!r} is not one of {', '.join(ARCHITECTURES.values())}")
 
 
-def variants(arch: str, shapes: Iterable[tuple[int, int]] = ()) -> list[Variant]:
-    """Everything that has kernels on `arch`; shapes: (k, n) of layers besides those of `GRID`.
+def variants(
+    arch: str,
+    shapes: Iterable[tuple[int, int]] = (),
+    wanted: Callable[[KernelTypes], bool] = lambda types: True,
+) -> list[Variant]:
+    """Everything that has kernels on `arch`.
 
-    Raises ConfigError for an unknown architecture.
+    shapes: (k, n) of layers besides those of `GRID`; wanted: which types. Raises ConfigError for an
+    unknown architecture.
     """
     found: dict[tuple[str, KernelTypes, bool], Variant] = {}
     extra = tuple(shapes)
     for combination in combinations(_capability(arch)):
-        for family, types in kernels_of(combination, arch):
+        for family, types in filter(lambda k: wanted(k[1]), kernels_of(combination, arch)):
             for batch_invariant in (False, True):
                 key = (family, types, batch_invariant)
                 if key not in found:

@@ -3,6 +3,7 @@
     python scripts/generate_kernels.py "7.5,8.0,8.9,9.0"            # sources and kernel_selector.h
     python scripts/generate_kernels.py "8.0,9.0" --compile          # and cubins, in parallel
     python scripts/generate_kernels.py "9.0" --compile --types uint4b8 --group_sizes 128
+    python scripts/generate_kernels.py "7.5,8.0,8.9,9.0" --sample 60    # how long it would take
 
 OUTPUT (default build/kernels, which git ignores) gets
     sm80_kernel_float16_u4b8_float16.cu   explicit instantiations, one file for each architecture,
@@ -21,8 +22,11 @@ generated: the rules at the top of marlin_kernel/prebuilt.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -55,6 +59,7 @@ from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig
 from marlin_kernel.prebuilt import Choice, Config, Specialization, Variant
 from marlin_kernel.scaled_configs import STAGE_K
+from marlin_kernel.sm80_configs import KernelTypes
 from marlin_kernel.validity import ACTIVATIONS
 from marlin_kernel.weight_types import WEIGHT_TYPES, WeightType
 
@@ -75,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     shapes = layer_shapes()
     arches = list(dict.fromkeys(arches))
-    variants = [v for arch in arches for v in prebuilt.variants(arch, shapes) if wanted(v, options)]
+    select = functools.partial(wanted, options=options)
+    variants = [v for arch in arches for v in prebuilt.variants(arch, shapes, select)]
     kernels = prebuilt.kernels_to_build(variants, complete=options.complete)
     if options.types is options.activations is options.group_sizes is None:
         for arch in arches:
@@ -86,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         served = any(variant.arch == arch for variant in variants)
         report(arch, [k for k in kernels if k.arch == arch], files, served)
     print(f"{len(kernels)} kernels in {len(files) - 1} files, {changed} written: {options.output}")
+    if options.sample is not None:
+        return compile_sample(kernels, options.sample, options.seed)
     return compile_kernels(kernels, options) if options.compile else 0
 
 
@@ -96,6 +104,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("archs", help='compute capabilities: "7.5,8.0,8.6,8.9,9.0,12.0"')
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "kernels")
     parser.add_argument("--compile", action="store_true", help="build cubins")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="compile N kernels drawn at random, keep none"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one per core)")
     parser.add_argument("--force", action="store_true", help="compile cubins that exist already")
     parser.add_argument(
@@ -113,8 +125,7 @@ def layer_shapes() -> list[tuple[int, int]]:
     return list(dict.fromkeys((k, n) for layers in models.values() for k, n, _ in layers.values()))
 
 
-def wanted(variant: Variant, options: argparse.Namespace) -> bool:
-    types = variant.types
+def wanted(types: KernelTypes, options: argparse.Namespace) -> bool:
     return (
         (options.types is None or types.weight_type in options.types)
         and (options.activations is None or types.activation in options.activations)
@@ -501,6 +512,36 @@ def compile_kernels(kernels: Sequence[Specialization], options: argparse.Namespa
     )
     for spill in spills:
         print(f"spills: {spill}")
+    return 1 if failures else 0
+
+
+def compile_sample(kernels: Sequence[Specialization], count: int, seed: int) -> int:
+    """Compile some kernels on one core and say what all of them would take. Keeps nothing."""
+    drawn = random.Random(seed).sample(kernels, min(count, len(kernels)))
+    seconds, sizes, failures, spills = [], [], 0, 0
+    with tempfile.TemporaryDirectory() as directory:
+        for kernel in tqdm(drawn, desc="compiling", unit="kernel"):
+            start = time.process_time()
+            work = [(kernel.source, kernel.arch)]
+            ((_, cubin),) = compile_all(work, 1, Path(directory), force=True)
+            seconds.append(time.process_time() - start)
+            if isinstance(cubin, CompileError):
+                print(cubin, file=sys.stderr)
+                failures += 1
+                continue
+            sizes.append(len(cubin.image))
+            if cubin.stack_bytes:
+                print(f"spills: {kernel.arch} {kernel.source.expression}")
+                spills += 1
+    mean, of_all = sum(seconds) / len(drawn), len(kernels) / len(drawn)
+    print(
+        f"{len(drawn)} of {len(kernels)} kernels, seed {seed}: {mean:.2f} s of one core each (at "
+        f"most {max(seconds):.2f}), {failures} failed, {spills} with spilled registers"
+    )
+    print(
+        f"all of them: about {sum(seconds) * of_all:.0f} s of one core, "
+        f"{sum(sizes) * of_all / 1e6:.0f} MB"
+    )
     return 1 if failures else 0
 
 
