@@ -18,6 +18,7 @@ import torch
 from marlin_kernel import (
     compiler,
     kernel_configs,
+    launch,
     layout,
     packing,
     prebuilt,
@@ -26,12 +27,14 @@ from marlin_kernel import (
     sm80_path,
     sm90_8bit_configs,
     sm90_8bit_layout,
+    sm90_8bit_path,
     sm90_layout,
 )
 from marlin_kernel.compiler import CompileError
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import QuantizedLinear, write
 from marlin_kernel.kernel_configs import DecodeConfig
+from marlin_kernel.layer import Layer
 from marlin_kernel.sm90_8bit_configs import EightBitTypes
 from marlin_kernel.validity import ACTIVATIONS, ARCHITECTURES, Combination, combinations
 from marlin_kernel.weight_types import INTEGER_TYPES, WEIGHT_TYPES, weight_type
@@ -302,7 +305,7 @@ def test_ahead_of_time_command_knows_every_family(tmp_path: Path) -> None:
 # ---- the C header ----
 
 
-class Layer(ctypes.Structure):
+class CLayer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("type", "k", "n", "group_size")]
 
 
@@ -322,7 +325,7 @@ class Device(ctypes.Structure):
 
 class Problem(ctypes.Structure):
     _fields_ = [
-        ("layer", Layer),
+        ("layer", CLayer),
         *(
             (name, ctypes.c_int)
             for name in ("activation", "output", "m", "reduce_half", "batch_invariant")
@@ -396,8 +399,8 @@ def device(capability: tuple[int, int]) -> Device:
     return Device(*capability, *DEVICES[capability])
 
 
-def layer(name: str, k: int, n: int, group_size: int) -> Layer:
-    return Layer(list(WEIGHT_TYPES).index(name), k, n, group_size)
+def layer(name: str, k: int, n: int, group_size: int) -> CLayer:
+    return CLayer(list(WEIGHT_TYPES).index(name), k, n, group_size)
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -812,6 +815,65 @@ def test_example_on_an_imagined_gpu(
     for case in ("uint4b8 x float16 m=   1", "uint8b128 x float16 m= 300", "uint4b8 x int8 m=  33"):
         assert case in done.stdout
     assert "all results agree" in done.stdout
+
+
+@needs_nvrtc
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name, activation, group_size",
+    [
+        ("uint4b8", None, 128),
+        ("uint4", None, -1),
+        ("uint8b128", None, -1),
+        ("nvfp4", None, 16),
+        ("uint4b8", "int8", -1),
+        ("float8_e4m3fn", "float8_e4m3fn", 128),
+    ],
+)
+def test_layers_run_prebuilt_kernels(
+    name: str,
+    activation: str | None,
+    group_size: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the generator built for a shape is all that layers of that shape need."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU (compute capability 9.0)")
+    k = n = 512
+    types = (name, activation or "float16", "float16")
+    c = Combination(weight_type(name), *types[1:], group_size)
+    ((family, kernel_types),) = prebuilt.kernels_of(c, "sm_90a")
+    choices = prebuilt._sm90_choices(family, kernel_types, False, ((k, n),))
+    configs = {choice.config for choice in choices if (choice.k, choice.n) == (k, n)}
+    variant = prebuilt.Variant("sm_90a", family, kernel_types, False, choices)
+    kernels = [
+        prebuilt.Specialization("sm_90a", "_".join(types), source)
+        for source in (*map(variant.source, configs), *prebuilt._activation_sources(variant))
+    ]
+    options = generator.parse(["9.0", "--output", str(tmp_path)])
+    assert generator.compile_kernels(kernels, options) == 0
+
+    monkeypatch.setenv("MARLIN_KERNEL_PREBUILT", str(tmp_path / "cubins"))
+    monkeypatch.setattr(compiler, "_compile", lambda source, arch: pytest.fail(source.expression))
+    monkeypatch.setattr(compiler, "cache_directory", lambda: tmp_path / "empty")
+    monkeypatch.setattr(launch, "_functions", {})
+    monkeypatch.setattr(launch, "_thread_plans", launch._ThreadPlans())
+    sm80_path._load.cache_clear()
+    sm80_path._thread_plans.plans.clear()
+    sm90_8bit_path._plans().plans.clear()
+    layer = Layer.from_quantized(
+        QuantizedLinear.quantize(torch.randn(k, n), c.weight_type, group_size)
+    )
+    layer.activation = activation
+    weight = layer.quantized().dequantize(torch.float32).cuda()
+    layer = layer.cuda().prepare(torch.float16)
+    assert layer.layout in ("sm90", "sm90_int8", "sm90_fp8")
+    for m in prebuilt.TOKENS:
+        a = torch.randn(m, k, device="cuda").half()
+        expected = a.float() @ weight
+        error = (layer(a).float() - expected).norm() / expected.norm()
+        assert error < (0.05 if activation == "float8_e4m3fn" else 0.02), m
 
 
 @needs_gcc
