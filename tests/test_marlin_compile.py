@@ -10,6 +10,7 @@ import pytest
 from marlin_kernel import WEIGHT_TYPES, compiler, kernel_configs
 from marlin_kernel.compiler import CompileError, Cubin, KernelSource
 from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig, KernelConfig
+from tests import racecheck
 from tests.compiling import REGISTERS, needs_nvrtc, own_cache, sass  # noqa: F401 (fixture)
 
 TINY = KernelSource("sm90/read_floor.cuh", "sm90::read_floor_kernel")
@@ -200,3 +201,25 @@ def test_tuned_rows_name_supported_configurations() -> None:
 def test_unfit_configurations_say_so() -> None:
     assert not DecodeConfig(1, 1, 4, 1, 4, 4).fits(9, 8, 128)
     assert not GemmConfig(16, 1, 6, 2, 2, True, split=8).fits(1, 2, 128)
+
+
+# ---- a variant for racecheck ----
+
+
+def test_racecheck_variant_differs_in_arrivals_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/racecheck.py finds its text, and the compiler makes the same of the rest."""
+    config = racecheck.CONFIGS[1]
+    source = config.source("float16", racecheck.GROUP_SIZE)
+    ours = compiler.compile_kernel(source, "sm_90a")
+    monkeypatch.setattr(compiler, "SOURCE_ROOT", racecheck.write_variant(tmp_path))
+    compiler._sources_digest.cache_clear()
+    theirs = compiler.compile_kernel(source, "sm_90a")
+    compiler._sources_digest.cache_clear()
+    assert theirs.image != ours.image
+    assert (theirs.registers, theirs.stack_bytes) == (ours.registers, 0)
+    assert "C75" not in theirs.log, theirs.log  # serialised wgmma
+
+    listings = [sass(cubin, tmp_path / "cubin") for cubin in (ours, theirs)]
+    assert listings[0].count("HGMMA") == listings[1].count("HGMMA") > 0
