@@ -464,7 +464,7 @@ def _nv_info(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile every kernel of the given architectures. Returns the process exit status."""
+    """Compile the kernels that `prebuilt` lists for some architectures. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m marlin_kernel.compiler", description="Compile kernels ahead of time."
     )

@@ -406,20 +406,6 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
     return tuple(dict.fromkeys(configs))
 
 
-def shipped_sources(arch: str) -> list[KernelSource]:
-    """Kernels that ahead-of-time compilation builds for `arch`."""
-    if arch != "sm_90a":
-        return []
-    sources = [
-        config.source(dtype, group_size)
-        for config in supported_configs()
-        for dtype in SCALARS
-        for group_size in GROUP_SIZES
-        if config.fits(1, 64, group_size)
-    ]
-    return list(dict.fromkeys(sources))
-
-
 # ---- choice ----
 
 # Constants of the analytic choice: a random search over them, so that the configurations it ranks
