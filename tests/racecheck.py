@@ -1,13 +1,13 @@
-"""Is what racecheck reports of the wgmma kernel (csrc/sm90/gemm.cuh) a race?
+"""Is what racecheck reports of the wgmma kernels (csrc/sm90/gemm.cuh, csrc/sm90_8bit) a race?
 
     compute-sanitizer --tool racecheck python tests/racecheck.py                # reports refills
     compute-sanitizer --tool racecheck python tests/racecheck.py --all_lanes    # expected: none
 
 A stage of the ring is refilled when all warps have released it. One lane arrives at the barrier for
 its warp, after warp-wide products that consumed what all 32 lanes have read; racecheck follows the
-arrival of a thread, and reports the refill against the reads of the 31 others. With --all_lanes a
-copy of the kernel is run in which every lane arrives and the barrier counts them all: nothing else
-differs, so if nothing is reported of it, these arrivals are all that the reports are about.
+arrival of a thread, and reports the refill against the reads of the 31 others. With --all_lanes
+copies of the kernels are run in which every lane arrives and the barrier counts them all: nothing
+else differs, so if nothing is reported of them, these arrivals are all that the reports are about.
 
 Exit status: 0 if the products are right, 1 if not. compute-sanitizer prints what it found.
 """
@@ -27,61 +27,84 @@ import torch
 
 from marlin_kernel import WEIGHT_TYPES, QuantizedLinear, compiler, formats
 from marlin_kernel.kernel_configs import GemmConfig
+from marlin_kernel.sm90_8bit_configs import EightBitConfig, EightBitTypes
+from marlin_kernel.sm90_8bit_layout import records
 from marlin_kernel.sm90_layout import kernel_tensors
 
-HEADER = "sm90/gemm.cuh"
-ALL_LANES = (  # text of the header, and what every lane does instead
-    (
-        "if (lane_ == 0) ptx::mbarrier_arrive(&shared_.empty[stage]);",
-        "ptx::mbarrier_arrive(&shared_.empty[stage]);",
-    ),
-    (
-        "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);",
-        "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * kWarpSize);",
-    ),
+_ARRIVAL = (
+    "if (lane_ == 0) ptx::mbarrier_arrive(&shared_.empty[stage]);",
+    "ptx::mbarrier_arrive(&shared_.empty[stage]);",
 )
+ALL_LANES = {  # header: its text, and what every lane does instead
+    "sm90/gemm.cuh": (
+        _ARRIVAL,
+        (
+            "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);",
+            "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * kWarpSize);",
+        ),
+    ),
+    "sm90_8bit/kernel.cuh": (  # without multicast
+        _ARRIVAL,
+        (
+            "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * Config::MULTICAST);",
+            "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * kWarpSize);",
+        ),
+    ),
+}
 CONFIGS = (  # scales on sums and on weights, one and two tiles of 64 k in a stage
     GemmConfig(16, 1, 6, 2, 2, True),
     GemmConfig(32, 1, 4, 2, 2, False),
     GemmConfig(64, 2, 8, 1, 1, False),
 )
+EIGHT_BIT_CONFIGS = (EightBitConfig(16, 1, 1, 1, 11, 3), EightBitConfig(128, 2, 1, 1, 8, 1))
 K, N = 4096, 256  # several rounds of every ring
 GROUP_SIZE = 128
+TYPES = EightBitTypes("uint4b8", "int8", "float16", GROUP_SIZE)
 
 
 def write_variant(directory: Path) -> Path:
     """Device code in which every lane arrives; returns its folder."""
     csrc = directory / "csrc"
     shutil.copytree(compiler.SOURCE_ROOT, csrc)
-    text = (csrc / HEADER).read_text()
-    for old, new in ALL_LANES:
-        if text.count(old) != 1:
-            raise ValueError(f"{HEADER} has {text.count(old)} times {old!r}, not once")
-        text = text.replace(old, new)
-    (csrc / HEADER).write_text(text)
+    for header, edits in ALL_LANES.items():
+        text = (csrc / header).read_text()
+        for old, new in edits:
+            if text.count(old) != 1:
+                raise ValueError(f"{header} has {text.count(old)} times {old!r}, not once")
+            text = text.replace(old, new)
+        (csrc / header).write_text(text)
     return csrc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Multiply with each of CONFIGS. Returns the process exit status."""
+    """Multiply with each configuration. Returns the process exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--all_lanes", action="store_true", help="every lane arrives")
     options = parser.parse_args(arguments)
-    from marlin_kernel import launch
+    from marlin_kernel import launch, sm80_path, sm90_8bit_path
 
     quantized = QuantizedLinear.quantize(torch.randn(K, N), WEIGHT_TYPES["uint4b8"], GROUP_SIZE)
-    held = kernel_tensors(formats.write(quantized.to("cuda"), "marlin"), quantized.spec)
+    tensors = formats.write(quantized.to("cuda"), "marlin")
+    held = kernel_tensors(tensors, quantized.spec)
+    packed = records(tensors, quantized.spec, TYPES.activation)
     good = True
     with tempfile.TemporaryDirectory() as directory:
         if options.all_lanes:
             compiler.SOURCE_ROOT = write_variant(Path(directory))
-        for config in CONFIGS:
-            a = torch.randn(config.tokens, K).half()
+        for config in (*CONFIGS, *EIGHT_BIT_CONFIGS):
+            a = torch.randint(-127, 128, (config.tokens, K)) / 128
+            a[:, 0] = 127 / 128  # so that rounding to 8 bits changes nothing
             out = torch.empty(config.tokens, N, dtype=torch.float16, device="cuda")
-            operands = (a.cuda(), held.weights, held.scales, None, out)
-            launch.launch_config(config, *operands, K, N, K, N, GROUP_SIZE)
+            x = a.half().cuda()
+            if isinstance(config, GemmConfig):
+                operands = (x, held.weights, held.scales, None, out)
+                launch.launch_config(config, *operands, K, N, K, N, GROUP_SIZE)
+            else:
+                codes = sm80_path.quantize_activations(x, torch.int8, K)
+                operands = (*codes, packed.weights, packed.scales, None, out)
+                sm90_8bit_path.launch_config(config, TYPES, *operands)
             expected = a.double() @ quantized.dequantize(torch.float64)
             error = float((out.cpu().double() - expected).norm() / expected.norm())
             good = good and error < 1e-3

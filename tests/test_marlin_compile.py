@@ -206,12 +206,18 @@ def test_unfit_configurations_say_so() -> None:
 # ---- a variant for racecheck ----
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        racecheck.CONFIGS[1].source("float16", racecheck.GROUP_SIZE),
+        racecheck.EIGHT_BIT_CONFIGS[1].source(racecheck.TYPES),
+    ],
+    ids=lambda source: source.header,
+)
 def test_racecheck_variant_differs_in_arrivals_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: KernelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tests/racecheck.py finds its text, and the compiler makes the same of the rest."""
-    config = racecheck.CONFIGS[1]
-    source = config.source("float16", racecheck.GROUP_SIZE)
     ours = compiler.compile_kernel(source, "sm_90a")
     monkeypatch.setattr(compiler, "SOURCE_ROOT", racecheck.write_variant(tmp_path))
     compiler._sources_digest.cache_clear()
@@ -222,4 +228,4 @@ def test_racecheck_variant_differs_in_arrivals_only(
     assert "C75" not in theirs.log, theirs.log  # serialised wgmma
 
     listings = [sass(cubin, tmp_path / "cubin") for cubin in (ours, theirs)]
-    assert listings[0].count("HGMMA") == listings[1].count("HGMMA") > 0
+    assert listings[0].count("GMMA") == listings[1].count("GMMA") > 0
