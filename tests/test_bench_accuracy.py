@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from scripts import bench_accuracy as bench
+from scripts import peers
 
 BENCHES = ["accuracy.yaml", "accuracy_small.yaml", "sparsity.yaml"]
 
@@ -56,3 +58,48 @@ def test_tables_of_the_document_are_generated(tmp_path: Path, monkeypatch):
     bench.write_tables()
     assert document.read_text() == text
     assert text.count("<!-- table: ") >= 2
+
+
+def test_peers_run_with_all_their_seeds_and_only_when_asked_for():
+    recipe = yaml.safe_load((bench.ROOT / "configs" / "bench" / "accuracy.yaml").read_text())
+    assert {options["peer"] for options in recipe["peers"].values()} == set(peers.PEERS)
+    assert bench.peer_tasks(argparse.Namespace(peers=[]), recipe) == []
+    found = bench.peer_tasks(argparse.Namespace(peers=["autoround"]), recipe)
+    assert {task.peer for task in found} == {"autoround"}
+    assert all(task.options["iters"] in (20, 200) for task in found)
+    assert [task.seed for task in found] == sorted(task.seed for task in found)
+
+
+def test_a_peer_that_is_not_there_is_refused():
+    with pytest.raises(SystemExit, match="'quip' is unknown; choose from autoround"):
+        peers.version("quip")
+    with pytest.raises(SystemExit, match="cannot import auto_round .*--peer_python"):
+        peers.version("autoround", python=shutil.which("false"))
+
+
+def fake_weight(k=128, n=64, group=64):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), generator=generator)
+    scales = (torch.rand(n, k // group, generator=generator) - 0.5).half().float()
+    weight = (codes - 8) * scales.repeat_interleave(group, 1)
+    return codes, scales, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_a_peer_become_codes(dtype):
+    codes, scales, weight = fake_weight()
+    layer = peers.read_back("linear", weight.to(dtype), scales, 64)
+    assert torch.equal(layer.codes.T, codes.to(torch.uint8))
+    assert torch.equal(layer.dequantize().T, weight)
+
+
+def test_weights_in_another_format_are_refused():
+    _, scales, weight = fake_weight()
+    with pytest.raises(ValueError, match="steps from the nearest code"):
+        peers.read_back("linear", weight + scales[:, :1] / 3, scales, 64)
+    with pytest.raises(ValueError, match=r"codes span .*outside 0\.\.15"):
+        peers.read_back("linear", 2 * weight, scales, 64)
+    with pytest.raises(ValueError, match="one scale per group and row"):
+        peers.read_back("linear", weight, scales[:, :1], 64)
+    with pytest.raises(ValueError, match="zero or not finite"):
+        peers.read_back("linear", weight, torch.zeros_like(scales), 64)
