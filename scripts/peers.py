@@ -42,8 +42,8 @@ Quantized = dict[str, tuple[Tensor, Tensor]]
 class Peer:
     """A quantizer: what pip installs, what Python imports, and how it is called.
 
-    run(model, tokenizer, rows int64 [R, T], group size, seed, device, settings): quantizes all
-    linears of the decoder layers to 4 bits, symmetric.
+    run(model, tokenizer, rows int64 [R, T], job) quantizes all linears of the decoder layers to 4
+    bits, symmetric; job: group_size, seed, device and the peer's own settings.
     """
 
     package: str
@@ -51,22 +51,15 @@ class Peer:
     run: Callable[..., Quantized]
 
 
-def autoround(
-    model: Any,
-    tokenizer: Any,
-    rows: Tensor,
-    group_size: int,
-    seed: int,
-    device: str,
-    settings: dict,
-) -> Quantized:
+def autoround(model: Any, tokenizer: Any, rows: Tensor, job: Mapping[str, Any]) -> Quantized:
     """AutoRound (arXiv 2309.05516); settings: its own arguments, `iters` above all."""
     from auto_round import AutoRound
 
-    batch = settings.get("batch_size", 8)  # AutoRound's default
+    batch = job["settings"].get("batch_size", 8)  # AutoRound's default
     quantizer = AutoRound(
-        model, tokenizer, bits=4, group_size=group_size, sym=True, seed=seed, device_map=device,
-        dataset=list(rows.split(batch)), nsamples=len(rows), seqlen=rows.shape[1], **settings,
+        model, tokenizer, bits=4, group_size=job["group_size"], sym=True, seed=job["seed"],
+        device_map=job["device"], dataset=list(rows.split(batch)), nsamples=len(rows),
+        seqlen=rows.shape[1], **job["settings"],
     )  # fmt: skip
     model, _ = quantizer.quantize()
     return {
@@ -76,31 +69,21 @@ def autoround(
     }
 
 
-def llm_compressor(
-    model: Any,
-    tokenizer: Any,
-    rows: Tensor,
-    group_size: int,
-    seed: int,
-    device: str,
-    settings: dict,
-) -> Quantized:
-    """llm-compressor's GPTQ; settings: arguments of its GPTQModifier."""
+def llm_compressor(model: Any, tokenizer: Any, rows: Tensor, job: Mapping[str, Any]) -> Quantized:
+    """GPTQ as in llm-compressor; settings: arguments of its GPTQModifier."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    if device == "cpu" and torch.cuda.is_available():
-        raise SystemExit(
-            "llm-compressor takes any GPU it sees; for the CPU set CUDA_VISIBLE_DEVICES="
-        )
-    torch.manual_seed(seed)
+    if job["device"] == "cpu" and torch.cuda.is_available():
+        raise SystemExit("llm-compressor takes a GPU that it sees: set CUDA_VISIBLE_DEVICES=''")
+    torch.manual_seed(job["seed"])
     weights = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=job["group_size"]
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    modifier = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"], **settings)
+    modifier = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"], **job["settings"])
     columns = {"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()}
     oneshot(
         model=model, tokenizer=tokenizer, dataset=Dataset.from_dict(columns), recipe=[modifier],
@@ -242,8 +225,7 @@ def work(name: str, place: Path) -> None:
         if isinstance(module, nn.Linear)
     }
     began, cpu = time.perf_counter(), time.process_time()
-    own = job["group_size"], job["seed"], job["device"], job["settings"]
-    found = peer.run(model, tokenizer, rows, *own)
+    found = peer.run(model, tokenizer, rows, job)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     spent = {
