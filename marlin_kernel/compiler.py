@@ -472,6 +472,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--match", default="", help="only expressions that this pattern is found in"
     )
+    parser.add_argument(
+        "--complete", action="store_true", help="also kernels that are hardly ever selected"
+    )
     parser.add_argument("--output", help="directory to fill instead of the cache")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--force", action="store_true", help="compile even what is cached")
@@ -484,7 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = [
         (kernel.source, arch)
         for arch in options.arch
-        for kernel in specializations(arch, complete=True)
+        for kernel in specializations(arch, complete=options.complete)
         if re.search(options.match, kernel.source.expression)
     ]
     failures = 0

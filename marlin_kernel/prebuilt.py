@@ -3,16 +3,19 @@
 `specializations` lists them for one architecture; the generator writes them out, and the command
 line of `compiler` builds them. Rules that keep the number low:
 
-1. Each valid combination of types is served by one family: sm90 on sm_90a where it can, else sm80.
-2. Combinations share kernels where only a launch differs: act-order for many tokens gathers the
-   activations before the product, a shard of an act-order layer is an ordinary layer with groups of
-   32, one group with zero points is repeated groups (sm80_configs.kernel_types).
+1. Each valid combination of types is served by one family, the one that `backends` prefers: on
+   sm_90a sm90 for activations of 16 bits and sm90_8bit for those of 8 bits, elsewhere sm80.
+2. Combinations share kernels where only a launch differs: act-order gathers the activations before
+   the product (sm80: for many tokens), a shard of an act-order layer is an ordinary layer with
+   groups of 32, one group with zero points is repeated groups (sm80_configs.kernel_types; sm90_8bit
+   takes it as it is), and blocks of the sm_90a kernels exchange sums in float32 for either
+   reduction.
 3. sm80: only rows that the selection returns for some number of tokens on some GPU of the
    architecture: one for few tokens, one for many, some between, those for little shared memory.
-4. sm90: only configurations that the selection returns for a grid of layer shapes and numbers of
-   tokens (`GRID`, `TOKENS`, the tuned shapes, and shapes that the caller adds). With other shapes
-   the package may select one outside of it, which is then compiled at first use; `complete` lists
-   every configuration that exists.
+4. sm90, sm90_8bit: only configurations that the selection returns for a grid of layer shapes and
+   numbers of tokens (`GRID`, `TOKENS`, the tuned shapes, and shapes that the caller adds). With
+   other shapes the package may select one outside of it, which is then compiled at first use;
+   `complete` lists every configuration that exists.
 5. Besides the table: kernels that prepare activations and repack weights; those of 2:4 sparse
    weights from sm_80 on, and on sm_90a those of scaled 8-bit products, both chosen as in 4.
 """
@@ -21,8 +24,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +34,7 @@ from marlin_kernel import (
     repack,
     scaled_configs,
     sm80_configs,
+    sm90_8bit_configs,
     sparse_marlin,
     sparse_sm80,
 )
@@ -38,6 +42,7 @@ from marlin_kernel.compiler import KernelSource
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import KernelConfig
 from marlin_kernel.sm80_configs import GATHER_TOKENS, KernelTypes, Sm80Config, kernel_types
+from marlin_kernel.sm90_8bit_configs import EightBitConfig, EightBitTypes
 from marlin_kernel.sparse_format import SPARSE_TYPES
 from marlin_kernel.validity import ARCHITECTURES, Combination, combinations
 from marlin_kernel.weight_types import WEIGHT_TYPES
@@ -51,7 +56,12 @@ _OUTPUTS = (512, 1024, 2048, 4096, 8192, 16384, 28672, 57344)
 GRID = tuple((k, n) for k in _INPUTS for n in _OUTPUTS)
 ANY = 1 << 30  # tokens without limit
 
-Config = Sm80Config | KernelConfig
+GPU = "h200"  # whose tuned tables decide on sm_90a
+
+_ACTIVATIONS_HEADER = "sm80/activations.cuh"
+_ACT_ORDER_TYPES = {c.weight_type.name for c in combinations() if c.act_order}
+
+Config = Sm80Config | KernelConfig | EightBitConfig
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Choice:
 class Variant:
     """Kernels for one set of types on one architecture.
 
-    arch: "sm_80", ...; family: "sm80" or "sm90"; types: what they are compiled for;
+    arch: "sm_80", ...; family: "sm80", "sm90" or "sm90_8bit"; types: what they are compiled for;
     batch_invariant: a row's bits do not depend on the number of tokens; choices: in the order they
     are to be tried.
     """
@@ -86,9 +96,12 @@ class Variant:
 
     def source(self, config: Config) -> KernelSource:
         """What to compile for one of `configs`."""
+        t = self.types
         if self.family == "sm80":
-            return config.source(self.types)
-        return config.source(self.types.activation, self.types.group_size or -1)
+            return config.source(t)
+        if self.family == "sm90_8bit":
+            return config.source(eight_bit_types(t))
+        return config.source(t.activation, t.group_size or -1, t.weight_type)
 
 
 @dataclass(frozen=True)
@@ -124,15 +137,20 @@ def _capability(arch: str) -> str:
     raise ConfigError(f"architecture {arch!r} is not one of {', '.join(ARCHITECTURES.values())}")
 
 
-def variants(arch: str, shapes: Iterable[tuple[int, int]] = ()) -> list[Variant]:
-    """Everything that has kernels on `arch`; shapes: (k, n) of layers besides those of `GRID`.
+def variants(
+    arch: str,
+    shapes: Iterable[tuple[int, int]] = (),
+    wanted: Callable[[KernelTypes], bool] = lambda types: True,
+) -> list[Variant]:
+    """Everything that has kernels on `arch`.
 
-    Raises ConfigError for an unknown architecture.
+    shapes: (k, n) of layers besides those of `GRID`; wanted: which types. Raises ConfigError for an
+    unknown architecture.
     """
     found: dict[tuple[str, KernelTypes, bool], Variant] = {}
     extra = tuple(shapes)
     for combination in combinations(_capability(arch)):
-        for family, types in kernels_of(combination, arch):
+        for family, types in filter(lambda k: wanted(k[1]), kernels_of(combination, arch)):
             for batch_invariant in (False, True):
                 key = (family, types, batch_invariant)
                 if key not in found:
@@ -172,7 +190,7 @@ def kernels_to_build(
             t = v.types
             name = f"{t.activation}_{t.weight.short}_{t.output}"
             found.setdefault((v.arch, source), Specialization(v.arch, name, source))
-        for source in _activation_sources(v.types):
+        for source in _activation_sources(v):
             found.setdefault((v.arch, source), Specialization(v.arch, "activations", source))
     return list(found.values())
 
@@ -227,16 +245,20 @@ def _sparse_sources(
             yield name, config.source(scalar, t.bits, group_size)
 
 
-def _activation_sources(types: KernelTypes) -> list[KernelSource]:
-    """Kernels of `sm80_path` that prepare activations for products of these types."""
-    header = "sm80/activations.cuh"
-    if types.permuted:  # few tokens; more are gathered before the product
-        return [KernelSource(header, "sm80::gather_activations<8>")]
-    if not types.eight_bit:
-        return []
+def _activation_sources(v: Variant) -> list[KernelSource]:
+    """Kernels of `sm80_path` that prepare activations for products of a variant."""
+    if v.types.eight_bit:
+        return [quantizer(v.types)]
+    if v.types.permuted or (v.family == "sm90" and v.types.weight_type in _ACT_ORDER_TYPES):
+        return [KernelSource(_ACTIVATIONS_HEADER, "sm80::gather_activations<8>")]
+    return []
+
+
+def quantizer(types: KernelTypes) -> KernelSource:
+    """The kernel that rounds activations of the type of the output to `types.activation`."""
     scalar = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[types.output]
     code = {"int8": "int8_t", "float8_e4m3fn": "float8_e4m3"}[types.activation]
-    return [KernelSource(header, f"sm80::quantize_activations<{scalar}, {code}>")]
+    return KernelSource(_ACTIVATIONS_HEADER, f"sm80::quantize_activations<{scalar}, {code}>")
 
 
 def _sparse_sm80_sources() -> list[tuple[str, KernelSource]]:
@@ -256,14 +278,12 @@ def _sparse_sm80_sources() -> list[tuple[str, KernelSource]]:
 
 def kernels_of(c: Combination, arch: str) -> list[tuple[str, KernelTypes]]:
     """(family, types) of the kernels that serve a combination on `arch`."""
-    if (
-        arch == "sm_90a"
-        and c.weight_type.name == "uint4b8"
-        and c.activation in kernel_configs.SCALARS
-        and c.k_full
-        and c.reduction == "float32"
-    ):
-        return [("sm90", KernelTypes("uint4b8", c.activation, c.output, max(c.group_size, 0)))]
+    if arch == "sm_90a":
+        types = replace(kernel_types(c), reduce_half=False)
+        if c.activation in kernel_configs.SCALARS:
+            return [("sm90", types)]
+        if c.activation in sm90_8bit_configs.TYPES.get(c.weight_type.name, ()):
+            return [("sm90_8bit", replace(types, group_size=max(c.group_size, 0)))]
     if arch not in SHARED_LIMITS:
         return []
     gathered = (True, False) if c.act_order else (False,)
@@ -278,8 +298,8 @@ def _choices(
     batch_invariant: bool,
     shapes: tuple[tuple[int, int], ...],
 ) -> tuple[Choice, ...]:
-    if family == "sm90":
-        return _sm90_choices(types.group_size or -1, batch_invariant, shapes)
+    if family != "sm80":
+        return _sm90_choices(family, types, batch_invariant, shapes)
     choices: list[Choice] = []
     last = GATHER_TOKENS if types.permuted else ANY
     borders = sorted(
@@ -296,32 +316,68 @@ def _choices(
     return tuple(dict.fromkeys(choices))
 
 
-@functools.cache
 def _sm90_choices(
-    group_size: int, batch_invariant: bool, shapes: tuple[tuple[int, int], ...]
+    family: str, types: KernelTypes, batch_invariant: bool, shapes: tuple[tuple[int, int], ...]
 ) -> tuple[Choice, ...]:
-    choices: list[Choice] = []
-    tuned = tuple(
-        (k_tiles * kernel_configs.TILE_K, column_tiles * kernel_configs.TILE_N)
-        for k_tiles, column_tiles in kernel_configs._tuned_rows("h200")
+    if family == "sm90":
+        types = replace(types, activation="float16", output="float16")  # these do not matter
+        tuned = [
+            (k_tiles * kernel_configs.TILE_K, column_tiles * kernel_configs.TILE_N)
+            for k_tiles, column_tiles in kernel_configs._tuned_rows(GPU, types.weight_type)
+        ]
+    else:
+        types = replace(types, output="float16")
+        key = sm90_8bit_configs.tuned_key(eight_bit_types(types))
+        tuned = [(k, n) for name, k, n in sm90_8bit_configs._tuned(GPU) if name == key]
+    grid = dict.fromkeys((*tuned, *shapes, *GRID))
+    rows = [_sm90_rows(family, types, batch_invariant, k, n) for k, n in grid]
+    return tuple(itertools.chain.from_iterable(rows))
+
+
+@functools.cache
+def _sm90_rows(
+    family: str, types: KernelTypes, batch_invariant: bool, k: int, n: int
+) -> tuple[Choice, ...]:
+    """The choices of one shape."""
+    rows: list[Choice] = []
+    for tokens in TOKENS:
+        config = _select_sm90(family, types, batch_invariant, tokens, k, n)
+        if rows and rows[-1].config == config:
+            rows.pop()
+        rows.append(Choice(k, n, tokens, config))
+    return (*rows[:-1], replace(rows[-1], tokens=ANY))
+
+
+def _select_sm90(
+    family: str, types: KernelTypes, batch_invariant: bool, m: int, k: int, n: int
+) -> KernelConfig | EightBitConfig:
+    if family == "sm90_8bit":
+        return sm90_8bit_configs.select_config(
+            m, n, k, eight_bit_types(types), batch_invariant, gpu=GPU
+        )
+    k_tiles, column_tiles = -(-k // kernel_configs.TILE_K), -(-n // kernel_configs.TILE_N)
+    return kernel_configs.select_config(
+        m,
+        k_tiles,
+        column_tiles,
+        types.group_size or -1,
+        batch_invariant=batch_invariant,
+        gpu=GPU,
+        weight_type=types.weight_type,
     )
-    for k, n in dict.fromkeys((*tuned, *shapes, *GRID)):
-        k_tiles, column_tiles = -(-k // kernel_configs.TILE_K), -(-n // kernel_configs.TILE_N)
-        rows: list[Choice] = []
-        for tokens in TOKENS:
-            config = kernel_configs.select_config(
-                tokens, k_tiles, column_tiles, group_size, batch_invariant=batch_invariant
-            )
-            if rows and rows[-1].config == config:
-                rows.pop()
-            rows.append(Choice(k, n, tokens, config))
-        rows.append(Choice(k, n, ANY, rows.pop().config))
-        choices += rows
-    return tuple(choices)
+
+
+def eight_bit_types(types: KernelTypes) -> EightBitTypes:
+    """The types of a variant of family sm90_8bit as its configurations take them."""
+    return EightBitTypes(types.weight_type, types.activation, types.output, types.group_size)
 
 
 def _all_configs(variant: Variant) -> tuple[Config, ...]:
+    t = variant.types
     if variant.family == "sm80":
         return variant.configs
-    group_size = variant.types.group_size or -1
-    return tuple(c for c in kernel_configs.supported_configs() if c.fits(1, 64, group_size))
+    if variant.family == "sm90_8bit":
+        return sm90_8bit_configs.supported_configs(eight_bit_types(t))
+    group_size = t.group_size or -1
+    configs = kernel_configs.supported_configs(t.weight_type)
+    return tuple(c for c in configs if c.fits(1, 64, group_size, t.weight_type))

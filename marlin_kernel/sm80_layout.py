@@ -60,6 +60,14 @@ class KernelTensors:
         return self.scales.shape[1]
 
 
+def repeated_group(wtype: WeightType) -> int:
+    """Inputs of each copy of the scales of a layer with one group; 0: they are not repeated."""
+    if wtype.symmetric and wtype.scale == "float16":
+        return 0  # one scale per feature multiplies the sums
+    known = [g for g in wtype.group_sizes if g > 0]
+    return ONE_GROUP_WITH_ZEROS if -1 in wtype.group_sizes else known[0]
+
+
 def kernel_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> KernelTensors:
     """Convert a layer's on-disk tensors, by suffix, on the device they are on."""
     wtype = spec.weight_type
@@ -79,10 +87,8 @@ def kernel_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> KernelTens
         scales, group_size = unpermute_columns(scales, grouped=False), 0
         if wtype.zeros == "float":
             zeros = unpermute_columns(zeros, grouped=False)
-        needs_groups = not wtype.symmetric or wtype.scale != "float16"
-        if needs_groups:  # a single group, repeated
-            known = [g for g in wtype.group_sizes if g > 0]
-            group_size = ONE_GROUP_WITH_ZEROS if -1 in wtype.group_sizes else known[0]
+        if repeated_group(wtype):
+            group_size = repeated_group(wtype)
             rows = -(-words.shape[0] * 16 // group_size)
             scales = permute_columns(scales, grouped=True)
             if wtype.zeros == "float":

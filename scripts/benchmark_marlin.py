@@ -40,13 +40,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marlin_kernel import (
-    backends,
     launch,
     prebuilt,
     reference,
     scaled_mm,
     sm80_layout,
     sm80_path,
+    sm90_8bit_layout,
+    sm90_8bit_path,
+    sm90_layout,
     sparse,
 )
 from marlin_kernel.errors import ConfigError
@@ -277,13 +279,11 @@ class Product:
         spec = self.spec
         if self.family == "cpu":
             return (self.weight.to(_dtype(self.c.output)),)
-        if self.family == "sm90":
-            perm = None
-            if spec.act_order:
-                perm = torch.argsort(self.stored["g_idx"], stable=True)
-            order = (spec.k, spec.n, self._group_size(), _dtype(self.c.activation))
-            return (*launch.convert_layout(self.stored["B"], self.stored["s"], *order), perm)
-        t = sm80_layout.kernel_tensors(self.stored, spec)
+        if self.family == "sm90_8bit":
+            records = sm90_8bit_layout.records(self.stored, spec, self.c.activation)
+            return (records.weights, records.scales)
+        layout = sm90_layout if self.family == "sm90" else sm80_layout
+        t = layout.kernel_tensors(self.stored, spec)
         return (t.weights, t.scales, t.zeros, t.perm, t.global_scale, t.group_size)
 
     def activations(self, a: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -298,38 +298,40 @@ class Product:
         exact = codes[:CHECKED_TOKENS].double() * scales[:CHECKED_TOKENS].double()[:, None]
         if self.family == "cpu":
             return (codes.float() * scales[:, None]).to(_dtype(self.c.output)), None, exact
-        k_padded = self.held[0][0].shape[0] * 16
+        k_padded = -(-self.spec.k // 16) * 16
+        if self.family == "sm80":
+            k_padded = self.held[0][0].shape[0] * 16
         return sm80_layout.kernel_activations(codes, k_padded), scales, exact
 
     def __call__(self, a: Tensor, token_scales: Tensor | None, number: int = 0) -> Tensor:
         """a, token_scales: from `activations`. Returns [M, N] in the output dtype."""
-        spec, shape = self.spec, self.spec.packed
+        spec = self.spec
         if self.family == "cpu":
             return a @ self.held[number][0]
         out = torch.empty(a.shape[0], spec.n, dtype=_dtype(self.c.output), device=self.device)
-        if self.family == "sm90":
-            weights, scales, perm = self.held[number]
-            x = a if perm is None else a.index_select(1, perm)
-            sizes = (spec.k, spec.n, shape.k_padded, shape.n_padded, self._group_size())
-            launch.gemm(x, weights, scales, None, out, *sizes)
+        if self.family == "sm90_8bit":
+            types = sm90_8bit_layout.types_of(spec, self.c.activation, self.c.output)
+            sm90_8bit_path.gemm(a, token_scales, *self.held[number], None, out, types)
             return out
         weights, scales, zeros, perm, global_scale, group_size = self.held[number]
-        k_padded = weights.shape[0] * 16
-        k = k_padded if token_scales is not None else spec.k
-        sizes = (k, spec.n, k_padded, shape.n_padded, group_size)
+        k, k_padded, n_padded = spec.k, weights.shape[0] * 16, spec.packed.n_padded
+        typed = {"weight_type": self.c.weight_type.name, "global_scale": global_scale}
+        if self.family == "sm90":
+            if perm is not None:
+                a, k = sm80_path.gather(a, perm), k_padded
+            sizes = (k, spec.n, k_padded, n_padded, group_size or -1)
+            launch.gemm(a, weights, scales, None, out, *sizes, **typed)
+            return out
+        k = k_padded if token_scales is not None else k
         sm80_path.gemm(
-            *(a, weights, scales, None, out, *sizes),
-            weight_type=self.c.weight_type.name,
+            *(a, weights, scales, None, out, k, spec.n, k_padded, n_padded, group_size),
             zeros=zeros,
             perm=perm,
             token_scales=token_scales,
-            global_scale=global_scale,
             reduce_half=self.c.reduction == "float16",
+            **typed,
         )
         return out
-
-    def _group_size(self) -> int:
-        return backends.kernel_group_size(self.spec.group_size, self.spec.k)
 
 
 class OtherProduct:
@@ -390,6 +392,8 @@ def family_of(c: Combination, device: torch.device) -> str:
     rule = violated_rule(c, f"{major}.{minor}")
     if rule is not None:
         raise ConfigError(f"{c}: {rule}")
+    if c.reduction == "float16":
+        return "sm80"  # the only kernels whose blocks exchange float16
     kernels = prebuilt.kernels_of(c, prebuilt.architecture(f"{major}.{minor}"))
     if not kernels:
         raise ConfigError(f"{c}: no kernel serves it on capability {major}.{minor}")

@@ -3,6 +3,7 @@
     python scripts/generate_kernels.py "7.5,8.0,8.9,9.0"            # sources and kernel_selector.h
     python scripts/generate_kernels.py "8.0,9.0" --compile          # and cubins, in parallel
     python scripts/generate_kernels.py "9.0" --compile --types uint4b8 --group_sizes 128
+    python scripts/generate_kernels.py "7.5,8.0,8.9,9.0" --sample 60    # how long it would take
 
 OUTPUT (default build/kernels, which git ignores) gets
     sm80_kernel_float16_u4b8_float16.cu   explicit instantiations, one file for each architecture,
@@ -21,8 +22,11 @@ generated: the rules at the top of marlin_kernel/prebuilt.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -33,11 +37,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 from tqdm import tqdm
 
-from marlin_kernel import kernel_configs, layout, prebuilt, sm80_configs
-from marlin_kernel.compiler import INDEX, CompileError, compile_all, source_key, write_index
+from marlin_kernel import (
+    kernel_configs,
+    layout,
+    prebuilt,
+    sm80_configs,
+    sm80_layout,
+    sm80_path,
+    sm90_8bit_layout,
+    sm90_layout,
+)
+from marlin_kernel.compiler import (
+    INDEX,
+    CompileError,
+    KernelSource,
+    compile_all,
+    source_key,
+    write_index,
+)
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.kernel_configs import TILE_K, TILE_N, DecodeConfig
 from marlin_kernel.prebuilt import Choice, Config, Specialization, Variant
+from marlin_kernel.scaled_configs import STAGE_K
+from marlin_kernel.sm80_configs import KernelTypes
 from marlin_kernel.validity import ACTIVATIONS
 from marlin_kernel.weight_types import WEIGHT_TYPES, WeightType
 
@@ -58,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     shapes = layer_shapes()
     arches = list(dict.fromkeys(arches))
-    variants = [v for arch in arches for v in prebuilt.variants(arch, shapes) if wanted(v, options)]
+    select = functools.partial(wanted, options=options)
+    variants = [v for arch in arches for v in prebuilt.variants(arch, shapes, select)]
     kernels = prebuilt.kernels_to_build(variants, complete=options.complete)
     if options.types is options.activations is options.group_sizes is None:
         for arch in arches:
@@ -69,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         served = any(variant.arch == arch for variant in variants)
         report(arch, [k for k in kernels if k.arch == arch], files, served)
     print(f"{len(kernels)} kernels in {len(files) - 1} files, {changed} written: {options.output}")
+    if options.sample is not None:
+        return compile_sample(kernels, options.sample, options.seed)
     return compile_kernels(kernels, options) if options.compile else 0
 
 
@@ -79,6 +104,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("archs", help='compute capabilities: "7.5,8.0,8.6,8.9,9.0,12.0"')
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "kernels")
     parser.add_argument("--compile", action="store_true", help="build cubins")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="compile N kernels drawn at random, keep none"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one per core)")
     parser.add_argument("--force", action="store_true", help="compile cubins that exist already")
     parser.add_argument(
@@ -96,8 +125,7 @@ def layer_shapes() -> list[tuple[int, int]]:
     return list(dict.fromkeys((k, n) for layers in models.values() for k, n, _ in layers.values()))
 
 
-def wanted(variant: Variant, options: argparse.Namespace) -> bool:
-    types = variant.types
+def wanted(types: KernelTypes, options: argparse.Namespace) -> bool:
     return (
         (options.types is None or types.weight_type in options.types)
         and (options.activations is None or types.activation in options.activations)
@@ -159,13 +187,15 @@ typedef enum {{
 enum {{ MARLIN_MAX_GROUP_SIZES = {max_groups} }};
 typedef struct {{
   const char* name;
-  int bits;
-  int symmetric;       /* no zero points are stored */
-  int integer_zeros;   /* they are stored as integers */
-  int scale_bytes;     /* of one scale */
-  int packable;        /* by marlin_pack_codes */
-  int padding;         /* code of the padding */
-  int group_sizes[MARLIN_MAX_GROUP_SIZES];
+  int bits;           /* of a code */
+  int integer;        /* codes are integers, and so are zero points */
+  int float4;         /* codes are float4_e2m1f */
+  int zero_bits;      /* of a stored zero point: 0 (none), those of a code, or 16 (float16) */
+  int scale_bytes;    /* of a stored scale */
+  int global_scale;   /* there is one */
+  int padding;        /* code of the padding */
+  int repeated_group; /* inputs of each copy of a single group's scales; 0: they are not repeated */
+  int group_sizes[MARLIN_MAX_GROUP_SIZES]; /* -1: all of a column; filled up with 0 */
 }} marlin_weight_info;
 static const marlin_weight_info marlin_weight_infos[MARLIN_WEIGHT_TYPES] = {{
 {weight_infos}
@@ -194,6 +224,19 @@ static const uint8_t marlin_zero_order_8[64] = {{
 {zero_order_8}
 }};
 
+/* Where bits of float4_e2m1f code i of a word go in the sm90 order: nibble of the magnitude, bit of
+ * the sign (sm90_layout.arrange_floats). */
+static const uint8_t marlin_float4_nibbles[8] = {{{float4_nibbles}}};
+static const uint8_t marlin_float4_signs[8] = {{{float4_signs}}};
+
+/* Input of each position of 16, in the order of kernels for 8-bit activations. */
+static const uint8_t marlin_k_order[16] = {{{k_order}}};
+
+enum {{
+  MARLIN_QUANTIZE_THREADS = {quantize_threads},
+  MARLIN_LARGEST_K = {largest_k} /* inputs whose products of 8-bit integers add up in 32 bits */
+}};
+
 /* Constants of sm80_configs.geometry. */
 enum {{ MARLIN_SM80_MIN_K = {min_k}, MARLIN_SM80_FIXED_SPLIT_BLOCKS = {fixed_split_blocks} }};
 
@@ -212,11 +255,17 @@ static const marlin_arch marlin_archs[] = {{
 {arch_rows}
 }};
 
-enum {{ MARLIN_FAMILY_SM80, MARLIN_FAMILY_SM90_DECODE, MARLIN_FAMILY_SM90_GEMM }};
+enum {{
+  MARLIN_FAMILY_SM80,
+  MARLIN_FAMILY_SM90_DECODE,
+  MARLIN_FAMILY_SM90_GEMM,
+  MARLIN_FAMILY_SM90_8BIT,
+  MARLIN_FAMILY_QUANTIZE
+}};
 typedef struct {{
   int family, threads;
   int tile_m, tile_n, tile_k;        /* tokens, features and inputs that a block takes at a time */
-  int counters_per_tile, split, cluster, tail;
+  int counters_per_tile, split, cluster, tail; /* cluster: blocks of one */
   int blocks_per_processor;
   int shared_bytes;                  /* without the activations of the small-batch kernel */
   const char* key;                   /* in index.txt */
@@ -237,7 +286,9 @@ typedef struct {{
   marlin_dtype activation;
   marlin_weight_type weight;
   marlin_dtype output;
-  int group_size, reduce_half, batch_invariant;
+  int group_size, reduce_half, batch_invariant; /* group_size: of the kernels, -1: whole columns */
+  int quantizer; /* kernel that rounds to 8-bit activations, or -1 */
+  float unit;    /* weights are so many times code and scale (8-bit activations on sm_90a) */
   int first_kernel, kernel_count;
   const marlin_choice* choices;
   int choice_count;
@@ -258,11 +309,21 @@ def selector(variants: Sequence[Variant]) -> str:
     kernel_rows: list[str] = []
     variant_rows: list[str] = []
     choice_lists: dict[tuple[tuple[int, int, int, int], ...], str] = {}
-    for v in selectable(variants):
+    quantizers: dict[tuple[str, KernelSource], int] = {}
+    for v in variants:
         types = v.types
+        if types.permuted:  # callers gather activations
+            continue
+        quantizer = -1
+        if types.eight_bit:
+            key = (v.arch, prebuilt.quantizer(types))
+            quantizer = quantizers.setdefault(key, len(kernel_rows))
+            if quantizer == len(kernel_rows):
+                kernel_rows.append(quantizer_row(*key))
         numbers = {config: i for i, config in enumerate(v.configs)}
         choices = tuple(choice_row(choice, numbers) for choice in v.choices)
         name = choice_lists.setdefault(choices, f"marlin_choices_{len(choice_lists)}")
+        unit = prebuilt.eight_bit_types(types).unit if v.family == "sm90_8bit" else 1.0
         row = (
             arches.index(v.arch),
             enumerator(types.activation),
@@ -271,6 +332,8 @@ def selector(variants: Sequence[Variant]) -> str:
             types.group_size or -1,
             int(types.reduce_half),
             int(v.batch_invariant),
+            quantizer,
+            f"{unit}f",
             len(kernel_rows),
             len(numbers),
             name,
@@ -290,6 +353,11 @@ def selector(variants: Sequence[Variant]) -> str:
         scale_order_single=numbers_text(layout.scale_order(False).tolist()),
         zero_order_4=numbers_text(layout.zero_order(4).tolist()),
         zero_order_8=numbers_text(layout.zero_order(8).tolist()),
+        float4_nibbles=", ".join(map(str, sm90_layout._NIBBLES)),
+        float4_signs=", ".join(map(str, sm90_layout._SIGNS)),
+        k_order=", ".join(map(str, sm80_layout.K_ORDER)),
+        quantize_threads=sm80_path._PREPARE_THREADS,
+        largest_k=sm90_8bit_layout.LARGEST_K,
         min_k=sm80_configs.MIN_K_PER_BLOCK,
         fixed_split_blocks=sm80_configs.FIXED_SPLIT_BLOCKS,
         domain_count=len(kernel_configs._DOMAINS),
@@ -306,33 +374,19 @@ def selector(variants: Sequence[Variant]) -> str:
 
 def weight_info(t: WeightType) -> str:
     """A row of marlin_weight_infos."""
-    plain_scales = t.scale == "float16"
+    integer = not t.is_float and t.zeros != "float"
     numbers = (
         t.bits,
-        int(t.symmetric),
-        int(t.zeros == "integer"),
-        2 if plain_scales else 1,
-        int(plain_scales and t.zeros != "float"),
+        int(integer),
+        int(t.is_float and t.bits == 4),
+        {"none": 0, "integer": t.bits, "float": 16}[t.zeros],
+        2 if t.scale == "float16" else 1,
+        int(t.global_scale),
         t.midpoint,
+        sm80_layout.repeated_group(t),
     )
     groups = ", ".join(map(str, t.group_sizes))
     return f'  {{"{t.name}", {", ".join(map(str, numbers))}, {{{groups}}}}},'
-
-
-def selectable(variants: Iterable[Variant]) -> list[Variant]:
-    """Variants that the C header offers: one family for each set of types.
-
-    Kernels that gather activations are left out (its callers gather), and so are those that read
-    the weights in another order than the family that comes first for the same types.
-    """
-    families: dict[tuple[str, str, str, str, int], str] = {}
-    chosen = []
-    for v in variants:
-        t = v.types
-        key = (v.arch, t.activation, t.weight_type, t.output, t.group_size)
-        if not t.permuted and families.setdefault(key, v.family) == v.family:
-            chosen.append(v)
-    return chosen
 
 
 def enumerator(name: str, kind: str = "") -> str:
@@ -354,23 +408,38 @@ def arch_row(arch: str) -> str:
     return f'  {{"{arch}", {digits[:-1]}, {digits[-1]}, {int(arch.endswith("a"))}}},'
 
 
+def quantizer_row(arch: str, source: KernelSource) -> str:
+    """A row of marlin_kernels: what rounds activations."""
+    numbers = (sm80_path._PREPARE_THREADS, *[0] * 9)
+    key = source_key(source, arch)
+    return f'  {{MARLIN_FAMILY_QUANTIZE, {", ".join(map(str, numbers))}, "{key}"}},'
+
+
 def kernel_row(v: Variant, config: Config) -> str:
-    group_size = v.types.group_size or -1
+    """A row of marlin_kernels."""
+    t = v.types
+    group_size = t.group_size or -1
     if v.family == "sm80":
         family = "SM80"
         tile = (config.tile_m, config.tile_n, config.tile_k)
-        rest = (config.output_warps, 0, 0, 0)
-        shared_bytes = config.shared_bytes(v.types)
+        rest = (config.output_warps, 0, 1, 0)
+        shared_bytes = config.shared_bytes(t)
+    elif v.family == "sm90_8bit":
+        family = "SM90_8BIT"
+        tile = (config.tokens, config.features, STAGE_K)
+        rest = (0, config.split, config.cluster, 0)
+        shared_bytes = config.storage_bytes(prebuilt.eight_bit_types(t))
     elif isinstance(config, DecodeConfig):
         family = "SM90_DECODE"
         tile = (config.max_tokens, TILE_N * config.warps_n, TILE_K)
-        rest = (0, config.split, 1, 0)
-        shared_bytes = config.storage_bytes(group_size)
+        rest = (0, config.split, config.split, 0)
+        shared_bytes = config.storage_bytes(group_size, t.weight_type)
     else:
         family = "SM90_GEMM"
         tile = (config.tokens, TILE_N * config.columns, TILE_K * config.stage_tiles)
-        rest = (config.warpgroups, config.split, int(config.cluster), int(config.tail))
-        shared_bytes = config.storage_bytes(group_size)
+        cluster = config.split if config.cluster else 1
+        rest = (config.warpgroups, config.split, cluster, int(config.tail))
+        shared_bytes = config.storage_bytes(group_size, t.weight_type)
     numbers = (config.threads, *tile, *rest, config.blocks_per_sm, shared_bytes)
     key = source_key(v.source(config), v.arch)
     return f'  {{MARLIN_FAMILY_{family}, {", ".join(map(str, numbers))}, "{key}"}},'
@@ -443,6 +512,36 @@ def compile_kernels(kernels: Sequence[Specialization], options: argparse.Namespa
     )
     for spill in spills:
         print(f"spills: {spill}")
+    return 1 if failures else 0
+
+
+def compile_sample(kernels: Sequence[Specialization], count: int, seed: int) -> int:
+    """Compile some kernels on one core and say what all of them would take. Keeps nothing."""
+    drawn = random.Random(seed).sample(kernels, min(count, len(kernels)))
+    seconds, sizes, failures, spills = [], [], 0, 0
+    with tempfile.TemporaryDirectory() as directory:
+        for kernel in tqdm(drawn, desc="compiling", unit="kernel"):
+            start = time.process_time()
+            work = [(kernel.source, kernel.arch)]
+            ((_, cubin),) = compile_all(work, 1, Path(directory), force=True)
+            seconds.append(time.process_time() - start)
+            if isinstance(cubin, CompileError):
+                print(cubin, file=sys.stderr)
+                failures += 1
+                continue
+            sizes.append(len(cubin.image))
+            if cubin.stack_bytes:
+                print(f"spills: {kernel.arch} {kernel.source.expression}")
+                spills += 1
+    mean, of_all = sum(seconds) / len(drawn), len(kernels) / len(drawn)
+    print(
+        f"{len(drawn)} of {len(kernels)} kernels, seed {seed}: {mean:.2f} s of one core each (at "
+        f"most {max(seconds):.2f}), {failures} failed, {spills} with spilled registers"
+    )
+    print(
+        f"all of them: about {sum(seconds) * of_all:.0f} s of one core, "
+        f"{sum(sizes) * of_all / 1e6:.0f} MB"
+    )
     return 1 if failures else 0
 
 

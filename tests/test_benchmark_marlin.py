@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlin_kernel import backends, prebuilt
+from marlin_kernel import backends, prebuilt, sm90_8bit_layout
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import LayerSpec, read
 from marlin_kernel.layout import unpermute_columns
@@ -125,31 +125,52 @@ def sm80_gemm(
         weight = codes * natural.repeat_interleave(group_size, 0)[:k_padded]
     else:
         weight = codes * scales.float()
-    x = a.float()
-    if token_scales is not None:
-        order = torch.tensor(K_ORDER)
-        natural = torch.empty_like(x).view(x.shape[0], -1, 16)
-        natural[:, :, order] = x.view(natural.shape)
-        x = natural.view(x.shape) * token_scales[:, None]
+    x = a.float() if token_scales is None else natural_order(a) * token_scales[:, None]
     if perm is not None:
-        x = torch.where(perm >= 0, x[:, perm.clamp(min=0).long()], 0)
+        x = gather(x, perm)
     x = torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))
     assert k in (a.shape[1], k_padded)
     out.copy_((x @ weight)[:, :n])
 
 
-def sm90_gemm(a, weights, scales, bias, out, k, n, k_padded, n_padded, group_size) -> None:
-    """Stands in for launch.gemm."""
-    spec = LayerSpec(k, n, WEIGHT_TYPES["uint4b8"], k if group_size == -1 else group_size)
+def sm90_gemm(
+    a, weights, scales, bias, out, k, n, k_padded, n_padded, group_size, *, weight_type,
+    global_scale,
+) -> None:  # fmt: skip
+    """Stands in for launch.gemm; symmetric integer types."""
+    spec = LayerSpec(k, n, WEIGHT_TYPES[weight_type], k if group_size == -1 else group_size)
     stored = backends.restore(backends.Prepared("sm90", weights, scales, None, None), spec)
+    assert (k_padded, n_padded) == (spec.packed.k_padded, spec.packed.n_padded)
     out.copy_(a.float() @ read(stored, "marlin", spec).dequantize())
 
 
-@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def sm90_8bit_gemm(a, token_scales, weights, scales, bias, out, types) -> None:
+    """Stands in for sm90_8bit_path.gemm."""
+    k, n = a.shape[1], out.shape[1]
+    spec = LayerSpec(k, n, WEIGHT_TYPES[types.weight_type], types.group_size or k)
+    assert sm90_8bit_layout.types_of(spec, types.activation, types.output) == types
+    records = sm90_8bit_layout.Records(weights, scales)
+    stored = sm90_8bit_layout.stored_tensors(records, spec, types.activation)
+    x = natural_order(a) * token_scales[:, None]
+    out.copy_(x @ read(stored, "marlin", spec).dequantize(torch.float32))
+
+
+def gather(a, perm):
+    """Stands in for sm80_path.gather."""
+    return torch.where(perm >= 0, a[:, perm.clamp(min=0).long()], 0)
+
+
+def natural_order(codes: torch.Tensor) -> torch.Tensor:
+    """Inverse of sm80_layout.kernel_activations, as float32."""
+    blocks = codes.float().view(codes.shape[0], -1, 16)
+    return blocks[:, :, torch.argsort(torch.tensor(K_ORDER))].reshape(codes.shape)
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm90", "sm90_8bit"])
 def test_kernels_get_what_they_take(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served = [c for c in combinations() if c.weight_type.name in ("uint4b8", "uint8b128")]
-    if family == "sm90":
-        served = [c for c in served if prebuilt.kernels_of(c, "sm_90a")[0][0] == "sm90"]
+    if family != "sm80":
+        served = [c for c in served if prebuilt.kernels_of(c, "sm_90a")[0][0] == family]
     called = []
 
     def stand_in(function, original):
@@ -162,7 +183,12 @@ def test_kernels_get_what_they_take(family: str, monkeypatch: pytest.MonkeyPatch
         return gemm
 
     monkeypatch.setattr(script, "family_of", lambda c, device: family)
-    for module, function in ((script.sm80_path, sm80_gemm), (script.launch, sm90_gemm)):
+    monkeypatch.setattr(script.sm80_path, "gather", gather)
+    for module, function in (
+        (script.sm80_path, sm80_gemm),
+        (script.launch, sm90_gemm),
+        (script.sm90_8bit_path, sm90_8bit_gemm),
+    ):
         monkeypatch.setattr(module, "gemm", stand_in(function, module.gemm))
     shape = script.Shape("layer", 192, 128)
     for c in served:

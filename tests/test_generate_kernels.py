@@ -6,6 +6,7 @@ import ctypes
 import inspect
 import itertools
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,20 +18,23 @@ import torch
 from marlin_kernel import (
     compiler,
     kernel_configs,
-    launch,
     layout,
     packing,
     prebuilt,
     sm80_configs,
+    sm80_layout,
     sm80_path,
+    sm90_8bit_configs,
+    sm90_8bit_layout,
+    sm90_layout,
 )
 from marlin_kernel.compiler import CompileError
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import QuantizedLinear, write
 from marlin_kernel.kernel_configs import DecodeConfig
-from marlin_kernel.sm80_layout import kernel_tensors
+from marlin_kernel.sm90_8bit_configs import EightBitTypes
 from marlin_kernel.validity import ACTIVATIONS, ARCHITECTURES, Combination, combinations
-from marlin_kernel.weight_types import WEIGHT_TYPES, weight_type
+from marlin_kernel.weight_types import INTEGER_TYPES, WEIGHT_TYPES, weight_type
 from scripts import generate_kernels as generator
 from tests.compiling import needs_nvrtc, own_cache  # noqa: F401 (fixture)
 
@@ -74,10 +78,46 @@ def test_pruned_kernels_are_part_of_all() -> None:
     assert few <= everything
     of_sm90 = [len([s for s in part if s.header.startswith("sm90/")]) for part in (few, everything)]
     assert 0 < of_sm90[0] < of_sm90[1] / 2
+    assert any(s.header.startswith("sm90_8bit/") for s in few)
 
 
-def test_kernels_that_prepare_activations_are_built() -> None:
-    kernels = [k.source for k in prebuilt.specializations("sm_89") if k.name == "activations"]
+def test_sm90_kernels_are_those_that_layers_ask_for() -> None:
+    """The group size that a layer's tensors are converted to is one that is compiled."""
+    for c in combinations("9.0", reductions=("float32",)):
+        if c.act_order:
+            continue  # as without, in another order of inputs
+        ((family, types),) = prebuilt.kernels_of(c, "sm_90a")
+        quantized, tensors = stored(c.weight_type.name, 256, 64, c.group_size)
+        if family == "sm90":
+            group_size = sm90_layout.kernel_tensors(tensors, quantized.spec).group_size
+        else:
+            group_size = sm90_8bit_layout.types_of(quantized.spec, c.activation).group_size
+        assert types.group_size == group_size, str(c)
+        assert (types.activation, types.output) == (c.activation, c.output)
+        assert not types.permuted and not types.reduce_half
+
+
+def test_the_complete_set_stays_small() -> None:
+    """About half a second of one core each: 16 cores have 9600 of them in ten minutes."""
+    shapes = generator.layer_shapes()
+    arches = [prebuilt.architecture(capability) for capability in ("7.5", "8.0", "8.9", "9.0")]
+    counts = [len(prebuilt.specializations(arch, shapes)) for arch in arches]
+    assert min(counts) > 100 and sum(counts) < 8000
+
+
+@needs_nvrtc
+def test_a_random_sample_compiles(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["8.0,9.0", "--output", str(tmp_path), "--sample", "6"]
+    arguments += ["--types", "uint4", "nvfp4", "--seed", str(random.randrange(1000))]
+    assert generator.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "6 of " in printed and "0 failed, 0 with spilled registers" in printed
+    assert not (tmp_path / "cubins").exists()
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
+def test_kernels_that_prepare_activations_are_built(arch: str) -> None:
+    kernels = [k.source for k in prebuilt.specializations(arch) if k.name == "activations"]
     assert {k.header for k in kernels} == {"sm80/activations.cuh"} and len(kernels) == 5
     text = inspect.getsource(sm80_path)
     for kernel in kernels:
@@ -102,6 +142,8 @@ def test_names_and_contents(generated: Path) -> None:
         "kernel_selector.h",
         "sm80_kernel_float16_u4b8_float16.cu",
         "sm90_kernel_bfloat16_u4b8_bfloat16.cu",
+        "sm90_kernel_bfloat16_mxfp4_bfloat16.cu",
+        "sm90_kernel_float8_e4m3fn_fe4m3fn_float16.cu",
     } <= names
     for arch in ("sm_80", "sm_90a"):
         for kernel in prebuilt.specializations(arch):
@@ -155,9 +197,17 @@ def some_kernels(arch: str, count: int) -> list[prebuilt.Specialization]:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_generated_source_compiles(arch: str) -> None:
-    kernels = some_kernels(arch, 40)[::20]
+@pytest.mark.parametrize(
+    "arch, header",
+    [
+        ("sm_80", "sm80/kernel.cuh"),
+        ("sm_90a", "sm90/gemm.cuh"),
+        ("sm_90a", "sm90_8bit/kernel.cuh"),
+    ],
+)
+def test_generated_source_compiles(arch: str, header: str) -> None:
+    kernels = [k for k in prebuilt.specializations(arch) if k.source.header == header][:2]
+    kernels = [k for k in kernels if k.name == kernels[0].name]
     nvrtc = compiler._nvrtc()
     text = generator.source_file(kernels).encode()
     program = compiler._call(nvrtc.nvrtcCreateProgram(text, b"kernel.cu", 0, [], []))
@@ -293,8 +343,12 @@ class Plan(ctypes.Structure):
             (name, ctypes.c_int)
             for name in ("k_padded", "n_padded", "splits", "in_turn", "whole_tiles")
         ),
-        ("function", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("function", "quantizer")),
     ]
+
+
+class RepackedSizes(ctypes.Structure):
+    _fields_ = [(f"{name}_bytes", ctypes.c_size_t) for name in ("weight", "scale", "zero")]
 
 
 def cuda_headers() -> Path | None:
@@ -354,91 +408,97 @@ LAYERS = [
     (256, 128, 128),
     (192, 200, 64),
     (100, 64, 32),
+    (200, 72, 16),
     (128, 192, -1),
     (72, 40, -1),
     (64, 64, 64),
+    (24, 72, 32),
+    (12, 72, 16),
+]
+TYPED_LAYERS = [
+    (name, *sizes)
+    for name, t in WEIGHT_TYPES.items()
+    for sizes in LAYERS
+    if sizes[2] in t.group_sizes
 ]
 
 
+def stored(name: str, k: int, n: int, group_size: int) -> tuple[QuantizedLinear, dict]:
+    """A layer, and its on-disk tensors."""
+    quantized = QuantizedLinear.quantize(torch.randn(k, n), weight_type(name), group_size)
+    return quantized, write(quantized, "marlin")
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8).flatten()
+
+
 @needs_gcc
-@pytest.mark.parametrize("name", ["uint4b8", "uint8b128"])
-@pytest.mark.parametrize("k, n, group_size", LAYERS)
+@pytest.mark.parametrize("name, k, n, group_size", TYPED_LAYERS)
 def test_packing_in_c_equals_python(
     library: ctypes.CDLL, name: str, k: int, n: int, group_size: int
 ) -> None:
-    wtype = weight_type(name)
-    codes = torch.randint(0, wtype.levels, (k, n), dtype=torch.uint8)
-    shape = layout.packed_shape(k, n, group_size)
-    groups = -(-k // shape.group_size)
-    scales = torch.rand(groups, n).half()
-    tensors = write(
-        QuantizedLinear(codes, scales, None, None, None, wtype, shape.group_size), "marlin"
-    )
+    quantized, tensors = stored(name, k, n, group_size)
+    wtype, shape = quantized.weight_type, quantized.spec.packed
     described, sizes = layer(name, k, n, group_size), Sizes()
     assert library.marlin_layer_sizes(ctypes.byref(described), ctypes.byref(sizes)) == 0
     assert (sizes.k_padded, sizes.n_padded) == (shape.k_padded, shape.n_padded)
     assert (sizes.groups, sizes.weight_bytes) == (shape.groups, tensors["B"].nbytes)
     assert sizes.scale_bytes == tensors["s"].nbytes
-    qweight = packing.pack_rows(codes.T, wtype.bits).T.contiguous()
-    for pack, values in (("codes", codes), ("gptq", qweight)):
-        if pack == "gptq" and k % wtype.pack_factor:
+    assert sizes.zero_bytes == (tensors["z"].nbytes if "z" in tensors else 0)
+    qweight = packing.pack_rows(quantized.codes.T, wtype.bits).T.contiguous()
+    for pack, codes in (("codes", quantized.codes), ("gptq", qweight)):
+        if pack == "gptq" and (k % wtype.pack_factor or name not in INTEGER_TYPES):
             continue
-        b, s = torch.empty_like(tensors["B"]), torch.empty_like(tensors["s"])
+        packed = {x: torch.empty_like(t) for x, t in tensors.items() if x in ("B", "s", "z")}
         function = getattr(library, f"marlin_pack_{pack}")
-        arguments = [pointer(t) for t in (values, scales, None, b, s, None)]
-        assert function(ctypes.byref(described), *arguments) == 0, library.marlin_error()
-        assert torch.equal(b, tensors["B"]) and torch.equal(s, tensors["s"])
+        given = (codes, quantized.scales, quantized.zeros, *map(packed.get, ("B", "s", "z")))
+        status = function(ctypes.byref(described), *map(pointer, given))
+        assert status == 0, library.marlin_error()
+        for suffix, tensor in packed.items():
+            assert torch.equal(bits(tensor), bits(tensors[suffix])), suffix
+
+
+def kernel_order(
+    quantized: QuantizedLinear, tensors: dict, capability: tuple[int, int], activation: str
+) -> list[torch.Tensor | None]:
+    """Weights, scales and zero points as the package converts them."""
+    spec = quantized.spec
+    if capability != (9, 0):
+        held = sm80_layout.kernel_tensors(tensors, spec)
+    elif activation in kernel_configs.SCALARS:
+        held = sm90_layout.kernel_tensors(tensors, spec)
+    else:
+        records = sm90_8bit_layout.records(tensors, spec, activation)
+        return [records.weights, records.scales, None]
+    return [held.weights, held.scales, held.zeros]
 
 
 @needs_gcc
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-@pytest.mark.parametrize("k, n, group_size", LAYERS)
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+@pytest.mark.parametrize("name, k, n, group_size", TYPED_LAYERS)
 def test_repacking_in_c_equals_python(
-    library: ctypes.CDLL, capability: tuple[int, int], k: int, n: int, group_size: int
+    library: ctypes.CDLL, capability: tuple[int, int], name: str, k: int, n: int, group_size: int
 ) -> None:
-    shape = layout.packed_shape(k, n, group_size)
-    if group_size == shape.k_padded == k:
-        group_size = -1
-    b = torch.randint(-(2**31), 2**31, (shape.k_padded // 16, 2 * shape.n_padded)).int()
-    s = torch.rand(shape.groups, shape.n_padded).half()
-    convert = (launch if capability == (9, 0) else sm80_path).convert_layout
-    expected = convert(b, s, k, n, group_size, torch.float16)
-    weights, scales = torch.empty_like(b), torch.empty_like(s)
-    status = library.marlin_repack(
-        ctypes.byref(device(capability)),
-        ctypes.byref(layer("uint4b8", k, n, group_size)),
-        *(pointer(t) for t in (b, s, None, weights, scales, None)),
-    )
-    assert status == 0, library.marlin_error()
-    assert torch.equal(weights, expected[0]) and torch.equal(scales, expected[1])
-
-
-@needs_gcc
-@pytest.mark.parametrize("name", ["uint4", "uint8"])
-@pytest.mark.parametrize("k, n, group_size", [(256, 128, 128), (200, 200, 64), (100, 64, 32)])
-def test_zero_points_in_c_equal_python(
-    library: ctypes.CDLL, name: str, k: int, n: int, group_size: int
-) -> None:
-    wtype = weight_type(name)
-    quantized = QuantizedLinear.quantize(torch.randn(k, n), wtype, group_size)
-    tensors = write(quantized, "marlin")
-    described, sizes = layer(name, k, n, group_size), Sizes()
-    assert library.marlin_layer_sizes(ctypes.byref(described), ctypes.byref(sizes)) == 0
-    assert sizes.zero_bytes == tensors["z"].nbytes
-    packed = [torch.empty_like(tensors[suffix]) for suffix in ("B", "s", "z")]
-    given = (quantized.codes, quantized.scales, quantized.zeros)
-    status = library.marlin_pack_codes(ctypes.byref(described), *map(pointer, (*given, *packed)))
-    assert status == 0, library.marlin_error()
-    for suffix, tensor in zip(("B", "s", "z"), packed, strict=True):
-        assert torch.equal(tensor, tensors[suffix]), suffix
-    expected = kernel_tensors(tensors, quantized.spec)
-    out = [torch.empty_like(t) for t in packed]
-    status = library.marlin_repack(
-        *map(ctypes.byref, (device((8, 0)), described)), *map(pointer, (*packed, *out))
-    )
-    assert status == 0, library.marlin_error()
-    for tensor, held in zip(out, ("weights", "scales", "zeros"), strict=True):
-        assert torch.equal(tensor, getattr(expected, held)), held
+    quantized, tensors = stored(name, k, n, group_size)
+    for activation in quantized.weight_type.activations:
+        expected = kernel_order(quantized, tensors, capability, activation)
+        target = (
+            ctypes.byref(device(capability)),
+            ctypes.byref(layer(name, k, n, group_size)),
+            ACTIVATIONS.index(activation),
+        )
+        sizes = RepackedSizes()
+        status = library.marlin_repack_sizes(*target, ctypes.byref(sizes))
+        assert status == 0, library.marlin_error()
+        given = [0 if t is None else t.nbytes for t in expected]
+        assert [sizes.weight_bytes, sizes.scale_bytes, sizes.zero_bytes] == given
+        out = [None if t is None else torch.empty_like(t) for t in expected]
+        inputs = map(tensors.get, ("B", "s", "z"))
+        status = library.marlin_repack(*target, *map(pointer, (*inputs, *out)))
+        assert status == 0, library.marlin_error()
+        for tensor, wanted in zip(out, expected, strict=True):
+            assert wanted is None or torch.equal(bits(tensor), bits(wanted)), activation
 
 
 def chosen(
@@ -450,9 +510,12 @@ def chosen(
     m: int,
     bi: bool,
     name: str = "uint4b8",
+    activation: str = "float16",
+    output: str = "float16",
+    reduce_half: bool = False,
 ) -> Plan:
-    problem = Problem(layer(name, k, n, g), ACTIVATIONS.index("float16"), 0, m, 0, bi)
-    problem.output = ACTIVATIONS.index("float16")
+    dtypes = map(ACTIVATIONS.index, (activation, output))
+    problem = Problem(layer(name, k, n, g), *dtypes, m, reduce_half, bi)
     plan = Plan()
     status = library.marlin_choose(
         ctypes.byref(device(capability)), ctypes.byref(problem), ctypes.byref(plan)
@@ -463,21 +526,24 @@ def chosen(
 
 @needs_gcc
 @pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("reduce_half", [False, True])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
 def test_sm80_launches_as_python_does(
-    library: ctypes.CDLL, capability: tuple[int, int], batch_invariant: bool
+    library: ctypes.CDLL, capability: tuple[int, int], batch_invariant: bool, reduce_half: bool
 ) -> None:
     processors, limit, per_processor = DEVICES[capability]
     arch = f"sm_{capability[0]}{capability[1]}"
     for k, n, g in ((4096, 4096, 128), (1000, 300, 32), (8192, 57344, 64), (576, 960, -1)):
-        shape, types = layout.packed_shape(k, n, g), sm80_configs.KernelTypes(group_size=max(g, 0))
+        shape = layout.packed_shape(k, n, g)
+        types = sm80_configs.KernelTypes(group_size=max(g, 0), reduce_half=reduce_half)
         for m in (1, 8, 9, 16, 17, 33, 64, 128, 129, 1000, 8192):
             config = sm80_configs.select_config(m, types, limit, batch_invariant)
             fitting = per_processor // (config.shared_bytes(types) + 1024)
             blocks = processors * max(1, min(config.blocks_per_sm, fitting))
             sizes = (m, n, shape.k_padded, blocks)
             need = sm80_configs.geometry(config, types, *sizes, batch_invariant)
-            plan = chosen(library, capability, k, n, g, m, batch_invariant)
+            features = {"reduce_half": reduce_half}
+            plan = chosen(library, capability, k, n, g, m, batch_invariant, **features)
             source = config.source(types)
             assert library.key_of(plan.kernel).decode() == compiler.source_key(source, arch)
             assert (plan.grid_x, plan.grid_y, plan.cluster) == (need.grid, 1, 1)
@@ -492,37 +558,89 @@ def test_sm80_launches_as_python_does(
             )
 
 
+# (K, N, group size, weights, activations): a type of each sort
+SM90_CASES = [
+    (4096, 4096, 128, "uint4b8", "float16"),
+    (8192, 57344, 32, "uint4b8", "bfloat16"),
+    (4096, 22016, -1, "uint8b128", "float16"),
+    (512, 512, 64, "uint4", "float16"),
+    (4096, 8192, -1, "uint8", "bfloat16"),
+    (8192, 8192, 16, "nvfp4", "float16"),
+]
+
+
 @needs_gcc
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_sm90_launches_as_python_does(library: ctypes.CDLL, batch_invariant: bool) -> None:
-    for k, n, g in ((4096, 4096, 128), (8192, 57344, 32), (4096, 22016, -1), (512, 512, 64)):
-        shape = layout.packed_shape(k, n, g)
-        k_tiles, column_tiles = shape.k_padded // 64, shape.n_padded // 64
-        for m in prebuilt.TOKENS:
-            config = kernel_configs.select_config(
-                m, k_tiles, column_tiles, g, batch_invariant=batch_invariant
-            )
-            plan = chosen(library, (9, 0), k, n, g, m, batch_invariant)
-            source = config.source("float16", g)
-            assert library.key_of(plan.kernel).decode() == compiler.source_key(source, "sm_90a")
-            assert plan.threads == config.threads
-            assert plan.shared_bytes == config.shared_bytes(m, k_tiles, g)
-            assert (plan.grid_x, plan.grid_y, 1) == config.grid(m, k_tiles, column_tiles, g)
-            if isinstance(config, DecodeConfig):
-                assert plan.cluster == config.split
-            else:
-                floats, counters = config.workspace(m, column_tiles)
-                assert (plan.partial_bytes, plan.counter_bytes) == (4 * floats, 4 * counters)
-                assert plan.whole_tiles == config.whole_tiles(m, column_tiles)
-                assert plan.cluster == (config.split if config.cluster else 1)
+@pytest.mark.parametrize("k, n, g, name, dtype", SM90_CASES)
+def test_sm90_launches_as_python_does(
+    library: ctypes.CDLL, k: int, n: int, g: int, name: str, dtype: str, batch_invariant: bool
+) -> None:
+    shape = layout.packed_shape(k, n, g)
+    k_tiles, column_tiles = shape.k_padded // 64, shape.n_padded // 64
+    if g == -1 and not weight_type(name).symmetric:
+        g = layout.ONE_GROUP_WITH_ZEROS
+    typed = {"weight_type": name}
+    for m in prebuilt.TOKENS:
+        config = kernel_configs.select_config(
+            m, k_tiles, column_tiles, g, batch_invariant=batch_invariant, **typed
+        )
+        group_size = -1 if shape.groups == 1 else g
+        types = (name, dtype, dtype, m % 3 == 0)  # half sums are not needed, float32 will do
+        plan = chosen(library, (9, 0), k, n, group_size, m, batch_invariant, *types)
+        source = config.source(dtype, g, name)
+        assert library.key_of(plan.kernel).decode() == compiler.source_key(source, "sm_90a")
+        assert plan.threads == config.threads and plan.quantizer is None
+        assert plan.shared_bytes == config.shared_bytes(m, k_tiles, g, **typed)
+        grid = config.grid(m, k_tiles, column_tiles, g, **typed)
+        assert (plan.grid_x, plan.grid_y, 1) == grid
+        if isinstance(config, DecodeConfig):
+            assert plan.cluster == config.split
+        else:
+            floats, counters = config.workspace(m, column_tiles)
+            assert (plan.partial_bytes, plan.counter_bytes) == (4 * floats, 4 * counters)
+            assert plan.whole_tiles == config.whole_tiles(m, column_tiles)
+            assert plan.cluster == (config.split if config.cluster else 1)
+
+
+@needs_gcc
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    "k, n, g, name, activation",
+    [
+        (4096, 4096, -1, "uint4b8", "int8"),
+        (8192, 57344, 128, "uint4b8", "float8_e4m3fn"),
+        (512, 1024, 32, "uint4", "int8"),
+        (4096, 512, -1, "uint4", "int8"),
+        (14336, 4096, 64, "uint8b128", "int8"),
+    ],
+)
+def test_8bit_launches_as_python_does(
+    library: ctypes.CDLL, k: int, n: int, g: int, name: str, activation: str, batch_invariant: bool
+) -> None:
+    for m, output in itertools.product(prebuilt.TOKENS, ("float16", "bfloat16")):
+        types = EightBitTypes(name, activation, output, max(g, 0))
+        config = sm90_8bit_configs.select_config(m, n, k, types, batch_invariant)
+        plan = chosen(library, (9, 0), k, n, g, m, batch_invariant, name, activation, output)
+        source = config.source(types)
+        assert library.key_of(plan.kernel).decode() == compiler.source_key(source, "sm_90a")
+        assert (plan.grid_x, plan.grid_y) == (config.grid(m, n, 132), 1)
+        assert (plan.threads, plan.cluster) == (config.threads, config.cluster)
+        assert plan.shared_bytes == config.storage_bytes(types)
+        assert (plan.partial_bytes, plan.counter_bytes) == (0, 0)
 
 
 @needs_gcc
 def test_unusual_sizes_find_a_kernel(library: ctypes.CDLL) -> None:
+    cases = [
+        (False, "uint4b8"),
+        (False, "uint8"),
+        (False, "uint4b8", "int8"),
+        (True, "uint4b8", "int8"),
+    ]
     for k, n in ((64, 64), (130, 7), (72, 100000), (100000, 64), (4100, 5000)):
         for capability in DEVICES:
-            for m in (1, 2, 3, 60, 5000):
-                plan = chosen(library, capability, k, n, 128, m, False)
+            for m, case in itertools.product((1, 2, 3, 60, 5000), cases):
+                plan = chosen(library, capability, k, n, 128, m, *case)
                 assert plan.grid_x * plan.grid_y > 0
                 assert plan.shared_bytes <= DEVICES[capability][1]
 
@@ -543,14 +661,23 @@ def test_c_errors_name_the_rule(library: ctypes.CDLL) -> None:
     assert "group_size=48 is not allowed for uint4b8" in refused(
         Problem(odd, 0, 0, 1, 0, 0), device((8, 0))
     )
-    one_group = layer("uint4", 256, 256, -1)
     nothing = [None] * 6
-    assert library.marlin_pack_codes(ctypes.byref(one_group), *map(pointer, nothing)) != 0
-    assert b"uint4 with one group is not packed here" in library.marlin_error()
-    for name, words in (("mxfp4", b"does not pack"), ("uint4", b"uint4 needs zero points")):
+    for pack, name, words in (
+        ("codes", "uint4", b"uint4 needs zero points"),
+        ("gptq", "mxfp4", b"mxfp4 is not a type of GPTQ checkpoints"),
+        ("codes", "nvfp4", b"group_size=32 is not allowed for nvfp4"),
+    ):
         other = layer(name, 256, 256, 32)
-        assert library.marlin_pack_codes(ctypes.byref(other), *map(pointer, nothing)) != 0
+        function = getattr(library, f"marlin_pack_{pack}")
+        assert function(ctypes.byref(other), *map(pointer, nothing)) != 0
         assert words in library.marlin_error()
+    large = layer("uint4b8", (1 << 17) + 64, 64, -1)
+    target = (ctypes.byref(device((9, 0))), ctypes.byref(large), ACTIVATIONS.index("int8"))
+    assert library.marlin_repack_sizes(*target, ctypes.byref(RepackedSizes())) != 0
+    assert b"exact in 32 bits up to 131072" in library.marlin_error()
+    assert "these activations" in refused(
+        Problem(layer("uint8", 256, 256, 128), 2, 0, 1, 0, 0), device((9, 0))
+    )
     codes = torch.full((256, 256), 16, dtype=torch.uint8)
     scales = torch.ones(2, 256).half()
     b, s = torch.empty(16, 512, dtype=torch.int32), torch.empty(2, 256).half()
@@ -586,13 +713,13 @@ def test_kernel_arguments_lie_as_the_kernels_read_them(generated: Path, tmp_path
     kernels = tmp_path / "kernels.cpp"
     kernels.write_text(
         "#include <cstddef>\n#include <cstdio>\n"
-        '#include "sm80/tile_config.cuh"\n#include "sm90/problem.cuh"\n'
-        f"using Sm80 = {SM80_PROBLEM};\nusing Sm90 = {SM90_PROBLEM};\n"
-        "int main() {\n"
+        + "".join(f'#include "{header}"\n' for header in HEADERS_OF_PROBLEMS)
+        + "".join(f"using {name} = {of};\n" for name, of in PROBLEMS.items())
+        + "int main() {\n"
         + "".join(
             f'  std::printf("%zu ", sizeof({name}));\n'
             + "".join(f'  std::printf("%zu ", offsetof({name}, {field}));\n' for field in fields)
-            for name, fields in zip(("Sm80", "Sm90"), FIELDS.values(), strict=True)
+            for name, fields in zip(PROBLEMS, FIELDS.values(), strict=True)
         )
         + "}\n"
     )
@@ -606,8 +733,15 @@ def test_kernel_arguments_lie_as_the_kernels_read_them(generated: Path, tmp_path
 
 
 SM80_TYPES = "weights::uint4b8, __half, __half, 8, 1, 4, 1, 128, 4, false, 128, false, false"
-SM80_PROBLEM = f"sm80::Problem<sm80::TileConfig<{SM80_TYPES}>>"
-SM90_PROBLEM = "sm90::Problem<__half>"
+HEADERS_OF_PROBLEMS = (
+    *("sm80/tile_config.cuh", "sm90/problem.cuh", "sm90_8bit/config.cuh", "sm80/activations.cuh"),
+)
+PROBLEMS = {
+    "Sm80": f"sm80::Problem<sm80::TileConfig<{SM80_TYPES}>>",
+    "Sm90": "sm90::Problem<__half>",
+    "Sm90EightBit": "sm90_8bit::Problem<__half>",
+    "Quantize": "sm80::QuantizeProblem",
+}
 FIELDS = {
     "sm80": (
         *("activations", "weights", "scales", "zeros", "permutation", "token_scales"),
@@ -617,7 +751,13 @@ FIELDS = {
     "sm90": (
         *("activations", "weights", "scales", "bias", "out", "row_stride", "m", "n", "k"),
         *("column_tiles", "k_tiles", "split", "whole_tiles", "partials", "counters"),
+        "global_scale",
     ),
+    "sm90_8bit": (
+        *("scale_a", "scale_b", "bias", "out", "metadata", "scale_a_stride", "scale_b_stride"),
+        *("m", "n", "k_tiles", "feature_tiles", "weights"),
+    ),
+    "quantize": ("activations", "codes", "scales", "row_stride", "m", "k", "k_padded"),
 }
 
 
@@ -642,7 +782,10 @@ def imagined_gpu(generated: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     lines = []
     for arch in ("sm_80", "sm_90a"):
         for variant in prebuilt.variants(arch, generator.layer_shapes()):
-            for source in map(variant.source, variant.configs):
+            sources = [variant.source(config) for config in variant.configs]
+            if variant.types.eight_bit:
+                sources.append(prebuilt.quantizer(variant.types))
+            for source in sources:
                 name = source.expression.split("<")[0].replace("sm80::gemm", "sm804gemm")
                 key = compiler.source_key(source, arch)
                 lines.append(f"{key} kernel {name}_{variant.types.weight_type}\n")
@@ -666,7 +809,8 @@ def test_example_on_an_imagined_gpu(
     arguments = [imagined_gpu / "gemm", imagined_gpu, str(k), str(n), str(group_size)]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert "uint4b8 m=   1" in done.stdout and "uint8b128 m= 300" in done.stdout
+    for case in ("uint4b8 x float16 m=   1", "uint8b128 x float16 m= 300", "uint4b8 x int8 m=  33"):
+        assert case in done.stdout
     assert "all results agree" in done.stdout
 
 
@@ -682,11 +826,14 @@ def test_example_on_the_gpu(
         pytest.skip(f"nothing is generated for capability {major}.{minor} here")
     arch = prebuilt.architecture(f"{major}.{minor}")
     keys = set()
-    for name, m, batch_invariant in itertools.product(
-        ("uint4b8", "uint8b128"), (1, 2, 7, 16, 33, 64, 100, 300), (False, True)
+    for types, m, batch_invariant in itertools.product(
+        (("uint4b8", "float16"), ("uint8b128", "float16"), ("uint4b8", "int8")),
+        *((1, 2, 7, 16, 33, 64, 100, 300), (False, True)),
     ):
-        plan = chosen(library, (major, minor), k, n, group_size, m, batch_invariant, name)
+        plan = chosen(library, (major, minor), k, n, group_size, m, batch_invariant, *types)
         keys.add(library.key_of(plan.kernel).decode())
+    quantizer = prebuilt.quantizer(sm80_configs.KernelTypes(activation="int8"))
+    keys.add(compiler.source_key(quantizer, arch))
     kernels = [
         kernel
         for kernel in prebuilt.specializations(arch, generator.layer_shapes())

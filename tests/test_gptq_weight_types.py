@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq import any_type
 from gptq.cli import main
 from gptq.config import QuantizeConfig, resolve
 from gptq.grid import GridOptions, find_global_scale, round_to_float, search_grid, storable_scales
@@ -22,6 +21,7 @@ from marlin_kernel.formats import QuantizedLinear, check_type, write
 from marlin_kernel.hf import load_model
 from marlin_kernel.layer import Layer
 from marlin_kernel.reference import decode, encode, quantize_stored
+from tests import plain_gptq
 from tests.gptq_models import prose, write_source, write_text
 
 FILE = "model.safetensors"
@@ -109,12 +109,12 @@ def test_clipping_is_never_worse_than_no_clipping(wtype, weighted):
 
 @TYPES
 def test_plain_gptq_is_the_short_reference(wtype):
-    """Natural order, no clipping: `any_type` does the same, input by input."""
+    """Natural order, no clipping: `plain_gptq` does the same, input by input."""
     weight, h = problem()
     group = wtype.group_sizes[-1]
     options = SolverOptions(wtype, group, percdamp=0.01, **PLAIN)
     ours = solve(weight, h, options)[0].weight()
-    reference = any_type.solve(weight.T, h, wtype, group, 0.01).dequantize()
+    reference = plain_gptq.solve(weight.T, h, wtype, group, 0.01).dequantize()
     limit = 0.2 if wtype.global_scale else 0.03  # another global scale rounds the others elsewhere
     assert abs(loss(weight, h, ours) / loss(weight, h, reference) - 1) < limit
 

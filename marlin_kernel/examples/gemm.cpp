@@ -1,5 +1,6 @@
-// Multiplies with 4-bit and 8-bit weights through the C header alone, and compares with a sum over
-// the same numbers on the CPU. docs/embedding.md says how to build and run it:
+// Multiplies 4-bit and 8-bit weights with 16-bit and 8-bit activations through the C header alone,
+// and compares with a sum over the same numbers on the CPU. docs/embedding.md says how to build and
+// run it:
 //
 //     gemm build/kernels/cubins [K N GROUP_SIZE]
 //
@@ -100,15 +101,16 @@ std::uint32_t random_number() {  // the same numbers on every machine
   return static_cast<std::uint32_t>(state >> 33);
 }
 
-// A layer with known weights, on the host and, repacked, on the device.
+// A layer with known weights, and what it becomes for the kernels of a device and activations.
 struct Layer {
   marlin_layer shape;
-  std::vector<float> weights;  // [k, n]
-  std::vector<std::uint32_t> repacked_weights;
-  std::vector<std::uint16_t> repacked_scales;
+  marlin_dtype activation;
+  std::vector<float> weights;                                       // [k, n]
+  std::vector<unsigned char> repacked_weights, repacked_scales;
 
-  Layer(const marlin_device& device, marlin_weight_type type, int k, int n, int group_size)
-      : shape{type, k, n, group_size}, weights(std::size_t(k) * n) {
+  Layer(const marlin_device& device, const marlin_layer& shape, marlin_dtype activation)
+      : shape(shape), activation(activation), weights(std::size_t(shape.k) * shape.n) {
+    const auto [type, k, n, group_size] = shape;
     const int group = group_size < 0 ? k : group_size;
     const int groups = (k + group - 1) / group;
     std::vector<std::uint16_t> scales(std::size_t(groups) * n);
@@ -130,10 +132,12 @@ struct Layer {
     check(marlin_pack_gptq(&shape, qweight.data(), scales.data(), nullptr, b.data(), s.data(),
                            nullptr),
           "marlin_pack_gptq");
-    repacked_weights.resize(b.size());
-    repacked_scales.resize(s.size());
-    check(marlin_repack(&device, &shape, b.data(), s.data(), nullptr, repacked_weights.data(),
-                        repacked_scales.data(), nullptr),
+    marlin_repacked_sizes repacked;
+    check(marlin_repack_sizes(&device, &shape, activation, &repacked), "marlin_repack_sizes");
+    repacked_weights.resize(repacked.weight_bytes);
+    repacked_scales.resize(repacked.scale_bytes);
+    check(marlin_repack(&device, &shape, activation, b.data(), s.data(), nullptr,
+                        repacked_weights.data(), repacked_scales.data(), nullptr),
           "marlin_repack");
   }
 };
@@ -159,10 +163,12 @@ double relative_error(const std::vector<std::uint16_t>& out, const std::vector<s
   return std::sqrt(difference / total);
 }
 
-marlin_problem problem_of(const marlin_layer& layer, int m, bool batch_invariant) {
+marlin_problem problem_of(const marlin_layer& layer, marlin_dtype activation, int m,
+                          bool batch_invariant) {
   marlin_problem problem = {};
   problem.layer = layer;
-  problem.activation = problem.output = MARLIN_FLOAT16;
+  problem.activation = activation;
+  problem.output = MARLIN_FLOAT16;
   problem.m = m;
   problem.batch_invariant = batch_invariant;
   return problem;
@@ -172,18 +178,21 @@ double multiply(const Driver& driver, marlin_runtime* runtime, const Layer& laye
                 bool batch_invariant) {
   const int k = layer.shape.k, n = layer.shape.n;
   std::vector<std::uint16_t> a(std::size_t(m) * k), bias(n), out(std::size_t(m) * n);
-  for (auto& x : a) x = to_half((static_cast<int>(random_number() % 33) - 16) / 16.f);
+  // Multiples of 1/128, the largest of a token 127/128: rounding them to int8 changes nothing.
+  for (auto& x : a) x = to_half((static_cast<int>(random_number() % 255) - 127) / 128.f);
+  for (int token = 0; token < m; ++token) a[std::size_t(token) * k] = to_half(127 / 128.f);
   for (auto& x : bias) x = to_half((static_cast<int>(random_number() % 33) - 16) / 4.f);
 
-  const marlin_problem problem = problem_of(layer.shape, m, batch_invariant);
+  const marlin_problem problem = problem_of(layer.shape, layer.activation, m, batch_invariant);
   marlin_plan plan;
   check(marlin_plan_gemm(runtime, &problem, &plan), "marlin_plan_gemm");
-  const Buffer weights(driver, layer.repacked_weights.size() * 4, layer.repacked_weights.data());
-  const Buffer scales(driver, layer.repacked_scales.size() * 2, layer.repacked_scales.data());
+  const Buffer weights(driver, layer.repacked_weights.size(), layer.repacked_weights.data());
+  const Buffer scales(driver, layer.repacked_scales.size(), layer.repacked_scales.data());
   const Buffer activations(driver, a.size() * 2, a.data()),
       biases(driver, bias.size() * 2, bias.data());
   const Buffer results(driver, out.size() * 2), counters(driver, plan.counter_bytes);
   const Buffer partials(driver, plan.partial_bytes);
+  const Buffer codes(driver, std::size_t(m) * plan.k_padded), token_scales(driver, m * 4);
   marlin_operands operands = {};
   operands.a = activations.get();
   operands.row_stride = k;
@@ -193,15 +202,26 @@ double multiply(const Driver& driver, marlin_runtime* runtime, const Layer& laye
   operands.out = results.get();
   operands.counters = counters.get();
   operands.partials = partials.get();
-  for (int repeat = 0; repeat < 3; ++repeat)  // counters are zero again after each
+  if (layer.activation == MARLIN_INT8) {
+    operands.a = codes.get();
+    operands.row_stride = plan.k_padded;
+    operands.token_scales = static_cast<const float*>(token_scales.get());
+  }
+  for (int repeat = 0; repeat < 3; ++repeat) {  // counters are zero again after each
+    if (layer.activation == MARLIN_INT8)
+      check(marlin_quantize(runtime, &plan, activations.get(), k, codes.get(),
+                            static_cast<float*>(token_scales.get()), nullptr),
+            "marlin_quantize");
     check(marlin_gemm(runtime, &plan, &operands, nullptr), "marlin_gemm");
+  }
   check(driver.call_cuCtxSynchronize(), "cuCtxSynchronize");
   check(driver.call_cuMemcpyDtoH(out.data(), results.address(), out.size() * 2), "cuMemcpyDtoH");
   const double error = relative_error(out, a, bias, layer, m);
   std::printf(
-      "%s m=%4d k=%d n=%d group_size=%d batch_invariant=%d: kernel %d, %ux%u blocks of %u "
+      "%s x %s m=%4d k=%d n=%d group_size=%d batch_invariant=%d: kernel %d, %ux%u blocks of %u "
       "threads, relative error %.5f\n",
-      marlin_weight_infos[layer.shape.type].name, m, k, n, layer.shape.group_size, batch_invariant,
+      marlin_weight_infos[layer.shape.type].name,
+      layer.activation == MARLIN_INT8 ? "int8" : "float16", m, k, n, layer.shape.group_size, batch_invariant,
       plan.kernel, plan.grid_x, plan.grid_y, plan.threads, error);
   return error;
 }
@@ -226,14 +246,21 @@ int main(int count, char** arguments) {
   const marlin_device& gpu = *marlin_get_device(runtime);
   int compared = 0;
   bool good = true;
-  for (const marlin_weight_type type : {MARLIN_WEIGHT_UINT4B8, MARLIN_WEIGHT_UINT8B128}) {
-    const marlin_problem probe = problem_of({type, k, n, group_size}, 1, false);
+  const struct {
+    marlin_weight_type type;
+    marlin_dtype activation;
+  } cases[] = {{MARLIN_WEIGHT_UINT4B8, MARLIN_FLOAT16},
+               {MARLIN_WEIGHT_UINT8B128, MARLIN_FLOAT16},
+               {MARLIN_WEIGHT_UINT4B8, MARLIN_INT8}};
+  for (const auto [type, activation] : cases) {
+    const marlin_layer shape = {type, k, n, group_size};
+    const marlin_problem probe = problem_of(shape, activation, 1, false);
     marlin_plan plan;
     if (marlin_choose(&gpu, &probe, &plan) == MARLIN_NO_KERNEL) {
       std::printf("left out: %s\n", marlin_error());
       continue;
     }
-    const Layer layer(gpu, type, k, n, group_size);
+    const Layer layer(gpu, shape, activation);
     for (const int m : {1, 2, 7, 16, 33, 64, 100, 300})
       for (const bool batch_invariant : {false, true}) {
         const double error = multiply(driver, runtime, layer, m, batch_invariant);

@@ -3,6 +3,7 @@
 // loops, so that a program's packing, sizes and pointers are put to the test. Environment:
 //     FAKE_CAPABILITY   "80" or "90"
 //     FAKE_GROUP        group size of the layer, 0 for one group
+// Weights: uint4b8 and uint8b128.
 #include <cuda.h>
 
 #include <cmath>
@@ -70,12 +71,16 @@ float weight(const marlin_sm80_problem& p, int bits, int k, int n) {
 }
 
 // Weight [k][n] as the sm_90 kernels find it (csrc/sm90/problem.cuh).
-float weight(const marlin_sm90_problem& p, int, int k, int n) {
-  const int at = place_in_tile(4, k, n), lane = at / 8 / 4, m = at / 8 % 4, group = group_size();
-  const int column = n / 64, first = column / 2 * 2, f = n % 64;
+float weight(const marlin_sm90_problem& p, int bits, int k, int n) {
+  const int per_word = 32 / bits, halves = bits / 4, group = group_size();
+  const int at = place_in_tile(bits, k, n), word = at / per_word;
+  const int lane = word / (4 * halves), m = word / halves % 4, h = word % halves;
+  const int column = n / 64, first = column / 2 * 2, f = n % 64, kk = k / 16 % 4;
   const int width = p.column_tiles - first < 2 ? 1 : 2;
   const std::size_t tile =
       std::size_t(first) * p.k_tiles + std::size_t(k / 64) * width + (column - first);
+  const int in_tile = bits == 4 ? (m * 32 + lane) * 4 + kk
+                                : (((m * 2 + kk / 2) * 32 + lane) * 2 + kk % 2) * 2 + h;
   const int groups = group > 0 ? (p.k_tiles * 64 + group - 1) / group : 1;
   const int of_tile = group > 0 && group < 64 ? 64 / group : 1;  // groups
   const int g = group > 0 ? k / group : 0;
@@ -83,8 +88,27 @@ float weight(const marlin_sm90_problem& p, int, int k, int n) {
                           (column - first) * of_tile + g % of_tile;
   const auto* words = static_cast<const std::uint32_t*>(p.weights);
   const auto* scales = static_cast<const std::uint16_t*>(p.scales);
-  return value(words[tile * 512 + (m * 32 + lane) * 4 + k / 16 % 4], 4, at % 8,
+  return value(words[tile * 512 * halves + in_tile], bits, at % per_word,
                scales[row * 64 + f % 8 * 8 + f / 16 * 2 + f / 8 % 2]);
+}
+
+// Weight [k][n] of uint4b8 as the kernels for int8 find it (csrc/sm90_8bit/config.cuh); k counts
+// places of the activations.
+float weight(const marlin_sm90_8bit_problem& p, int, int k, int n) {
+  const int group = group_size(), rows = group > 0 ? 128 / group : 0, record = 4096 + rows * 128;
+  const int stage = k / 128, in = k % 128, m = n % 64 / 16, h = n / 8 % 2, g = n % 8;
+  const auto* bytes = static_cast<const std::uint8_t*>(p.weights) +
+                      (std::size_t(n / 64) * p.k_tiles + stage) * record;
+  const int at = (((in / 64 * 4 + m) * 32 + g * 4 + in % 16 / 4) * 4 + in / 16 % 4) * 4 + in % 4;
+  const int code = bytes[at] >> (4 * h) & 15;  // minus 8, in two's complement
+  const auto* scales = static_cast<const float*>(p.scale_b);
+  float scale = 16 * scales[n * p.scale_b_stride];
+  if (group > 0) {
+    std::uint16_t half;
+    std::memcpy(&half, bytes + 4096 + in / group * 128 + 2 * ((m * 8 + g) * 2 + h), 2);
+    scale *= from_half(half);
+  }
+  return (code - (code & 8) * 2) * scale;
 }
 
 std::uint16_t* output(const marlin_sm80_problem& p) {
@@ -92,19 +116,8 @@ std::uint16_t* output(const marlin_sm80_problem& p) {
 }
 std::uint16_t* output(const marlin_sm90_problem& p) { return static_cast<std::uint16_t*>(p.out); }
 
-template <class Problem>
-CUresult multiply(const Problem& p, int bits) {
-  const auto* a = static_cast<const std::uint16_t*>(p.activations);
-  const auto* bias = static_cast<const std::uint16_t*>(p.bias);
-  for (int n = 0; n < p.n; ++n) {
-    std::vector<double> sums(p.m, bias != nullptr ? from_half(bias[n]) : 0);
-    for (int k = 0; k < p.k; ++k) {
-      const double w = weight(p, bits, k, n);
-      for (int m = 0; m < p.m; ++m) sums[m] += w * from_half(a[m * p.row_stride + k]);
-    }
-    for (int m = 0; m < p.m; ++m) output(p)[std::size_t(m) * p.n + n] = to_half(float(sums[m]));
-  }
-  return CUDA_SUCCESS;
+std::uint16_t* output(const marlin_sm90_8bit_problem& p) {
+  return static_cast<std::uint16_t*>(p.out);
 }
 
 // What an encoded tensor map stands for.
@@ -114,6 +127,68 @@ struct Map {
   cuuint32_t box_k, box_m;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap), "a map holds it");
+
+// out = activation(m, k) W + bias; k: as the kernel counts it.
+template <class Problem, class Activation>
+CUresult multiply(const Problem& p, int k_end, int bits, Activation activation) {
+  const auto* bias = static_cast<const std::uint16_t*>(p.bias);
+  for (int n = 0; n < p.n; ++n) {
+    std::vector<double> sums(p.m, bias != nullptr ? from_half(bias[n]) : 0);
+    for (int k = 0; k < k_end; ++k) {
+      const double w = weight(p, bits, k, n);
+      for (int m = 0; m < p.m; ++m) sums[m] += w * activation(m, k);
+    }
+    for (int m = 0; m < p.m; ++m) output(p)[std::size_t(m) * p.n + n] = to_half(float(sums[m]));
+  }
+  return CUDA_SUCCESS;
+}
+
+// The input at a place of the activations that quantize() leaves, and its inverse.
+int input_at(int place) { return place / 16 * 16 + marlin_k_order[place % 16]; }
+int place_of(int k) {
+  int place = k / 16 * 16;
+  while (input_at(place) != k) ++place;
+  return place;
+}
+
+template <class Problem>
+CUresult multiply(const Problem& p, int bits) {
+  const auto* a = static_cast<const std::uint16_t*>(p.activations);
+  return multiply(p, p.k, bits, [&](int m, int k) { return from_half(a[m * p.row_stride + k]); });
+}
+
+CUresult multiply(const marlin_sm80_problem& p, int bits) {
+  if (p.token_scales == nullptr) return multiply<marlin_sm80_problem>(p, bits);
+  const auto* codes = static_cast<const std::int8_t*>(p.activations);
+  const auto* scales = static_cast<const float*>(p.token_scales);
+  return multiply(p, p.k, bits, [&](int m, int k) {
+    return scales[m] * codes[m * p.row_stride + place_of(k)];
+  });
+}
+
+CUresult multiply(const marlin_sm90_8bit_problem& p, const Map& codes) {
+  const auto* scales = static_cast<const float*>(p.scale_a);
+  return multiply(p, int(codes.k), 4, [&](int m, int place) {
+    return scales[m] * static_cast<const std::int8_t*>(codes.address)[m * codes.row_bytes + place];
+  });
+}
+
+CUresult quantize(const marlin_quantize_problem& p) {
+  const auto* a = static_cast<const std::uint16_t*>(p.activations);
+  for (int m = 0; m < p.m; ++m) {
+    float largest = 0;
+    for (int k = 0; k < p.k; ++k)
+      largest = std::fmax(largest, std::fabs(from_half(a[m * p.row_stride + k])));
+    const float scale = static_cast<float*>(p.scales)[m] = largest / 127;
+    for (int place = 0; place < p.k_padded; ++place) {
+      const int k = input_at(place);
+      const float x = k < p.k ? from_half(a[m * p.row_stride + k]) / scale : 0;
+      static_cast<std::int8_t*>(p.codes)[std::size_t(m) * p.k_padded + place] =
+          std::int8_t(std::nearbyint(x));
+    }
+  }
+  return CUDA_SUCCESS;
+}
 
 }  // namespace
 
@@ -189,12 +264,17 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                                 CUtensorMapFloatOOBfill) {
-  if (type != CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || rank != 2 || strides[0] % 16 != 0 ||
-      swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[1] > 256)
+  const bool bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (!(bytes || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) || box[0] != (bytes ? 128 : 64) ||
+      rank != 2 || strides[0] % 16 != 0 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[1] > 256)
     return CUDA_ERROR_INVALID_VALUE;
   const Map content = {address, sizes[0], sizes[1], strides[0], box[0], box[1]};
   std::memcpy(map, &content, sizeof(content));
   return CUDA_SUCCESS;
+}
+
+CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction, const CUlaunchConfig* config) {
+  return *clusters = config->numAttrs == 2 ? 30 : 0, CUDA_SUCCESS;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments,
@@ -207,18 +287,24 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
     if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION &&
         config->gridDimX % config->attrs[i].value.clusterDim.x != 0)
       return CUDA_ERROR_INVALID_CLUSTER_SIZE;
+  const int bits = name.find("uint8b128") != std::string::npos ? 8 : 4;
+  if (name.find("quantize_activations") != std::string::npos)
+    return quantize(*static_cast<const marlin_quantize_problem*>(arguments[0]));
   if (name.find("sm804gemm") != std::string::npos)
-    return multiply(*static_cast<const marlin_sm80_problem*>(arguments[0]),
-                    name.find("uint8b128") != std::string::npos ? 8 : 4);
-  const auto& p = *static_cast<const marlin_sm90_problem*>(arguments[0]);
-  if (name.find("gemm_kernel") != std::string::npos) {
-    Map map;
-    std::memcpy(&map, arguments[1], sizeof(map));
-    if (map.address != p.activations || map.k != cuuint64_t(p.k) || map.m != cuuint64_t(p.m) ||
-        map.row_bytes != 2 * cuuint64_t(p.row_stride) || map.box_k != 64)
-      return CUDA_ERROR_INVALID_VALUE;
+    return multiply(*static_cast<const marlin_sm80_problem*>(arguments[0]), bits);
+  Map map = {};
+  if (name.find("gemm_kernel") != std::string::npos) std::memcpy(&map, arguments[1], sizeof(map));
+  if (name.find("sm90_8bit") != std::string::npos) {
+    const auto& p = *static_cast<const marlin_sm90_8bit_problem*>(arguments[0]);
+    return map.m == cuuint64_t(p.m) && p.scale_a_stride == 1 ? multiply(p, map)
+                                                             : CUDA_ERROR_INVALID_VALUE;
   }
-  return multiply(p, 4);
+  const auto& p = *static_cast<const marlin_sm90_problem*>(arguments[0]);
+  if (map.address != nullptr &&
+      (map.address != p.activations || map.k != cuuint64_t(p.k) || map.m != cuuint64_t(p.m) ||
+       map.row_bytes != 2 * cuuint64_t(p.row_stride)))
+    return CUDA_ERROR_INVALID_VALUE;
+  return multiply(p, bits);
 }
 
 }  // extern "C"

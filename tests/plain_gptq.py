@@ -1,8 +1,7 @@
-"""The reference of `solver` for any weight type: the plain GPTQ update, input by input.
+"""What `gptq.solver` is compared with: the plain GPTQ update of any weight type, input by input.
 
-Short and obvious: inputs in their order, scales from the weights of a group as they are when its
-first input is reached, codes and scales rounded by `marlin_kernel.reference`. Runs use `solver`,
-which does more (activation order, clipping, refitted scales) and is faster.
+Inputs in their order, scales from the weights of a group as they are when its first input is
+reached, codes and scales rounded by `marlin_kernel.reference`.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptq.hessian import factorize
 from marlin_kernel import reference
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.weight_types import WeightType, normalize_group_size
-
-from .hessian import factorize
 
 
 def solve(
