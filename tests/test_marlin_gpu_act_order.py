@@ -28,8 +28,8 @@ pytestmark = [
 if _runs_here():
     from marlin_kernel import launch
 
-# (K, N, group size): whole tiles, padding of both, fewer columns than blocks, rows that no bulk copy
-# can take
+# (K, N, group size): whole tiles, padding of both (rows that a bulk copy takes, and not), fewer
+# columns than blocks
 SIZES = ((4096, 4096, 128), (1088, 576, 64), (333, 301, 32), (8192, 512, 128), (11008, 256, 128))
 TOKENS = (1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 24, 31, 33, 64, 65, 100, 128, 130)
 MANY_TOKENS = (300, 1024, 2049)

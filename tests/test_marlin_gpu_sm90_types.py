@@ -135,7 +135,10 @@ def compile_chosen(name: str) -> None:
             w = weights(c, k, n)
             for m in TOKENS:
                 sizes = (m, w.k_tiles, -(-n // 64), w.group_size)
-                config = kernel_configs.select_config(*sizes, weight_type=name)
+                select = kernel_configs.select_config
+                if w.held.perm is not None:
+                    select = kernel_configs.select_for_act_order
+                config = select(*sizes, weight_type=name)
                 sources.add(config.source(c.output, w.group_size, name))
     compile_all(sources)
 
