@@ -5,8 +5,8 @@ The protocol, so that numbers compare: calibration text is one document per line
 calibrates with the first rows, any other seed with as many drawn from the first 64. "C4" evaluates
 the documents behind those 64 rows, joined alike, in 8 windows of 2048; "wiki" the first 16 windows
 of 2048 of the second file. Other domains: "code", sources of this Python's standard library,
-"technical", its reference manual, and files of --text, 8 windows each. No BOS. Everything in
-float32.
+"technical", its reference manual, and files of --text (of a folder: MMLU's questions), 8 windows
+each. No BOS. Everything in float32.
 
     python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt
 
@@ -23,6 +23,7 @@ ours in the same model (scripts/peers.py).
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import multiprocessing
@@ -109,7 +110,8 @@ def texts(args: argparse.Namespace, tokenizer, row_length: int):
     rows = joined_rows(lines[:count], tokenizer, length=row_length)
     sources = {"wiki": [_whole(args.wiki)], "C4": lines[count:], "code": _library()}
     sources["technical"] = documents("pydoc", "heldout").texts
-    sources |= {name: [_whole(Path(path))] for name, path in args.text}
+    for name, path in args.text:
+        sources[name] = [_questions(Path(path)) if Path(path).is_dir() else _whole(Path(path))]
     windows = {}
     for name, source in sources.items():
         limit = args.windows or WINDOWS.get(name, OTHER_WINDOWS)
@@ -122,6 +124,24 @@ def texts(args: argparse.Namespace, tokenizer, row_length: int):
 def _whole(path: Path) -> str:
     with open(path, encoding="utf-8", newline="") as file:
         return file.read()
+
+
+def _questions(folder: Path) -> str:
+    """1,500 of MMLU's test questions with their choices and answers, from its CSV files."""
+    rows: list[dict[str, str]] = []
+    for path in sorted(folder.glob("*_test.csv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            rows += csv.DictReader(file)
+    if not rows:
+        raise SystemExit(f"--text: {folder} holds no *_test.csv (question, choice0..3, answer)")
+    random.Random(0).shuffle(rows)
+    texts = []
+    for row in rows[:1500]:
+        choices = [f"{letter}. {row[f'choice{i}']}" for i, letter in enumerate("ABCD")]
+        texts.append(
+            "\n".join([row["question"], *choices, "Answer: " + "ABCD"[int(row["answer"])]])
+        )
+    return "\n\n".join(texts)
 
 
 def _library() -> Iterator[str]:

@@ -13,7 +13,7 @@ import yaml
 from scripts import bench_accuracy as bench
 from scripts import peers
 
-BENCHES = ["accuracy.yaml", "accuracy_small.yaml", "sparsity.yaml"]
+BENCHES = ["accuracy.yaml", "accuracy_family.yaml", "sparsity.yaml"]
 
 
 @pytest.mark.parametrize("name", BENCHES)
@@ -31,6 +31,19 @@ def test_seed_0_takes_the_first_rows_and_others_draw_without_repeats():
     drawn = [bench.calibration(rows, 32, seed).flatten().tolist() for seed in (1, 2)]
     assert drawn[0] != drawn[1]
     assert all(len(set(found)) == 32 for found in drawn)
+
+
+def test_questions_come_from_csv_files_in_an_order_of_their_own(tmp_path: Path):
+    for subject in ("b", "a"):
+        rows = "".join(f'"{subject}{i}?",w,x,y,z,{i % 4}\n' for i in range(3))
+        (tmp_path / f"{subject}_test.csv").write_text(
+            "question,choice0,choice1,choice2,choice3,answer\n" + rows
+        )
+    found = bench._questions(tmp_path).split("\n\n")
+    assert sorted(text[:3] for text in found) == ["a0?", "a1?", "a2?", "b0?", "b1?", "b2?"]
+    assert "a1?\nA. w\nB. x\nC. y\nD. z\nAnswer: B" in found
+    with pytest.raises(SystemExit, match="holds no \\*_test.csv"):
+        bench._questions(tmp_path / "none")
 
 
 def test_means_and_standard_errors_over_seeds():

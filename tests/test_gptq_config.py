@@ -118,8 +118,8 @@ def test_fingerprint_knows_every_setting_that_decides_the_codes(field):
         dataset="c4", seed=1, nsamples=8, seqlen=16, wbits=8, groupsize=64, sym=False,
         nearest=True, percdamp=0.2, blocksize=64, true_sequential=False, act_order=False,
         static_groups=False, asymmetric=False, target_damp=2.0, shrinkage=0.3, no_clip=True,
-        clip_steps=5, clip_min=0.5, signed_scales=False, refit=0, sweeps=0, refine=1, refine_norms=1,
-        skip_gq=True, device="cuda", dtype="bfloat16", sparsity="2:4",
+        clip_steps=5, clip_min=0.5, signed_scales=False, refit=0, sweeps=0, refine=1,
+        refine_norms=1, skip_gq=True, device="cuda", dtype="bfloat16", sparsity="2:4",
     )  # fmt: skip
     places = {"checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
               "report", "format", "from_config", "offload_activations",
