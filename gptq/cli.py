@@ -119,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
     switch(how, "--static-groups", "keep groups on contiguous inputs whatever the order")
     switch(how, "--asymmetric", "aim at the outputs of the unquantized model")
     flag(how, "--target_damp", "damping of that aim's least-squares problem", type=float)
+    flag(
+        how, "--shrinkage", "share of the correlations between inputs that is left out", type=float
+    )
     switch(how, "--signed_scales", "negative scales where the positive end is the larger")
     switch(how, "--no_clip", "no search for clipped group ranges")
     flag(how, "--clip_steps", "shrink factors tried", type=int)

@@ -58,6 +58,7 @@ class QuantizeConfig:
     static_groups: bool = True
     asymmetric: bool = True
     target_damp: float = 1.0
+    shrinkage: float = 0.1
     no_clip: bool = False
     clip_steps: int = 16
     clip_min: float = 0.25
@@ -109,6 +110,8 @@ class QuantizeConfig:
             raise ConfigError(f"percdamp={self.percdamp} is not in [0, 10]; 0.01 to 0.1 is usual")
         if not 0 < self.target_damp <= 100:
             raise ConfigError(f"target_damp={self.target_damp} is not in (0, 100]; 1 is usual")
+        if not 0 <= self.shrinkage < 1:
+            raise ConfigError(f"shrinkage={self.shrinkage} is not in [0, 1); 0 to 0.1 is usual")
         if not 0 < self.clip_min <= 1:
             raise ConfigError(f"clip_min={self.clip_min} is not in (0, 1]; 0.25 is usual")
         if self.checkpoint and self.from_config:
@@ -210,6 +213,7 @@ class QuantizeConfig:
             sweeps=self.sweeps,
             asymmetric=self.asymmetric,
             target_damp=self.target_damp,
+            shrinkage=self.shrinkage,
             sparsity=self.sparsity,
         )
 

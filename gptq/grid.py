@@ -16,6 +16,8 @@ from marlin_kernel import reference
 from marlin_kernel.weight_types import WeightType
 
 _CACHED = 1 << 20  # weights whose clipping factors are tried together on a CPU
+_SURELY = 0.99  # of a bound on an error: what float32 may have added to it
+_WORTHWHILE = 0.8  # share of the outputs still searched below which their weights are copied
 
 
 @dataclass(frozen=True)
@@ -195,21 +197,83 @@ def search_grid(
     starts = _ranges(w, wtype, options.signed)
     if not options.clip:
         return storable_scales(starts[0][0], wtype, global_scale), starts[0][1]
+    count, _, n = w.shape
     transposed = None if factor is None else factor.transpose(1, 2)
-    errors = torch.empty_like(w)
-    weighted = errors if transposed is None else torch.empty_like(w)
-    best_error = torch.full_like(starts[0][0], torch.inf)
-    best_scale = torch.empty_like(best_error)
-    best_zero = torch.empty_like(best_error)
+    errors, products = torch.empty(2, w.numel(), device=w.device)
+    best = torch.zeros(3, count, n, device=w.device)  # error, scale, zero
+    best[0] = torch.inf
+    all_ends = _Ends.of(w, factor, wtype)
     for step, zeros in starts:
+        # Outputs that may still gain: where they are, and a copy of their weights; ever fewer.
+        places = torch.arange(n, device=w.device).expand(count, n)
+        weights, ends = w, all_ends
         for shrink in _shrinks(wtype, options):
             scales = storable_scales(step * shrink, wtype, global_scale)
-            _rounding_errors(w, scales[:, None], zeros[:, None], wtype, errors)
+            least = best[0].gather(1, places)
+            may_gain = ends.least_error(scales, zeros).mul_(_SURELY) < least
+            most = int(may_gain.sum(1).max())
+            if most == 0:  # nor will a smaller scale: it clips more
+                break
+            if most < _WORTHWHILE * places.shape[1]:
+                kept = may_gain.to(torch.uint8).topk(most, 1).indices
+                weights = weights.gather(2, kept[:, None].expand(-1, w.shape[1], -1))
+                ends = ends.take(kept)
+                places, step, zeros, scales, least = (
+                    t.gather(1, kept) for t in (places, step, zeros, scales, least)
+                )
+            rounding = errors[: weights.numel()].view(weights.shape)
+            _rounding_errors(weights, scales[:, None], zeros[:, None], wtype, rounding)
             if transposed is not None:
-                torch.bmm(transposed, errors, out=weighted)
-            error = weighted.square_().sum(1)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scales, best_scale)
-            best_zero = torch.where(better, zeros, best_zero)
-    return best_scale, best_zero
+                out = products[: weights.numel()].view(weights.shape)
+                rounding = torch.bmm(transposed, rounding, out=out)
+            error = rounding.square_().sum(1)
+            own = places.expand(3, -1, -1)
+            found = torch.stack([error, scales, zeros])
+            best.scatter_(2, own, torch.where(error < least, found, best.gather(2, own)))
+    return best[1], best[2]
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The outermost weights of every group and output, and what clipping them costs at least.
+
+    low, high: [G, N], the least and the largest weight; low_cost, high_cost: [G, N], of moving it.
+    With ``|e R|**2`` the error of a row e, an entry e_i costs at least ``e_i**2 / S_ii`` whatever
+    the others do, S = (R Rᵀ)⁻¹: the least value of a quadratic form with one entry given.
+    """
+
+    low: Tensor
+    high: Tensor
+    low_cost: Tensor
+    high_cost: Tensor
+    wtype: WeightType
+
+    @classmethod
+    def of(cls, w: Tensor, factor: Tensor | None, wtype: WeightType) -> _Ends:
+        """w: [G, g, N]; factor: R [G, g, g] or None, as in `search_grid`."""
+        low, high = w.amin(1), w.amax(1)
+        if factor is None:
+            return cls(low, high, torch.ones_like(low), torch.ones_like(low), wtype)
+        eye = torch.eye(w.shape[1], device=w.device).expand_as(factor)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
+        s = inverse.square().sum(1, keepdim=True)  # S = R⁻ᵀ R⁻¹; its diagonal [G, 1, g]
+        costs = []
+        for end in (low, high):  # equal outermost weights: S summed over them, a lower bound still
+            costs.append(torch.bmm(s, (w == end[:, None]).float())[:, 0].reciprocal())
+        return cls(low, high, *costs, wtype)
+
+    def take(self, columns: Tensor) -> _Ends:
+        """Those of some outputs of each group; columns: int64 [G, M]."""
+        kept = (t.gather(1, columns) for t in (self.low, self.high, self.low_cost, self.high_cost))
+        return _Ends(*kept, self.wtype)
+
+    def least_error(self, scales: Tensor, zeros: Tensor) -> Tensor:
+        """[G, N]: what rounding to these grids costs at least; grows as a scale shrinks."""
+        first, last = 0, self.wtype.levels - 1
+        if self.wtype.is_float:
+            first, last = -self.wtype.largest, self.wtype.largest
+        one, other = (first - zeros) * scales, (last - zeros) * scales
+        above = self.high - torch.maximum(one, other)
+        below = torch.minimum(one, other) - self.low
+        above = above.clamp_(min=0).square_().mul_(self.high_cost)
+        return torch.maximum(above, below.clamp_(min=0).square_().mul_(self.low_cost))

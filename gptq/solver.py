@@ -43,8 +43,9 @@ class SolverOptions:
     inputs whatever the order; nearest: round to nearest (no error feedback); refit: rounds of
     closed-form scale refit after the update, each followed by `sweeps` passes of coordinate descent
     over the codes; asymmetric: aim at the full-precision model's outputs from the quantized model's
-    inputs; target_damp: damping of that least-squares target; fused: on a GPU, run the inner loops
-    as CUDA kernels (`fused_solver`); sparsity: None, or "2:4": two weights of every four inputs
+    inputs; target_damp: damping of that least-squares target; shrinkage: share of the correlations
+    between inputs that is left out (`_shrunk`); fused: on a GPU, run the inner loops as CUDA
+    kernels (`fused_solver`); sparsity: None, or "2:4": two weights of every four inputs
     become zero, chosen inside the update (`sparsity`; by magnitude with `nearest`).
     """
 
@@ -60,6 +61,7 @@ class SolverOptions:
     sweeps: int = 0
     asymmetric: bool = False
     target_damp: float = 1.0
+    shrinkage: float = 0.0
     fused: bool = True
     sparsity: str | None = None
 
@@ -215,8 +217,10 @@ def solve_columns(
     diagonal = h.diagonal()
     dead = diagonal == 0
     original, safe = w, h
+    if options.shrinkage and not options.nearest:
+        safe = _shrunk(h, options.shrinkage)
     if bool(dead.any()):  # as active as the average live input, so that the damping stays theirs
-        original, safe = w.clone(), h.clone()
+        original, safe = w.clone(), h.clone() if safe is h else safe
         live = diagonal[~dead]
         safe.diagonal()[dead] = live.mean() if live.numel() else 1.0
         w[dead] = 0
@@ -289,6 +293,18 @@ def _pruned(
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
     found = codes, scales, zeros, groups, measures
     return Columns(*found, factor.damping, factor.retries, dead, None)
+
+
+def _shrunk(h: Tensor, share: float) -> Tensor:
+    """``(1 - share) H + share diag(H)``: what calibration says of pairs of inputs counts less.
+
+    Pairs are correlated otherwise in other text, and weights that compensate for each other there
+    err together here; what it says of single inputs, which damping would blur, is kept. Shrinking
+    a covariance towards its diagonal: Schäfer and Strimmer (2005), target D.
+    """
+    shrunk = h * (1 - share)
+    shrunk.diagonal().copy_(h.diagonal())
+    return shrunk
 
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:

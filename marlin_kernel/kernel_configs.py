@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from marlin_kernel.compiler import KernelSource
 from marlin_kernel.errors import ConfigError
@@ -24,6 +25,7 @@ MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
 SM_SHARED_BYTES = 228 * 1024  # of one multiprocessor, 1 KB of it reserved per block
 MAX_WORKSPACE_FLOATS = 16 << 20
 GROUP_SIZES = (-1, 32, 64, 128)  # of uint4b8
+MAX_GATHERED_INPUTS = 65472  # indices of 16 bits, one of which means no input; a multiple of 64
 SCALARS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 TUNING_DIRECTORY = Path(__file__).parent / "tuning"
 
@@ -83,7 +85,7 @@ class DecodeConfig:
     token_tiles: tokens / 8 of a block; warps_n: warps side by side, 64 features each; warps_k:
     warps that share a feature column's k range; split: blocks of the cluster that share it further;
     stages: weight tiles in flight per warp; blocks_per_sm: blocks that registers must leave room
-    for.
+    for; gathers: blocks take whole rows of activations and pick from them by an index (act-order).
     """
 
     token_tiles: int
@@ -92,6 +94,7 @@ class DecodeConfig:
     split: int
     stages: int
     blocks_per_sm: int
+    gathers: bool = False
 
     @property
     def threads(self) -> int:
@@ -105,11 +108,16 @@ class DecodeConfig:
         """dtype: "float16" or "bfloat16"; group_size: one of group_sizes(weight_type)."""
         numbers = (
             max(group_size, 0),
-            *(getattr(self, field.name) for field in fields(self)),
+            *(self.token_tiles, self.warps_n, self.warps_k, self.split),
+            *(self.stages, self.blocks_per_sm),
             self.storage_bytes(group_size, weight_type),
         )
         arguments = f"weights::{weight_type}, {SCALARS[dtype]}, {', '.join(map(str, numbers))}"
         expression = f"sm90::decode_kernel<sm90::DecodeConfig<{arguments}>>"
+        if self.gathers:
+            expression = (
+                f"sm90::decode_gather_kernel<sm90::Gathering<sm90::DecodeConfig<{arguments}>>>"
+            )
         return KernelSource("sm90/decode.cuh", expression)
 
     def storage_bytes(self, group_size: int, weight_type: str = "uint4b8") -> int:
@@ -126,8 +134,10 @@ class DecodeConfig:
         self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8"
     ) -> int:
         """Dynamic shared memory of a launch with m tokens and K' / 64 weight tiles along k."""
-        row = -(-k_tiles // self.split) * TILE_K * 2 + 16
-        return self.storage_bytes(group_size, weight_type) + m * row
+        block_tiles = -(-k_tiles // self.split)
+        row = (k_tiles if self.gathers else block_tiles) * TILE_K * 2 + 16
+        index = block_tiles * TILE_K * 2 if self.gathers else 0
+        return self.storage_bytes(group_size, weight_type) + m * row + index
 
     def clusters(
         self,
@@ -162,6 +172,8 @@ class DecodeConfig:
             many = group_size in (-1, 16, 32) or WEIGHT_TYPES[weight_type].zeros == "float"
             if many and self.token_tiles > 1 and self.blocks_per_sm > 1:
                 return False  # likewise
+        if self.gathers and k_tiles * TILE_K > MAX_GATHERED_INPUTS:
+            return False
         return (
             0 < m <= self.max_tokens
             and self.shared_bytes(m, k_tiles, group_size, weight_type) <= MAX_SHARED_BYTES
@@ -191,6 +203,7 @@ class GemmConfig:
     cluster: bool = False
     tail: bool = False
     warpgroups: int = 2
+    gathers: ClassVar[bool] = False  # its activations are in the order of the weights
 
     @property
     def threads(self) -> int:
@@ -289,6 +302,48 @@ class GemmConfig:
 
 
 KernelConfig = DecodeConfig | GemmConfig
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """How csrc/sm90/gather.cuh puts activations into the order of the weights' rows.
+
+    threads: of a block; rows: of activations that a block holds; part: inputs K' that a block
+    works on; grid: blocks; shared_bytes: dynamic shared memory of a block.
+    """
+
+    threads: int
+    rows: int
+    part: int
+    grid: tuple[int, int, int]
+    shared_bytes: int
+
+    def source(self) -> KernelSource:
+        expression = f"sm90::gather_kernel<sm90::GatherConfig<{self.threads}, {self.rows}>>"
+        return KernelSource("sm90/gather.cuh", expression)
+
+
+_GATHER_BLOCKS = 2  # per multiprocessor, before a block gets more than one token
+_GATHER_PART = 512  # inputs of a block, at least
+
+
+@functools.lru_cache(maxsize=4096)
+def gather_plan(m: int, k: int, k_padded: int, multiprocessors: int = 132) -> GatherPlan:
+    """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
+
+    Few tokens: blocks share a token's inputs. Many: each block takes several tokens in turn.
+    """
+    slots = _GATHER_BLOCKS * multiprocessors
+    parts = max(1, min(slots // m, k_padded // _GATHER_PART))
+    part = -(-k_padded // (64 * parts)) * 64
+    parts = -(-k_padded // part)
+    rows = 1 if m * parts <= slots else 2
+    threads = 256 if part <= 8192 else 512
+    row = -(-k // 8) * 16 + 16
+    shared = 8 * 2 * -(-rows // 2) + rows * row + 2 * part
+    resident = max(1, min(SM_SHARED_BYTES // (shared + 1024), 2048 // threads, 4))
+    grid = (parts, min(m, max(1, resident * multiprocessors // parts)), 1)
+    return GatherPlan(threads, rows, part, grid, shared)
 
 
 # ---- the configurations that exist ----
@@ -430,6 +485,10 @@ _DECODE_DRAM_RATE, _DECODE_L2_RATE = 5.06e6, 3.8e5  # bytes per us: of the GPU, 
 _DECODE_ROUND, _DECODE_OUTPUT_PER_FLOAT = 0.473, 6.58e-5
 _DECODE_CLUSTER, _DECODE_CLUSTER_PER_BLOCK = 0.611, 0.103  # us of a round
 _DECODE_OVERLAP = 0.565
+# Act-order, counted (docs/kernel-log.md): instructions of a tile, and us of a launch in front.
+_DECODE_GATHER = 1.17
+_GATHER_LAUNCH = 1.6
+_GATHERED_TOKENS = 16  # of the small-batch kernel, at most
 
 
 def estimate(
@@ -468,10 +527,12 @@ def _estimate_decode(
     warps = on_one * config.warps_n * config.warps_k
     block_tiles = -(-k_tiles // config.split)
     tiles = rounds * -(-block_tiles // config.warps_k)  # of a warp
-    tile = max(_DECODE_LATENCY / config.stages, _DECODE_TILE[config.token_tiles] * warps)
+    each_tile = _DECODE_TILE[config.token_tiles] * (_DECODE_GATHER if config.gathers else 1.0)
+    tile = max(_DECODE_LATENCY / config.stages, each_tile * warps)
     compute = tiles * tile
     memory = k_tiles * column_tiles * _read_bytes(weight_type) / _DECODE_DRAM_RATE
-    activations = on_one * m * k_tiles / config.split * TILE_K * 2 / _DECODE_L2_RATE
+    row_tiles = k_tiles if config.gathers else k_tiles / config.split
+    activations = on_one * m * row_tiles * TILE_K * 2 / _DECODE_L2_RATE
     each_round = _DECODE_ROUND + m * config.warps_n * TILE_N * _DECODE_OUTPUT_PER_FLOAT
     if config.split > 1:
         each_round += _DECODE_CLUSTER + config.split * _DECODE_CLUSTER_PER_BLOCK
@@ -609,6 +670,48 @@ def select_config(
         fitting = [c for c in fitting if isinstance(c, DecodeConfig)] or fitting
     sizes = (m, k_tiles, column_tiles, multiprocessors, weight_type)
     return min(fitting, key=lambda c: estimate(c, *sizes))
+
+
+@functools.lru_cache(maxsize=65536)
+def select_for_act_order(
+    m: int,
+    k_tiles: int,
+    column_tiles: int,
+    group_size: int,
+    *,
+    batch_invariant: bool = False,
+    gpu: str = "h200",
+    multiprocessors: int = 132,
+    weight_type: str = "uint4b8",
+) -> KernelConfig:
+    """The same for activations that are not in the order of the weights' rows. Pure.
+
+    Either a kernel that gathers them itself, or that of `select_config`, for gathered ones: with
+    few tokens of few inputs a launch in front takes longer than picking in every block.
+    """
+    options = {"gpu": gpu, "multiprocessors": multiprocessors, "weight_type": weight_type}
+    problem = (m, k_tiles, column_tiles, group_size)
+    plain = select_config(*problem, batch_invariant=batch_invariant, **options)
+    if batch_invariant or m > _GATHERED_TOKENS:
+        return plain
+    fitting = [
+        replace(c, gathers=True)
+        for c in dict.fromkeys((plain, *supported_configs(weight_type)))
+        if isinstance(c, DecodeConfig)
+        and replace(c, gathers=True).fits(m, k_tiles, group_size, weight_type)
+    ]
+    if not fitting:
+        return plain
+
+    def cost(config: KernelConfig) -> float:
+        return estimate(config, m, k_tiles, column_tiles, multiprocessors, weight_type)
+
+    best = min(fitting, key=cost)
+    if isinstance(plain, DecodeConfig) and replace(plain, gathers=True) in fitting:
+        same, resident = replace(plain, gathers=True), (m, k_tiles, group_size, multiprocessors)
+        if same.clusters(*resident, weight_type) == plain.clusters(*resident, weight_type):
+            best = same  # tuned, and as many blocks at a time
+    return best if cost(best) <= cost(plain) + _GATHER_LAUNCH else plain
 
 
 def _select_invariant(m: int, k_tiles: int, column_tiles: int, multiprocessors: int) -> GemmConfig:

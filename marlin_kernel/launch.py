@@ -188,8 +188,11 @@ class Plan:
 
 
 _PROBLEM = struct.Struct("<QQQQQqiiiiiii4xQQQ")  # sm90::Problem
-_TENSOR_MAP_OFFSET = 128  # of the second argument in a plan's buffer
+_GATHER = struct.Struct("<QQQqiiii")  # sm90::GatherProblem
+_GATHERED_TENSORS = struct.Struct("<QQQq")  # its first members
+_TENSOR_MAP_OFFSET = 128  # of the second argument in a plan's buffer: the map, or the permutation
 _TENSOR_MAP_BYTES = 128
+_ADDRESS = struct.Struct("<Q")
 
 
 class _ThreadPlans(threading.local):
@@ -379,8 +382,14 @@ def launch_config(
     dependent_launch: bool = True,
     weight_type: str = "uint4b8",
     global_scale: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> None:
-    """Launch `config` for out = a @ W + bias; see `gemm` for the arguments. No checks."""
+    """Launch `config` for out = a @ W + bias; see `gemm` for the arguments. No checks.
+
+    With `perm`, a kernel that does not gather activations is preceded by one that does.
+    """
+    if perm is not None and not config.gathers:
+        a, k = gather(a, perm), k_padded
     index = a.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
     m = a.shape[0]
@@ -410,6 +419,8 @@ def launch_config(
         plan.arguments[start:end] = _tensor_map(
             a.data_ptr(), _DTYPES[a.dtype], m, k, 2 * stride, config.tokens
         )
+    elif config.gathers:
+        _ADDRESS.pack_into(plan.arguments, _TENSOR_MAP_OFFSET, perm.data_ptr())
     _PROBLEM.pack_into(
         plan.arguments,
         0,
@@ -431,6 +442,39 @@ def launch_config(
         0 if global_scale is None else global_scale.data_ptr(),
     )
     plan.launch()
+
+
+def gather(a: Tensor, perm: Tensor) -> Tensor:
+    """Columns of the activations in the order of the weights' rows, on the current stream.
+
+    a: float16 or bfloat16 [M, K], elements of a row adjacent, any row stride; perm: int32 [K'], -1
+    for zeros, K' a multiple of 64. Returns [M, K'].
+    """
+    (m, k), k_padded = a.shape, perm.shape[0]
+    if k > kernel_configs.MAX_GATHERED_INPUTS:  # more than its indices of 16 bits can tell
+        from marlin_kernel import sm80_path
+
+        return sm80_path.gather(a, perm)
+    out = a.new_empty(m, k_padded)
+    if m == 0:
+        return out
+    index = a.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    plans = _thread_plans.plans
+    key = ("gather", index, stream, m, k, k_padded)
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= _MAX_PLANS:
+            plans.clear()
+        shape = kernel_configs.gather_plan(m, k, k_padded, multiprocessors(index))
+        function = load(shape.source(), index)
+        size = (shape.grid, shape.threads, 1, shape.shared_bytes)
+        plan = plans[key] = Plan(function, *size, stream, _GATHER.size)
+        _GATHER.pack_into(plan.arguments, 0, 0, 0, 0, 0, m, k, k_padded, shape.part)
+    addresses = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
+    _GATHERED_TENSORS.pack_into(plan.arguments, 0, *addresses, a.stride(0))
+    plan.launch()
+    return out
 
 
 # ---- interface -----------------------------------------------------------------------------------
@@ -474,22 +518,27 @@ def gemm(
     batch_invariant: bool = False,
     weight_type: str = "uint4b8",
     global_scale: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> None:
     """``out = a @ W (+ bias)`` on the current stream; W as sm90_layout.kernel_tensors left it.
 
-    a: float16 or bfloat16 [M, k], any M >= 0, contiguous along k, any row stride, gathered if the
-    weights are permuted; b_dev, s_dev: `weights` and `scales`, in device order; bias: [n] in the
-    dtype of `a`, or None; out: [M, n], contiguous, every element is written; k_padded: multiple of
-    64 and of group_size; n_padded: multiple of 64; group_size: one of
-    kernel_configs.group_sizes(weight_type), -1 for one scale per feature; batch_invariant: a row's
-    bits do not depend on M; global_scale: float32 [1] of types that have one.
+    a: float16 or bfloat16 [M, k], any M >= 0, contiguous along k, any row stride; b_dev, s_dev:
+    `weights` and `scales`, in device order; bias: [n] in the dtype of `a`, or None; out: [M, n],
+    contiguous, every element is written; k_padded: multiple of 64 and of group_size; n_padded:
+    multiple of 64; group_size: one of kernel_configs.group_sizes(weight_type), -1 for one scale per
+    feature; batch_invariant: a row's bits do not depend on M; global_scale: float32 [1] of types
+    that have one; perm: int32 [k_padded] or None, the input that each row of W belongs to, -1: none
+    (act-order).
     Nothing is checked here. Raises LaunchError if the driver refuses, CompileError on first use.
     """
     m = a.shape[0]
     if m == 0 or n == 0:
         return
     index = a.device.index
-    config = kernel_configs.select_config(
+    select = kernel_configs.select_config
+    if perm is not None:
+        select = kernel_configs.select_for_act_order
+    config = select(
         m,
         k_padded // TILE_K,
         n_padded // TILE_N,
@@ -499,7 +548,7 @@ def gemm(
         multiprocessors=multiprocessors(index),
         weight_type=weight_type,
     )
-    typed = (weight_type, global_scale)
+    typed = (weight_type, global_scale, perm)
     if batch_invariant and not kernel_configs.affordable(
         config, m, n_padded // TILE_N, multiprocessors(index)
     ):  # the split must stay, so fewer rows at a time; their bits do not depend on that

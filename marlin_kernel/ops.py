@@ -242,13 +242,12 @@ def _run_sm90(
     k_padded, n_padded = weights.shape[0] * 16, weights.shape[1] * t.pack_factor // 16
     if scales.shape[0] == 1 and t.symmetric and t.scale == "float16":
         group_size = -1
-    if perm is not None:
-        rows, k = backends.kernels("sm80").gather(rows, perm), k_padded
     backends.kernels("sm90").gemm(
         *(rows, weights, scales, bias, out, k, n, k_padded, n_padded, group_size),
         batch_invariant=batch_invariant,
         weight_type=weight_type,
         global_scale=global_scale,
+        perm=perm,
     )
     return out
 

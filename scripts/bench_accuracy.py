@@ -5,18 +5,25 @@ The protocol, so that numbers compare: calibration text is one document per line
 calibrates with the first rows, any other seed with as many drawn from the first 64. "C4" evaluates
 the documents behind those 64 rows, joined alike, in 8 windows of 2048; "wiki" the first 16 windows
 of 2048 of the second file. Other domains: "code", sources of this Python's standard library,
-"technical", its reference manual, and files of --text, 8 windows each. No BOS. Everything in
-float32.
+"technical", its reference manual, and files of --text (of a folder: MMLU's questions), 8 windows
+each. No BOS. Everything in float32.
 
     python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt
 
 Variants and their seeds come from configs/bench/accuracy.yaml. Writes docs/results/accuracy.json
 after every run, and then the tables of docs/accuracy.md; without MODEL only those.
+
+    python scripts/bench_accuracy.py MODEL --c4 c4_sample.txt --wiki wikitext2_test.txt \\
+        --only "fast;best" --peers autoround llm-compressor --stem accuracy_peers
+
+Other quantizers beside them: the same rows calibrate, and their codes and scales take the place of
+ours in the same model (scripts/peers.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import multiprocessing
@@ -52,6 +59,7 @@ from marlin_kernel import formats  # noqa: E402
 from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_model, load_tokenizer  # noqa: E402
 from marlin_kernel.layer import Layer  # noqa: E402
+from scripts import peers  # noqa: E402
 
 HELDOUT_ROWS = 64  # calibration rows whose documents are never evaluated
 WINDOW = 2048
@@ -69,6 +77,26 @@ class Task:
     rows: int
     seed: int
 
+    @property
+    def settings(self) -> dict:
+        return self.config.fingerprint()
+
+
+@dataclass(frozen=True)
+class PeerTask:
+    """One run of another quantizer (scripts/peers.py): `options` are its own settings."""
+
+    name: str
+    peer: str
+    options: dict
+    groupsize: int
+    rows: int
+    seed: int
+
+    @property
+    def settings(self) -> dict:
+        return {"peer": self.peer, **self.options, "groupsize": self.groupsize}
+
 
 def texts(args: argparse.Namespace, tokenizer, row_length: int):
     """(calibration rows [64, row_length], windows [W, 2048] by name of the text)."""
@@ -82,7 +110,8 @@ def texts(args: argparse.Namespace, tokenizer, row_length: int):
     rows = joined_rows(lines[:count], tokenizer, length=row_length)
     sources = {"wiki": [_whole(args.wiki)], "C4": lines[count:], "code": _library()}
     sources["technical"] = documents("pydoc", "heldout").texts
-    sources |= {name: [_whole(Path(path))] for name, path in args.text}
+    for name, path in args.text:
+        sources[name] = [_questions(Path(path)) if Path(path).is_dir() else _whole(Path(path))]
     windows = {}
     for name, source in sources.items():
         limit = args.windows or WINDOWS.get(name, OTHER_WINDOWS)
@@ -95,6 +124,24 @@ def texts(args: argparse.Namespace, tokenizer, row_length: int):
 def _whole(path: Path) -> str:
     with open(path, encoding="utf-8", newline="") as file:
         return file.read()
+
+
+def _questions(folder: Path) -> str:
+    """1,500 of MMLU's test questions with their choices and answers, from its CSV files."""
+    rows: list[dict[str, str]] = []
+    for path in sorted(folder.glob("*_test.csv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            rows += csv.DictReader(file)
+    if not rows:
+        raise SystemExit(f"--text: {folder} holds no *_test.csv (question, choice0..3, answer)")
+    random.Random(0).shuffle(rows)
+    texts = []
+    for row in rows[:1500]:
+        choices = [f"{letter}. {row[f'choice{i}']}" for i, letter in enumerate("ABCD")]
+        texts.append(
+            "\n".join([row["question"], *choices, "Answer: " + "ABCD"[int(row["answer"])]])
+        )
+    return "\n\n".join(texts)
 
 
 def _library() -> Iterator[str]:
@@ -213,7 +260,7 @@ class Bench:
         self.rows, self.windows = texts(args, load_tokenizer(self.folder), row_length)
         self.reference = load_model(self.folder, device=device, dtype=torch.float32)
         self.model = load_model(self.folder, device=device, dtype=torch.float32)
-        self.layers = args.layers
+        self.layers, self.python = args.layers, args.peer_python
         self.original = {name: p.clone() for name, p in self.model.named_parameters()}
 
     def score(self, compared: bool = True) -> dict[str, dict[str, float]]:
@@ -223,12 +270,15 @@ class Bench:
             for name, windows in self.windows.items()
         }
 
-    def run(self, task: Task) -> list[tuple[str, int, dict]]:
+    def run(self, task: Task | PeerTask) -> list[tuple[str, int, dict]]:
         """(name, seed, figures) of a task, and of the same codes in packed layers."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.original[name])
         rows = calibration(self.rows, task.rows, task.seed)
+        if isinstance(task, PeerTask):
+            spent = self.run_peer(task, rows)
+            return [(task.name, task.seed, {**self.score(), **spent})]
         spent, solutions = quantize(self.model, self.folder, task.config, rows, self.layers)
         found = [(task.name, task.seed, {**self.score(), **spent})]
         if task.name in SERVED and task.seed == 0:
@@ -237,6 +287,19 @@ class Bench:
             for path, linear in linears.items():
                 self.model.set_submodule(path, linear)
         return found
+
+    @torch.no_grad()
+    def run_peer(self, task: PeerTask, rows: torch.Tensor) -> dict[str, float]:
+        """Put the weights that a peer finds into the model. Returns seconds."""
+        spent, found = peers.quantize(
+            task.peer, self.folder, rows, task.groupsize, settings=task.options, seed=task.seed,
+            layers=self.layers, device=str(self.model.device), threads=torch.get_num_threads(),
+            python=self.python,
+        )  # fmt: skip
+        for name, (weight, scales) in found.items():
+            layer = peers.read_back(name, weight, scales, task.groupsize)
+            self.model.get_submodule(name).weight.copy_(layer.dequantize().T)
+        return spent
 
 
 _bench: list[Bench] = []  # of this worker process
@@ -247,7 +310,7 @@ def _start(args: argparse.Namespace, row_length: int) -> None:
     _bench.append(Bench(args, row_length))
 
 
-def _work(task: Task) -> list[tuple[str, int, dict]]:
+def _work(task: Task | PeerTask) -> list[tuple[str, int, dict]]:
     return _bench[0].run(task)
 
 
@@ -266,11 +329,26 @@ def tasks(args: argparse.Namespace, recipe: dict) -> list[Task]:
     return sorted(found, key=lambda task: task.seed)
 
 
+def peer_tasks(args: argparse.Namespace, recipe: dict) -> list[PeerTask]:
+    """All runs of the peers in args.peers, the first seed of each before the others."""
+    found = []
+    for name, options in recipe.get("peers", {}).items():
+        options = dict(options)
+        peer, seeds = options.pop("peer"), options.pop("seeds", 1)
+        own = options, recipe["groupsize"], recipe["rows"]
+        if peer in args.peers:
+            found += [PeerTask(name, peer, *own, seed) for seed in range(seeds)]
+    return sorted(found, key=lambda task: task.seed)
+
+
 def summarized(name: str, runs: dict[int, dict]) -> dict:
     """Means over the seeds of one variant; kl_seed_se: standard error over seeds."""
     first = runs[min(runs)]
     result: dict = {"name": name, "seeds": sorted(runs)}
     for key, value in first.items():
+        if isinstance(value, str):
+            result[key] = value
+            continue
         if not isinstance(value, dict):
             result[key] = round(statistics.fmean(run[key] for run in runs.values()), 4)
             continue
@@ -284,12 +362,10 @@ def summarized(name: str, runs: dict[int, dict]) -> dict:
 
 def table(results: Sequence[dict]) -> str:
     names = [key for key, value in results[0].items() if isinstance(value, dict)]
-    lines = [
-        "| recipe | wiki PPL | top-1 | C4 PPL | "
-        + " | ".join(f"{n} KL" for n in names)
-        + " | seeds |",
-        "|---" * (len(names) + 5) + "|",
-    ]
+    timed = any("version" in r for r in results)  # of a peer
+    heads = ["recipe", "wiki PPL", "top-1", "C4 PPL", *(f"{n} KL" for n in names)]
+    heads += ["seconds", "CPU seconds"] if timed else []
+    lines = ["| " + " | ".join([*heads, "seeds"]) + " |", "|---" * (len(heads) + 1) + "|"]
     for r in results:
         wiki = r["wiki"]
         top1 = f"{wiki['top1']:.3f}" if "top1" in wiki else ""
@@ -297,6 +373,9 @@ def table(results: Sequence[dict]) -> str:
         for n in names:
             kl = f"{r[n]['kl']:.4f}" if "kl" in r[n] else ""
             cells.append(kl + (f" ± {r[n]['kl_seed_se']:.4f}" if "kl_seed_se" in r[n] else ""))
+        if timed:
+            cells += [f"{r[key]:.0f}" if key in r else "" for key in ("seconds", "cpu_seconds")]
+            cells[0] += f" ({r['version']})" if "version" in r else ""
         lines.append("| " + " | ".join([*cells, str(len(r.get("seeds", [0])))]) + " |")
     return "\n".join(lines)
 
@@ -313,7 +392,8 @@ def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": f"python scripts/bench_accuracy.py {Path(args.model).name} "
-        f"--c4 {args.c4.name} --wiki {args.wiki.name}",
+        f"--c4 {args.c4.name} --wiki {args.wiki.name}"
+        + (f' --only "{args.only}" --peers {" ".join(args.peers)}' if args.peers else ""),
         "commit": commit(),
         "environment": environment(choose_device(QuantizeConfig(device=args.device))),
         "model": args.name or Path(args.model).name,
@@ -391,6 +471,11 @@ def main() -> None:
     parser.add_argument("--stem", default="accuracy", help="of the files written")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other variants")
+    parser.add_argument(
+        "--peers", nargs="+", default=[], metavar="NAME",
+        help=f"other quantizers, of those installed: {', '.join(peers.PEERS)}",
+    )  # fmt: skip
+    parser.add_argument("--peer_python", default=sys.executable, help="interpreter that has them")
     args = parser.parse_args()
     if args.model is None:
         write_tables()
@@ -400,12 +485,14 @@ def main() -> None:
 
     began = time.perf_counter()
     recipe = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
-    todo = tasks(args, recipe)
+    for name in args.peers:
+        print(peers.version(name, args.peer_python), flush=True)
+    todo = tasks(args, recipe) + peer_tasks(args, recipe)
     resolve_source(args.model)  # convert once, before several processes want it
     order = list(dict.fromkeys(task.name for task in todo))
     order = [n for name in order for n in (name, f"{name}, served packed")]
     runs: dict[str, dict[int, dict]] = {}
-    settings = {task.name: task.config.fingerprint() for task in todo}
+    settings = {task.name: task.settings for task in todo}
     full: list[dict] = []
     kept = read_results(args, recipe) if args.add else {}
 

@@ -2,6 +2,10 @@
 
     python scripts/bench_types.py --json docs/results/types.json
     python scripts/bench_types.py --paths sm90 --json docs/results/types_sm90.json
+    python scripts/bench_types.py --act_order --json docs/results/act_order.json
+
+--act_order times uint4b8, FP16, group size 128 on Hopper with and without act-order side by side,
+each way of gathering the activations included: inside the small-batch kernel and in front.
 
 On Hopper 16-bit activations have two paths: "sm80" (mma.sync) and "sm90" (wgmma), with a
 kernel that only reads the same bytes (scripts/bench.py, read_floor) as the yardstick of the second.
@@ -16,24 +20,39 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import yaml
 from bench import read_floor
 from gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
 from torch import Tensor
 
-from marlin_kernel import WEIGHT_TYPES, formats, launch, sm80_layout, sm80_path, sm90_layout
+from marlin_kernel import (
+    WEIGHT_TYPES,
+    formats,
+    kernel_configs,
+    launch,
+    sm80_layout,
+    sm80_path,
+    sm90_layout,
+)
+from marlin_kernel.compiler import compile_kernel
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.layout import packed_shape
 from marlin_kernel.packing import pack
 from marlin_kernel.repack import repack, unpack_source
 from marlin_kernel.sm80_layout import KernelTensors
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))
+ORDERED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+ALTERNATIVES = 3  # kernels that gather, timed beside the chosen one
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EIGHT_BIT = ("int8", "float8_e4m3fn")
 PATHS = {"sm80": sm80_layout, "sm90": sm90_layout}
@@ -88,13 +107,12 @@ def product(
 ) -> None:
     n = out.shape[1]
     if path == "sm90":
-        if held.perm is not None:
-            a = sm80_path.gather(a, held.perm)
         launch.gemm(
             *(a, held.weights, held.scales, None, out, a.shape[1], n),
             *(held.k_padded, -(-n // 64) * 64, held.group_size or -1),
             weight_type=weight_type,
             global_scale=held.global_scale,
+            perm=held.perm,
         )
         return
     sm80_path.gemm(
@@ -212,6 +230,84 @@ def repacking() -> list[dict]:
     return rows
 
 
+def act_order() -> list[dict]:
+    """With and without act-order, on the shapes of configs/bench/anchors.yaml.
+
+    ratio: of the way that `launch.gemm` chooses to the product without act-order; ways: us of
+    "front" (a launch that gathers) and of small-batch kernels that gather; gather_us: that launch
+    alone. Results are compared with the product of gathered activations, bit for bit.
+    """
+    shapes = yaml.safe_load((ROOT / "configs/bench/anchors.yaml").read_text())["shapes"]
+    sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]
+    problems = [(k, n, m) for k, n in sizes for m in ORDERED_TOKENS]
+    ways = {problem: _ways(*problem) for problem in problems}
+    sources = {c.source("float16", 128) for found in ways.values() for c in found}
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda source: compile_kernel(source, launch.device_arch(0)), sources))
+    rows = []
+    weights = None
+    for k, n, m in problems:
+        if weights is None or (weights.k, weights.n) != (k, n):
+            weights = RotatingWeights.make(k, n, 128)
+        perm = torch.randperm(k, device="cuda").int()
+        a = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        gathered = a[:, perm.long()].contiguous()
+        plain, chosen, *others = ways[k, n, m]
+
+        def launches(config, a: Tensor, perm: Tensor | None, weights=weights) -> list:
+            out = a.new_empty(a.shape[0], weights.n)
+            sizes = (weights.k, weights.n, weights.k, weights.n, 128)
+            pairs = zip(weights.codes, weights.scales, strict=True)
+            return [
+                partial(launch.launch_config, config, a, *pair, None, out, *sizes, perm=perm)
+                for pair in pairs
+            ]
+
+        def result(config, a: Tensor, perm: Tensor | None, launches=launches) -> Tensor:
+            first = launches(config, a, perm)[0]
+            first()
+            return first.args[5]
+
+        times = {}
+        for config in (chosen, *others):
+            same = replace(config, gathers=False) if config.gathers else config
+            exact = torch.equal(result(config, a, perm), result(same, gathered, None))
+            assert exact, f"{config} at {k} x {n}, M={m}"
+            name = str(config) if config.gathers else "front"
+            times[name] = round(graph_time(launches(config, a, perm)), 2)
+        before = graph_time(launches(plain, gathered, None))
+        us = times[str(chosen) if chosen.gathers else "front"]
+        row = {"k": k, "n": n, "m": m, "us": round(before, 2), "act_order_us": us}
+        row |= {"ratio": round(us / before, 3), "chosen": next(iter(times)), "ways": times}
+        row["gather_us"] = round(graph_time([partial(launch.gather, a, perm)] * 32), 2)
+        rows.append(row)
+        best = min(times, key=times.get)
+        shown = (
+            f"{k} x {n} M={m}: {before:.2f} -> {us:.2f} ({us / before - 1:+.1%}), {row['chosen']}"
+        )
+        print(
+            shown + (f"; best {times[best]:.2f} {best}" if best != row["chosen"] else ""),
+            flush=True,
+        )
+    return rows
+
+
+def _ways(k: int, n: int, m: int) -> list[kernel_configs.KernelConfig]:
+    """Without act-order; with it, as chosen; other ways with it."""
+    sizes = (m, k // 64, n // 64)
+    plain = kernel_configs.select_config(*sizes, 128)
+    chosen = kernel_configs.select_for_act_order(*sizes, 128)
+    gathering = [
+        replace(c, gathers=True)
+        for c in kernel_configs.supported_configs()
+        if isinstance(c, kernel_configs.DecodeConfig)
+    ]
+    gathering = [c for c in gathering if c.fits(m, k // 64, 128)]
+    gathering.sort(key=lambda c: kernel_configs.estimate(c, *sizes))
+    others = [c for c in (*gathering[:ALTERNATIVES], plain) if c != chosen]
+    return [plain, chosen, *others]
+
+
 def report(what: str, measured: list[dict], rows: list[dict]) -> None:
     """Print times in the order of TOKENS, and keep them."""
     rows += measured
@@ -226,9 +322,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write rows and circumstances here")
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=["sm80"])
     parser.add_argument("--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights")
+    parser.add_argument("--act_order", action="store_true", help="only that: see above")
     options = parser.parse_args()
-    rows = []
-    for k, n in SHAPES:
+    rows = act_order() if options.act_order else []
+    for k, n in () if options.act_order else SHAPES:
         report(f"{k} x {n} torch.matmul", baseline(k, n), rows)
         for case in CASES:
             if options.types is not None and case[0] not in options.types:
@@ -237,7 +334,7 @@ def main() -> None:
                 if path == "sm90" and case[1] in EIGHT_BIT:
                     continue
                 report(f"{k} x {n} {case} {path}", measure(case, k, n, path), rows)
-    if "sm80" in options.paths:
+    if "sm80" in options.paths and not options.act_order:
         rows += repacking()
     if options.json:
         result = {"circumstances": circumstances("scripts/bench_types.py", options), "rows": rows}

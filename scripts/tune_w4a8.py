@@ -167,6 +167,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", help="K x N, as 4096x4096")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--verbose", action="store_true", help="print every candidate's time")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     gpu = scaled_mm._gpu_name(0)
@@ -193,6 +194,8 @@ def main() -> int:
                         "us": round(times[best], 2),
                     }
                     place = sorted(times, key=times.get).index(next(iter(times)))
+                    for config in sorted(times, key=times.get) if options.verbose else ():
+                        print(f"    {times[config]:.2f} us", *as_row(config).values())
                     print(
                         *(tuned_key(types), f"{k}x{n}", m, f"{times[best]:.2f} us"),
                         *(*as_row(best).values(), f"estimate's first choice is number {place + 1}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import yaml
 
 from scripts import bench_accuracy as bench
+from scripts import peers
 
-BENCHES = ["accuracy.yaml", "accuracy_small.yaml", "sparsity.yaml"]
+BENCHES = ["accuracy.yaml", "accuracy_family.yaml", "sparsity.yaml"]
 
 
 @pytest.mark.parametrize("name", BENCHES)
@@ -29,6 +31,19 @@ def test_seed_0_takes_the_first_rows_and_others_draw_without_repeats():
     drawn = [bench.calibration(rows, 32, seed).flatten().tolist() for seed in (1, 2)]
     assert drawn[0] != drawn[1]
     assert all(len(set(found)) == 32 for found in drawn)
+
+
+def test_questions_come_from_csv_files_in_an_order_of_their_own(tmp_path: Path):
+    for subject in ("b", "a"):
+        rows = "".join(f'"{subject}{i}?",w,x,y,z,{i % 4}\n' for i in range(3))
+        (tmp_path / f"{subject}_test.csv").write_text(
+            "question,choice0,choice1,choice2,choice3,answer\n" + rows
+        )
+    found = bench._questions(tmp_path).split("\n\n")
+    assert sorted(text[:3] for text in found) == ["a0?", "a1?", "a2?", "b0?", "b1?", "b2?"]
+    assert "a1?\nA. w\nB. x\nC. y\nD. z\nAnswer: B" in found
+    with pytest.raises(SystemExit, match="holds no \\*_test.csv"):
+        bench._questions(tmp_path / "none")
 
 
 def test_means_and_standard_errors_over_seeds():
@@ -56,3 +71,48 @@ def test_tables_of_the_document_are_generated(tmp_path: Path, monkeypatch):
     bench.write_tables()
     assert document.read_text() == text
     assert text.count("<!-- table: ") >= 2
+
+
+def test_peers_run_with_all_their_seeds_and_only_when_asked_for():
+    recipe = yaml.safe_load((bench.ROOT / "configs" / "bench" / "accuracy.yaml").read_text())
+    assert {options["peer"] for options in recipe["peers"].values()} == set(peers.PEERS)
+    assert bench.peer_tasks(argparse.Namespace(peers=[]), recipe) == []
+    found = bench.peer_tasks(argparse.Namespace(peers=["autoround"]), recipe)
+    assert {task.peer for task in found} == {"autoround"}
+    assert all(task.options["iters"] in (20, 200) for task in found)
+    assert [task.seed for task in found] == sorted(task.seed for task in found)
+
+
+def test_a_peer_that_is_not_there_is_refused():
+    with pytest.raises(SystemExit, match="'quip' is unknown; choose from autoround"):
+        peers.version("quip")
+    with pytest.raises(SystemExit, match="cannot import auto_round .*--peer_python"):
+        peers.version("autoround", python=shutil.which("false"))
+
+
+def fake_weight(k=128, n=64, group=64):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), generator=generator)
+    scales = (torch.rand(n, k // group, generator=generator) - 0.5).half().float()
+    weight = (codes - 8) * scales.repeat_interleave(group, 1)
+    return codes, scales, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_a_peer_become_codes(dtype):
+    codes, scales, weight = fake_weight()
+    layer = peers.read_back("linear", weight.to(dtype), scales, 64)
+    assert torch.equal(layer.codes.T, codes.to(torch.uint8))
+    assert torch.equal(layer.dequantize().T, weight)
+
+
+def test_weights_in_another_format_are_refused():
+    _, scales, weight = fake_weight()
+    with pytest.raises(ValueError, match="steps from the nearest code"):
+        peers.read_back("linear", weight * 0.95, scales, 64)
+    with pytest.raises(ValueError, match=r"codes span .*outside 0\.\.15"):
+        peers.read_back("linear", 2 * weight, scales, 64)
+    with pytest.raises(ValueError, match="one scale per group and row"):
+        peers.read_back("linear", weight, scales[:, :1], 64)
+    with pytest.raises(ValueError, match="zero or not finite"):
+        peers.read_back("linear", weight, torch.zeros_like(scales), 64)

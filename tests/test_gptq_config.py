@@ -50,6 +50,7 @@ def test_documented_defaults():
         (dict(percdamp=-0.1), r"percdamp=-0.1 is not in \[0, 10\]"),
         (dict(percdamp=float("nan")), "percdamp=nan is not in"),
         (dict(target_damp=0.0), r"target_damp=0.0 is not in \(0, 100\]"),
+        (dict(shrinkage=1.0), r"shrinkage=1.0 is not in \[0, 1\)"),
         (dict(clip_min=1.5), r"clip_min=1.5 is not in \(0, 1\]"),
         (dict(wbits=16, save="out"), "save='out' with wbits=16.*add --wbits 4"),
         (dict(true_sequential=False), "needs true_sequential.*--no-asymmetric"),
@@ -96,7 +97,7 @@ def test_solver_options_carry_every_setting():
     options = config(
         wbits=8, sym=False, groupsize=32, clip_steps=7, clip_min=0.5, signed_scales=False,
         blocksize=16, percdamp=0.2, act_order=True, static_groups=False, refit=3, sweeps=2,
-        target_damp=2.0,
+        target_damp=2.0, shrinkage=0.3,
     ).solver_options()  # fmt: skip
     assert options.wtype == WEIGHT_TYPES["uint8"] and options.group_size == 32
     grid = options.grid
@@ -104,6 +105,7 @@ def test_solver_options_carry_every_setting():
     assert (options.blocksize, options.percdamp) == (16, 0.2)
     assert (options.act_order, options.static_groups) == (True, False)
     assert (options.refit, options.sweeps, options.target_damp) == (3, 2, 2.0)
+    assert options.shrinkage == 0.3
     assert options.asymmetric and not options.nearest
     assert not config(no_clip=True).solver_options().grid.clip
     assert not config(nearest=True).solver_options().grid.clip
@@ -115,9 +117,9 @@ def test_fingerprint_knows_every_setting_that_decides_the_codes(field):
     other = dict(
         dataset="c4", seed=1, nsamples=8, seqlen=16, wbits=8, groupsize=64, sym=False,
         nearest=True, percdamp=0.2, blocksize=64, true_sequential=False, act_order=False,
-        static_groups=False, asymmetric=False, target_damp=2.0, no_clip=True, clip_steps=5,
-        clip_min=0.5, signed_scales=False, refit=0, sweeps=0, refine=1, refine_norms=1,
-        skip_gq=True, device="cuda", dtype="bfloat16", sparsity="2:4",
+        static_groups=False, asymmetric=False, target_damp=2.0, shrinkage=0.3, no_clip=True,
+        clip_steps=5, clip_min=0.5, signed_scales=False, refit=0, sweeps=0, refine=1,
+        refine_norms=1, skip_gq=True, device="cuda", dtype="bfloat16", sparsity="2:4",
     )  # fmt: skip
     places = {"checkpoint", "data_dir", "save", "overwrite", "resume", "eval", "eval_tokens",
               "report", "format", "from_config", "offload_activations",

@@ -463,6 +463,44 @@ def test_asymmetric_solution_is_closer_to_the_full_model():
     assert torch.equal(same.codes, plain.codes)
 
 
+# ---- shrinkage -----------------------------------------------------------------------------------
+
+
+def test_shrinkage_solves_with_fewer_correlations_and_reports_true_losses():
+    weight, h = problem(64, 8)
+    shrunk = 0.7 * h
+    shrunk.diagonal().copy_(h.diagonal())
+    opts = options(shrinkage=0.3, refit=1, sweeps=1)
+    found = solve(weight, h, opts)[0]
+    wanted = solve(weight, shrunk, replace(opts, shrinkage=0.0))[0]
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scales, wanted.scales)
+    moved = found.weight() - weight.T
+    loss = float((moved * (h @ moved)).sum()) / 2
+    assert found.statistics.loss == pytest.approx(loss / weight.shape[0], rel=1e-3)
+    nearest = [solve(weight, h, options(nearest=True, shrinkage=s))[0].codes for s in (0.0, 0.3)]
+    assert torch.equal(*nearest)
+
+
+def test_shrinkage_helps_where_pairs_of_inputs_are_correlated_otherwise():
+    """Two kinds of text: equal energies of single inputs, correlations of their own."""
+    draw = torch.Generator().manual_seed(3)
+    energy = torch.rand(128, generator=draw) + 0.5
+
+    def inputs() -> torch.Tensor:
+        shared = torch.randn(16, 128, generator=draw)
+        x = torch.randn(300, 16, generator=draw) @ shared + torch.randn(300, 128, generator=draw)
+        return x / x.square().mean(0).sqrt() * energy
+
+    calibration, other = inputs(), inputs()
+    weight = torch.randn(64, 128, generator=draw)
+    errors = []
+    for shrinkage in (0.0, 0.2):
+        opts = options(shrinkage=shrinkage, percdamp=0.1, act_order=True, static_groups=True)
+        found = solve(weight, 2 * calibration.T @ calibration, opts)[0]
+        errors.append(float((other @ (found.weight() - weight.T)).norm()))
+    assert errors[1] < 0.97 * errors[0]
+
+
 # ---- clipping factors of static groups -----------------------------------------------------------
 
 

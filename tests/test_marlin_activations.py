@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulator.build import build, compiler
 
-from marlin_kernel import reference, sm80_path
+from marlin_kernel import kernel_configs, launch, reference, sm80_path
 from marlin_kernel.sm80_layout import K_ORDER, kernel_activations
 
 pytestmark = pytest.mark.skipif(
@@ -59,6 +59,41 @@ def test_gathering() -> None:
         block = sm80_path._GATHER.pack(*pointers, a.stride(0), 7, 320)
         assert library().run_gather(ctypes.c_uint(seed), grid, block) == 0
         assert torch.equal(out, expected)
+
+
+@functools.cache
+def gather_library() -> ctypes.CDLL:
+    return build("run_gather.cpp", {})
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "k_padded", "stride", "offset"),
+    [
+        (1, 300, 320, 300, 0),  # one row that no bulk copy can take
+        (7, 320, 320, 328, 8),
+        (5, 312, 1344, 320, 0),  # several parts
+        (9, 333, 384, 340, 1),
+        (300, 64, 64, 64, 0),  # more tokens than blocks
+        (40, 56, 128, 56, 0),
+    ],
+)
+def test_gathering_on_hopper(m: int, k: int, k_padded: int, stride: int, offset: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    buffer = torch.full((m * stride + offset,), float("nan")).half()
+    a = buffer[offset:].as_strided((m, k), (stride, 1))
+    a.copy_(torch.randn(m, k, generator=generator))
+    perm = torch.randint(-1, k, (k_padded,), dtype=torch.int32, generator=generator)
+    expected = torch.where(perm >= 0, a[:, perm.clamp(min=0)], 0)
+    for multiprocessors in (1, 3, 132):
+        plan = kernel_configs.gather_plan(m, k, k_padded, multiprocessors)
+        for seed in (0, 1, 2):
+            out = torch.full((m + 1, k_padded), float("nan")).half()
+            pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
+            block = launch._GATHER.pack(*pointers, stride, m, k, k_padded, plan.part)
+            shape = (plan.threads, plan.rows, ctypes.c_uint(seed), *plan.grid[:2])
+            assert gather_library().run_gather(*shape, plan.shared_bytes, block) == 0
+            assert torch.equal(out[:m], expected)
+            assert out[m].isnan().all()
 
 
 def test_order_of_inputs() -> None:

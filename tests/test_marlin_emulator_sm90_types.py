@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,3 +131,56 @@ def test_act_order(c: Combination) -> None:
         wanted = 32 if not c.k_full else c.group_size
         if (kernel.dtype, kernel.group_size) == (torch.float16, wanted):
             assert check(kernel, c, ((5, 130, 300, 2),)) == 1
+
+
+GATHERING = (
+    *(replace(config, gathers=True) for config in DECODE_CONFIGS),
+    DecodeConfig(2, 2, 3, split=4, stages=2, blocks_per_sm=1, gathers=True),
+)
+# Without padding of K (bulk copies), and with: aligned rows, odd ones, an odd first address
+GATHERED_SHAPES = (
+    (3, 130, 448, 8),
+    (8, 64, 64, 8),
+    (5, 130, 333, 8),
+    (4, 200, 328, 8),
+    (2, 70, 448, 3),
+)
+
+
+@functools.cache
+def gathering_library(weight_type: str, dtype: torch.dtype, group_size: int) -> Sm90Library:
+    return Sm90Library([Kernel(c, dtype, group_size, weight_type) for c in GATHERING])
+
+
+@functools.cache
+def ordered_problem(c: Combination, m: int, n: int, k: int, shift: int) -> TypedProblem:
+    return TypedProblem(c, m, n, k, shift)
+
+
+@pytest.mark.parametrize("c", ORDERED, ids=str)
+@pytest.mark.parametrize(
+    "config", GATHERING, ids=lambda config: f"{config.token_tiles}-{config.split}"
+)
+def test_gathering_kernels(c: Combination, config: DecodeConfig) -> None:
+    """The same bits as of the plain kernel on gathered activations."""
+    weight_type, group_size = c.weight_type.name, 32 if not c.k_full else c.group_size
+    types = (DTYPES[c.output], group_size, weight_type)
+    built = gathering_library(weight_type, types[0], group_size)
+    plain = Kernel(replace(config, gathers=False), *types)
+    plain_built = plain_library(plain)
+    for m, n, k, shift in GATHERED_SHAPES:
+        p = ordered_problem(c, m, n, k, shift)
+        if p.group_size != group_size:
+            continue
+        verdict, expected = p.run(plain_built, plain, 1, 0)
+        assert verdict == "finished"
+        assert p.error(expected) < TOLERANCE[types[0]]
+        for seed in (0, 1, 2):
+            verdict, out = p.run(built, Kernel(config, *types), 1, seed)
+            assert verdict == "finished", f"M={m} N={n} K={k}, seed {seed}: {verdict}"
+            assert torch.equal(out, expected), f"M={m} N={n} K={k}, seed {seed}"
+
+
+@functools.cache
+def plain_library(kernel: Kernel) -> Sm90Library:
+    return Sm90Library([kernel])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import pytest
 import torch
@@ -37,6 +37,10 @@ PARTS = EightBitConfig(tokens=128, warpgroups=2, multicast=1, split=1, stages=3,
 LEAD = EightBitConfig(64, warpgroups=2, multicast=2, split=1, stages=4, blocks_per_sm=1, lead=1)
 WIDE = EightBitConfig(tokens=64, warpgroups=3, multicast=1, split=3, stages=3, blocks_per_sm=1)
 THREE = EightBitConfig(tokens=192, warpgroups=1, multicast=1, split=1, stages=3, blocks_per_sm=1)
+# One set of sums: with turns, with a leading warpgroup, and with one buffer of fragments.
+TURNS = EightBitConfig(128, 2, 1, split=1, stages=3, blocks_per_sm=1, part=128, sets=1, turns=1)
+ONE_SET = EightBitConfig(64, 2, 2, split=1, stages=4, blocks_per_sm=1, lead=1, part=32, sets=1)
+ONE_BUFFER = EightBitConfig(192, 1, 1, split=1, stages=3, blocks_per_sm=1, part=192, sets=1)
 # weight type, activation, output, group size
 KERNELS = [
     (FEW, EightBitTypes("uint4b8", "int8", "float16", 0)),
@@ -66,6 +70,11 @@ KERNELS = [
     (THREE, EightBitTypes("uint4b8", "float8_e4m3fn", "float16", 0)),
     (SPLIT, EightBitTypes("float8_e4m3fn", "float8_e4m3fn", "float16", 0)),
     (FEW, EightBitTypes("float8_e4m3fn", "float8_e4m3fn", "bfloat16", 128)),
+    (TURNS, EightBitTypes("uint4b8", "float8_e4m3fn", "float16", 128)),
+    (ONE_SET, EightBitTypes("uint4b8", "float8_e4m3fn", "float16", 64)),
+    (ONE_SET, EightBitTypes("float8_e4m3fn", "float8_e4m3fn", "float16", 128)),
+    (ONE_BUFFER, EightBitTypes("uint4b8", "float8_e4m3fn", "bfloat16", 128)),
+    (ONE_BUFFER, EightBitTypes("float8_e4m3fn", "float8_e4m3fn", "float16", 0)),
 ]
 # M, N, K, multiprocessors: one tile; padding; several tiles of a block and token tiles
 SHAPES = ((1, 64, 256, 2), (17, 200, 336, 2), (70, 264, 640, 2))
@@ -128,7 +137,7 @@ def library() -> EightBitLibrary:
 
 def name_of(value: object) -> str:
     if isinstance(value, EightBitConfig):
-        return f"t{value.tokens}w{value.warpgroups}m{value.multicast}s{value.split}l{value.lead}"
+        return "t{}w{}m{}s{}_{}_{}l{}p{}s{}t{}".format(*astuple(value))
     return f"{value.weight_type}-{value.activation}-{value.output}-g{value.group_size}"
 
 
@@ -187,12 +196,15 @@ MUTATIONS = {
     "codes are read before they have arrived": (
         "ptx::mbarrier_wait(&shared_.full[position_.stage], position_.parity);"
     ),
-    "the last products are not waited for": "ptx::wgmma_wait<0>();",
+    "the last products are not waited for": ("ptx::wgmma_wait<0>();  // the last move is complete"),
     "sums are moved on before they are complete": (
         "ptx::wgmma_wait<1>();  // the move before is complete"
     ),
     "a stage is released while it is multiplied": (
         "ptx::wgmma_wait<1>();  // the stage before is complete"
+    ),
+    "the one set of sums is moved on before it is complete": (
+        "ptx::wgmma_wait<0>();  // this move is complete"
     ),
 }
 
@@ -205,6 +217,7 @@ def outcomes(mutation: str | None) -> list[str]:
     kernels = [
         (FEW, EightBitTypes("uint4b8", "int8", "float16", 0)),
         (SPLIT, EightBitTypes("uint4b8", "int8", "float16", 64)),
+        (replace(SPLIT, sets=1), EightBitTypes("uint4b8", "float8_e4m3fn", "float16", 128)),
     ]
     built = EightBitLibrary(kernels, change)
     wrong = []

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not _runs_here(), reason="needs a Hopper GPU (compute capability 9.0)"),
 ]
 if _runs_here():
-    from marlin_kernel import launch, sm80_path
+    from marlin_kernel import launch
 
 # Largest error allowed, in units of what torch.matmul loses on the dequantized weights. HQQ weights
 # may be rounded twice (zero point, scale).
@@ -63,13 +63,12 @@ class Weights:
         """Multiply into a poisoned output, and look at what surrounds it."""
         (m, k), n, held = a.shape, self.exact.shape[1], self.held
         buffer = torch.full((m + 2, n), math.nan, device="cuda", dtype=a.dtype)
-        if held.perm is not None:
-            a, k = sm80_path.gather(a, held.perm), held.k_padded
         operands = (a, held.weights, held.scales, self.bias, buffer[1 : m + 1])
         sizes = (k, n, held.k_padded, -(-n // 64) * 64, self.group_size)
         typed = {
             "weight_type": self.combination.weight_type.name,
             "global_scale": held.global_scale,
+            "perm": held.perm,
         }
         if config is None:
             launch.gemm(*operands, *sizes, batch_invariant=batch_invariant, **typed)
@@ -136,7 +135,10 @@ def compile_chosen(name: str) -> None:
             w = weights(c, k, n)
             for m in TOKENS:
                 sizes = (m, w.k_tiles, -(-n // 64), w.group_size)
-                config = kernel_configs.select_config(*sizes, weight_type=name)
+                select = kernel_configs.select_config
+                if w.held.perm is not None:
+                    select = kernel_configs.select_for_act_order
+                config = select(*sizes, weight_type=name)
                 sources.add(config.source(c.output, w.group_size, name))
     compile_all(sources)
 

@@ -150,7 +150,8 @@ def shapes(types: EightBitTypes) -> list[EightBitConfig]:
     """Every shape once, whole and split."""
     found = {}
     for c in supported_configs(types):
-        found.setdefault((c.tokens, c.warpgroups, c.multicast, c.split > 1, c.lead), c)
+        moves = c.part, c.sets, c.turns
+        found.setdefault((c.tokens, c.warpgroups, c.multicast, c.split > 1, c.lead, *moves), c)
     return list(found.values())
 
 

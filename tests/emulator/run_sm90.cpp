@@ -1,5 +1,6 @@
-// Runs the sm_90 kernels under the emulator. Compiled with -DDECODE_CASES="X(0, ...) ..." and
-// -DGEMM_CASES="X(0, ...) ...", one X per configuration: its number and its template arguments.
+// Runs the sm_90 kernels under the emulator. Compiled with -DDECODE_CASES="X(0, ...) ...",
+// -DDECODE_GATHER_CASES (which gather activations) and -DGEMM_CASES, one X per configuration: its
+// number and its template arguments.
 #include "sm90/decode.cuh"
 #include "sm90/gemm.cuh"
 
@@ -7,7 +8,7 @@ namespace {
 struct Arguments {
   const void *activations, *weights, *scales, *bias;
   void *out, *partials, *counters;
-  const void* global_scale;
+  const void *global_scale, *permutation;
   long long row_stride;
   int m, n, k, column_tiles, k_tiles, split, whole_tiles;
 };
@@ -42,6 +43,14 @@ int decode(unsigned seed, dim3 grid, int shared_bytes, const Arguments& a) {
 }
 
 template <class Config>
+int decode_gather(unsigned seed, dim3 grid, int shared_bytes, const Arguments& a) {
+  const auto p = problem_of<typename Config::Scalar>(a);
+  const int* permutation = static_cast<const int*>(a.permutation);
+  return emu::launch(grid, {Config::THREADS}, shared_bytes, Config::SPLIT, seed,
+                     [=] { sm90::decode_gather_kernel<Config>(p, permutation); });
+}
+
+template <class Config>
 int gemm(unsigned seed, dim3 grid, int shared_bytes, const Arguments& a) {
   const auto p = problem_of<typename Config::Scalar>(a);
   const emu::Matrix matrix = {static_cast<const char*>(a.activations),
@@ -73,6 +82,12 @@ extern "C" __attribute__((visibility("default"))) const char* violation() {
   case number:         \
     return decode<sm90::DecodeConfig<__VA_ARGS__>>(seed, grid, shared_bytes, *a);
 ENTRY(decode, DECODE_CASES)
+#undef X
+#define X(number, ...)                                                                      \
+  case number:                                                                              \
+    return decode_gather<sm90::Gathering<sm90::DecodeConfig<__VA_ARGS__>>>(seed, grid,       \
+                                                                           shared_bytes, *a);
+ENTRY(decode_gather, DECODE_GATHER_CASES)
 #undef X
 #define X(number, ...) \
   case number:         \

@@ -37,10 +37,17 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("activations", "weights", "scales", "bias", "out")),
         *((name, ctypes.c_void_p) for name in ("partials", "counters", "global_scale")),
+        ("permutation", ctypes.c_void_p),
         ("row_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "column_tiles", "k_tiles")),
         *((name, ctypes.c_int) for name in ("split", "whole_tiles")),
     ]
+
+
+def _entry(config: DecodeConfig | GemmConfig) -> str:
+    if isinstance(config, GemmConfig):
+        return "gemm"
+    return "decode_gather" if config.gathers else "decode"
 
 
 class Sm90Library:
@@ -49,11 +56,11 @@ class Sm90Library:
     def __init__(self, kernels: list[Kernel], mutation: tuple[str, str, str] | None = None):
         self._numbers = {kernel: number for number, kernel in enumerate(kernels)}
         cases = {}
-        for name, kind in (("DECODE_CASES", DecodeConfig), ("GEMM_CASES", GemmConfig)):
-            cases[name] = " ".join(
+        for name in ("decode", "decode_gather", "gemm"):
+            cases[f"{name.upper()}_CASES"] = " ".join(
                 f"X({number}, {kernel.template_arguments()})"
                 for kernel, number in self._numbers.items()
-                if isinstance(kernel.config, kind)
+                if _entry(kernel.config) == name
             )
         self._library = build("run_sm90.cpp", cases, mutation)
         self._library.violation.restype = ctypes.c_char_p
@@ -71,22 +78,22 @@ class Sm90Library:
         blocks: int,
         seed: int,
         global_scale: Tensor | None = None,
+        perm: Tensor | None = None,
     ) -> str:
         """Launch; a [M, K] may have any row stride, out [M, N] is contiguous.
 
         codes, scales: in the device layout (sm90_layout); blocks: multiprocessors of the imagined
-        GPU; global_scale: of types that have one. Returns "finished", or what went wrong.
+        GPU; global_scale: of types that have one; perm: of kernels that gather. Returns "finished",
+        or what went wrong.
         """
         config = kernel.config
         (m, k), n = a.shape, out.shape[1]
         column_tiles, k_tiles = n_padded // TILE_N, k_padded // TILE_K
         split, whole_tiles, floats, counts = 1, 0, 0, 0
         if isinstance(config, GemmConfig):
-            entry = self._library.run_gemm
             split, whole_tiles = config.split, config.whole_tiles(m, column_tiles, blocks)
             floats, counts = config.workspace(m, column_tiles, blocks)
-        else:
-            entry = self._library.run_decode
+        entry = getattr(self._library, f"run_{_entry(config)}")
         types = (kernel.group_size, kernel.weight_type)
         grid = config.grid(m, k_tiles, column_tiles, types[0], blocks, types[1])
         partials = torch.full((floats + 4,), float("nan"))
@@ -96,7 +103,7 @@ class Sm90Library:
             return None if t is None else t.data_ptr()
 
         arguments = _Arguments(
-            *map(pointer, (a, codes, scales, bias, out, partials, counters, global_scale)),
+            *map(pointer, (a, codes, scales, bias, out, partials, counters, global_scale, perm)),
             *(a.stride(0), m, n, k, column_tiles, k_tiles, split, whole_tiles),
         )
         status = entry(
@@ -116,10 +123,11 @@ class Sm90Library:
 class TypedProblem:
     """A random multiplication with weights of any type, and its float64 result.
 
-    The activations lie inside a larger buffer of NaN, unless they are gathered (act-order).
+    The activations lie inside a larger buffer of NaN. For kernels that do not gather (act-order)
+    they are gathered before, as csrc/sm90/gather.cuh does. shift: of the buffer, in elements.
     """
 
-    def __init__(self, c: Combination, m: int, n: int, k: int):
+    def __init__(self, c: Combination, m: int, n: int, k: int, shift: int = 8):
         generator = torch.Generator().manual_seed(m * 1000003 + n * 1009 + k)
         randn = functools.partial(torch.randn, generator=generator)
         dtype = DTYPES[c.output]
@@ -127,12 +135,12 @@ class TypedProblem:
         layer = random_layer(randn(k, n) / k**0.5, c, generator)
         self.weights = kernel_tensors(formats.write(layer, "marlin"), layer.spec)
         buffer = torch.full((m + 2, -(-k // 8) * 8 + 8), float("nan"), dtype=dtype)
-        self.a = buffer.flatten()[8:].as_strided((m, k), (buffer.shape[1], 1))
+        self.a = buffer.flatten()[shift:].as_strided((m, k), (buffer.shape[1], 1))
         exact = self.a.copy_(randn(m, k)).double()
         self.expected = exact @ layer.dequantize(torch.float64) + self.bias.double()
-        if self.weights.perm is not None:  # as the gathering kernel does
-            perm = self.weights.perm
-            self.a = torch.where(perm >= 0, self.a[:, perm.clamp(min=0).long()], 0)
+        self.gathered, perm = self.a, self.weights.perm
+        if perm is not None:
+            self.gathered = torch.where(perm >= 0, self.a[:, perm.clamp(min=0).long()], 0)
 
     @property
     def group_size(self) -> int:
@@ -146,9 +154,11 @@ class TypedProblem:
         buffer = torch.full((m + 2, n), float("nan"), dtype=self.bias.dtype)
         out = buffer[1 : m + 1]
         n_padded = -(-n // TILE_N) * TILE_N
+        gathers = kernel.config.gathers
+        a = self.a if gathers else self.gathered
         verdict = built.run(
-            *(kernel, self.a, w.weights, w.scales, self.bias, out, w.k_padded, n_padded),
-            *(sms, seed, w.global_scale),
+            *(kernel, a, w.weights, w.scales, self.bias, out, w.k_padded, n_padded),
+            *(sms, seed, w.global_scale, w.perm if gathers else None),
         )
         if not (buffer[0].isnan().all() and buffer[-1].isnan().all()):
             verdict = "wrote outside of the output"

@@ -14,6 +14,11 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
+// bar.arrive id, threads: count as arrived without waiting for the others.
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
 // bar.warp.sync: all 32 lanes; orders their shared-memory accesses.
 __device__ __forceinline__ void warp_sync() {
   asm volatile("bar.warp.sync 0xffffffff;\n" ::: "memory");

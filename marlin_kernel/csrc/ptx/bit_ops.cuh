@@ -20,6 +20,14 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return d;
 }
 
+// dp2a.lo: c plus the products of the 16-bit halves of a with the two lowest bytes of b, unsigned.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#integer-arithmetic-instructions-dp2a
+__device__ __forceinline__ uint32_t dot_16x8(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Packed pairs of 16-bit floats in 32-bit registers; the last argument names the element type.
 __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b, __half) {
   uint32_t d;

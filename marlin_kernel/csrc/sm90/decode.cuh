@@ -11,11 +11,16 @@
 // Groups are scaled in the accumulator: sums of (code - zero) * activation are exact products in
 // fp32, one fused multiply-add per accumulator and group replaces a multiplication per weight, and
 // the scale never rounds.
+//
+// Act-order (GATHERS): weight rows are sorted by group, activations are not. A block loads whole
+// rows of activations, and each lane picks its operands from them by an index, which is prepared
+// before the preceding kernel has ended, while weights are on their way.
 #pragma once
 
 #include "dequant/int4_biased.cuh"
 #include "dequant/operand.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/bit_ops.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -43,6 +48,7 @@ class Decoder {
   static constexpr float kUnit =
       BIASED ? dequant::BiasedPair<Scalar>::kUnit : Operand::UNIT;
   using Accumulators = float[4][Config::TOKEN_TILES][4];  // [16 features][8 tokens][fragment]
+  using Tokens = uint32_t[Config::TOKEN_TILES][2][4];  // as in multiply_tile
 
  public:
   __device__ __forceinline__ Decoder(const Problem<Scalar>& p)
@@ -58,20 +64,25 @@ class Decoder {
     const Range mine(block_range_.size(), warp_ / Config::WARPS_N, Config::WARPS_K);
     first_tile_ = block_range_.begin + mine.begin;
     tiles_ = mine.size();
-    row_bytes_ = block_range_.size() * kTileK * static_cast<int>(sizeof(Scalar)) + 16;
+    const int row_tiles = Config::GATHERS ? p.k_tiles : block_range_.size();
+    row_bytes_ = row_tiles * kTileK * static_cast<int>(sizeof(Scalar)) + 16;
   }
 
-  __device__ __forceinline__ void run() {
+  // permutation: [64 k_tiles], activation of each weight row, negative: none; null unless GATHERS.
+  __device__ __forceinline__ void run(const int* permutation) {
     start_pipeline();
     ptx::launch_dependents();
     if constexpr (Config::SPLIT > 1) ptx::cluster_arrive();
     ptx::block_sync();  // barriers of activations are initialised
-    load_activations();
+    if constexpr (Config::GATHERS)
+      load_whole_activations(permutation);
+    else
+      load_activations();
     const int blocks = ceil_div(p_.column_tiles, Config::WARPS_N);
     int parity = 0;  // of the place of sums from the cluster
     for (int block = blockIdx.y; block < blocks; block += gridDim.y) {
       load_epilogue_operands(block);
-      if (block == blockIdx.y) ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);
+      if (block == blockIdx.y) wait_for_activations();
       multiply(block * Config::WARPS_N + warp_ % Config::WARPS_N < p_.column_tiles);
       add_warps(parity, block == blockIdx.y);
       write_output(parity, block);
@@ -127,8 +138,11 @@ class Decoder {
 #pragma unroll
       for (int stage = 0; stage < Config::STAGES; ++stage)
         ptx::mbarrier_init(&shared_.full[warp_][stage], 1);
-      if (warp_ % Config::WARPS_N == 0)
+      if constexpr (Config::GATHERS) {
+        if (warp_ == 0) ptx::mbarrier_init(&shared_.tokens_full[0], Config::WARPS);
+      } else if (warp_ % Config::WARPS_N == 0) {
         ptx::mbarrier_init(&shared_.tokens_full[warp_ / Config::WARPS_N], Config::WARPS_N);
+      }
       ptx::fence_mbarrier_init();
     }
     ptx::warp_sync();
@@ -174,6 +188,77 @@ class Decoder {
     if (ptx::elect_one()) ptx::mbarrier_arrive(&shared_.tokens_full[run]);
   }
 
+  __device__ __forceinline__ void wait_for_activations() {
+    if constexpr (Config::GATHERS)
+      ptx::mbarrier_wait(&shared_.tokens_full[0], 0);
+    else
+      ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);
+  }
+
+  // ---- act-order: every token's whole row, in the order of the caller, and a zero after it. Warps
+  // fetch tokens in turn; the last arrival of a warp also says that its part of the index is there.
+  __device__ __forceinline__ void load_whole_activations(const int* permutation) {
+    write_index(permutation);
+    ptx::warp_sync();
+    const unsigned long long address = reinterpret_cast<unsigned long long>(p_.activations);
+    const unsigned long long stride = p_.row_stride * sizeof(Scalar);
+    const bool aligned = (address | (p_.m > 1 ? stride : 0) | p_.k * sizeof(Scalar)) % 16 == 0;
+    uint64_t* arrived = &shared_.tokens_full[0];
+    ptx::wait_for_predecessors();
+    if (aligned) {
+      if (ptx::elect_one()) {
+        const int bytes = p_.k * static_cast<int>(sizeof(Scalar));
+        const int rows = warp_ < p_.m ? (p_.m - 1 - warp_) / Config::WARPS + 1 : 0;
+        for (int token = warp_; token < p_.m; token += Config::WARPS)
+          row(token)[p_.k] = Element<Scalar>::from_float(0.f);
+        ptx::mbarrier_arrive_expect(arrived, rows * bytes);
+        for (int token = warp_; token < p_.m; token += Config::WARPS)
+          ptx::bulk_copy(row(token), p_.activations + token * p_.row_stride, bytes, arrived);
+      }
+      return;
+    }
+    for (int token = 0; token < p_.m; ++token)
+      for (int i = threadIdx.x; i <= p_.k; i += Config::THREADS)
+        row(token)[i] = i < p_.k ? p_.activations[token * p_.row_stride + i]
+                                 : Element<Scalar>::from_float(0.f);
+    ptx::warp_sync();
+    if (ptx::elect_one()) ptx::mbarrier_arrive(arrived);
+  }
+
+  __device__ __forceinline__ Scalar* row(int token) const {
+    return reinterpret_cast<Scalar*>(activations_ + token * row_bytes_);
+  }
+
+  // Index of the block's k range, in pairs of 16-bit numbers: [tiles][4 lanes][2 halves of 32 k]
+  // [4 B registers]. The eight pairs that lanes with the same lane % 4 need for a tile are contiguous.
+  __device__ __forceinline__ uint32_t* index_of(int tile) const {
+    return reinterpret_cast<uint32_t*>(activations_ + p_.m * row_bytes_) +
+           (tile - block_range_.begin) * (kTileK / 2);
+  }
+
+  // Warps that share a run of k write the index of its tiles in turn; k without an activation point
+  // to the zero after a row.
+  __device__ __forceinline__ void write_index(const int* permutation) {
+    const int k = lane_ / 4 % 2 * 32 + chunk(lane_ % 4) * 8 + lane_ / 8 * 2;
+    constexpr int kAtOnce = 4;  // loads in flight
+    for (int first = warp_ % Config::WARPS_N; first < tiles_; first += kAtOnce * Config::WARPS_N) {
+      int2 columns[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int tile = first + i * Config::WARPS_N;
+        const int* place = permutation + (first_tile_ + tile) * kTileK + k;
+        if (tile < tiles_) columns[i] = *reinterpret_cast<const int2*>(place);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int tile = first + i * Config::WARPS_N;
+        const uint32_t low = columns[i].x < 0 ? p_.k : columns[i].x;
+        const uint32_t high = columns[i].y < 0 ? p_.k : columns[i].y;
+        if (tile < tiles_) index_of(first_tile_ + tile)[lane_] = low | high << 16;
+      }
+    }
+  }
+
   // ---- mainloop ----
   // Sums of this warp's run of one column. exists: N' may end before the block's last column.
   __device__ __forceinline__ void multiply(bool exists) {
@@ -185,18 +270,24 @@ class Decoder {
         for (int i = 0; i < 4; ++i) total_[m][t][i] = 0.f;
     if (!exists) return;
     // Row of an 8 x 8 matrix that this lane addresses: token lane % 8; tokens that do not exist
-    // repeat the last one, and nobody reads their results.
+    // repeat the last one, and nobody reads their results. A lane gathers for token lane / 4.
     const uint8_t* rows[Config::TOKEN_TILES];
 #pragma unroll
     for (int t = 0; t < Config::TOKEN_TILES; ++t) {
+      if constexpr (Config::GATHERS) {
+        rows[t] = activations_ + min(t * 8 + lane_ / 4, p_.m - 1) * row_bytes_;
+        continue;
+      }
       const int token = min(t * 8 + lane_ % 8, p_.m - 1);
       rows[t] = activations_ + token * row_bytes_ +
                 (first_tile_ - block_range_.begin) * kTileK * static_cast<int>(sizeof(Scalar)) +
                 chunk(lane_ / 8) * 16;
     }
     for (int tile = 0; tile < tiles_; ++tile) {
+      Tokens tokens;
+      if constexpr (Config::GATHERS) gather_tokens(tokens, rows, first_tile_ + tile);
       ptx::mbarrier_wait(&shared_.full[warp_][stage_], parity_);
-      multiply_tile(shared_.ring[warp_] + stage_ * Config::STAGE_BYTES, rows, tile);
+      multiply_tile(shared_.ring[warp_] + stage_ * Config::STAGE_BYTES, rows, tile, tokens);
       ptx::warp_sync();
       if (fetches()) fetch(stage_);
       if (++stage_ == Config::STAGES) {
@@ -211,9 +302,37 @@ class Decoder {
     return BIASED ? dequant::BiasedPair<Scalar>::chunk(i) : i;
   }
 
+  // B operands of k tile `tile`, before its weights are waited for.
+  __device__ __forceinline__ void gather_tokens(Tokens& tokens,
+                                                const uint8_t* const (&rows)[Config::TOKEN_TILES],
+                                                int tile) const {
+    const uint4* index = reinterpret_cast<const uint4*>(index_of(tile)) + lane_ % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 four = index[half];
+      const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int t = 0; t < Config::TOKEN_TILES; ++t) {
+          const uint32_t row = static_cast<uint32_t>(rows[t] - activations_);
+          constexpr uint32_t kLow = sizeof(Scalar), kHigh = kLow << 8;
+          const uint32_t low = element(ptx::dot_16x8(pairs[i], kLow, row));
+          const uint32_t high = element(ptx::dot_16x8(pairs[i], kHigh, row));
+          tokens[t][half][i] = low | high << 16;
+        }
+    }
+  }
+
+  // Bits of the activation that lies `offset` bytes after the first.
+  __device__ __forceinline__ uint32_t element(uint32_t offset) const {
+    return *reinterpret_cast<const uint16_t*>(activations_ + offset);
+  }
+
+  // gathered: operands of the tokens, if GATHERS.
   __device__ __forceinline__ void multiply_tile(const uint8_t* stage,
                                                 const uint8_t* const (&rows)[Config::TOKEN_TILES],
-                                                int tile) {
+                                                int tile, const Tokens& gathered) {
     constexpr int kLoads = Weight::BITS / 4;  // of 16 bytes
     uint4 words[4 * kLoads];
 #pragma unroll
@@ -224,8 +343,14 @@ class Decoder {
     for (int t = 0; t < Config::TOKEN_TILES; ++t)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        ptx::ldmatrix_x4(tokens[t][half],
-                         rows[t] + tile * (kTileK * static_cast<int>(sizeof(Scalar))) + half * 64);
+        if constexpr (Config::GATHERS) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) tokens[t][half][i] = gathered[t][half][i];
+        } else {
+          ptx::ldmatrix_x4(
+              tokens[t][half],
+              rows[t] + tile * (kTileK * static_cast<int>(sizeof(Scalar))) + half * 64);
+        }
 
     const uint8_t* rows_of_groups = stage + kTileBytes<Weight>;
     if constexpr (BIASED) {
@@ -472,7 +597,7 @@ class Decoder {
 
   const Problem<Scalar>& p_;
   Storage& shared_;
-  uint8_t* const activations_;  // [m][row_bytes_]
+  uint8_t* const activations_;  // [m][row_bytes_], and the index if they are gathered
   const int warp_;
   const int lane_;
   const typename Operand::Tables tables_;
@@ -492,7 +617,16 @@ class Decoder {
 template <class Config>
 __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     decode_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem) {
-  Decoder<Config>(problem).run();
+  Decoder<Config>(problem).run(nullptr);
+}
+
+// The same with act-order: K of the activations is that of the problem, `permutation` has K'.
+template <class Config>
+__global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
+    decode_gather_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem,
+                         const int* permutation) {
+  static_assert(Config::GATHERS, "decode_kernel takes activations in the order of the weights");
+  Decoder<Config>(problem).run(permutation);
 }
 
 }  // namespace sm90

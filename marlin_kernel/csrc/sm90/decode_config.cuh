@@ -26,6 +26,7 @@ struct DecodeConfig {
   static constexpr int STAGES = STAGES_;
   static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
   static constexpr int STORAGE_BYTES = STORAGE_BYTES_;
+  static constexpr bool GATHERS = false;
 
   using Rows = RowLayout<Weight, GROUP>;
   static constexpr int TOKENS = 8 * TOKEN_TILES;
@@ -40,7 +41,14 @@ struct DecodeConfig {
                 "a portable cluster has at most 8 blocks; the reduction halves evenly");
 };
 
-// Dynamic shared memory; the activations [m][k range of the block + 8] follow it.
+// The same, with activations that are picked by an index (act-order).
+template <class Config>
+struct Gathering : Config {
+  static constexpr bool GATHERS = true;
+};
+
+// Dynamic shared memory; the activations [m][k range of the block + 8] follow it. If they are
+// gathered: [m][K' + 8], and the index of the block's k range, 2 bytes each.
 template <class Config>
 struct DecodeStorage {
   alignas(128) uint8_t ring[Config::WARPS][Config::RING_BYTES];

@@ -57,6 +57,9 @@ template <class Weight_,       // of common/weight_types.cuh
           int STAGES_,         // of the ring
           int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
           int LEAD_,           // 1: the first warpgroup starts two stages before the others
+          int PART_,           // tokens whose sums move on at once; 0: as registers allow
+          int SETS_,           // of sums: one of them moves on while another is multiplied into
+          int TURNS_,          // 1: two warpgroups take turns at the tensor cores
           int STORAGE_BYTES_>  // sizeof(Storage), as the host computes it
 struct Config {
   using Weight = Weight_;
@@ -72,6 +75,7 @@ struct Config {
   static constexpr int STAGES = STAGES_;
   static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
   static constexpr bool LEAD = LEAD_ != 0;
+  static constexpr bool TURNS = TURNS_ != 0;
   static constexpr int STORAGE_BYTES = STORAGE_BYTES_;
 
   static constexpr int FEATURES = WARPGROUPS * kGroupFeatures;
@@ -84,7 +88,13 @@ struct Config {
   static constexpr int RUN = GROUP > 0 ? GROUP / kStepK : kSteps;
   static constexpr bool SMALL_PARTS = TOKENS > 128 || WARPGROUPS > 2 || GROUP == 64;
   static constexpr int LARGEST_PART = SMALL_PARTS ? 32 : 64;
-  static constexpr int PART = TOKENS < LARGEST_PART ? TOKENS : LARGEST_PART;
+  static constexpr int PART = PART_ > 0               ? PART_
+                              : TOKENS < LARGEST_PART ? TOKENS
+                                                      : LARGEST_PART;
+  static constexpr int SETS = SETS_;
+  // Buffers of fragments: the next stage is decoded while this one is multiplied, unless registers
+  // are short.
+  static constexpr int BUFFERS = SETS == 1 && TOKENS + PART > 320 ? 1 : 2;
   static constexpr int PARTS = TOKENS / PART;
   static constexpr int MOVES = kSteps / RUN * PARTS;  // of a stage
   using Total = typename Either<PROMOTE, float, Sum>::Type;
@@ -103,7 +113,9 @@ struct Config {
   static constexpr int PARTIAL_ROW = TOKENS + 4;      // 32-bit sums; likewise
 
   // Registers per thread: what the launch gives, redistributed to those that multiply.
-  static constexpr int FEEDER_REGISTERS = WARPGROUPS <= 2 && BLOCKS_PER_SM == 1 ? 40 : 32;
+  static constexpr int FEEDER_REGISTERS = BUFFERS == 1                            ? 24
+                                          : WARPGROUPS <= 2 && BLOCKS_PER_SM == 1 ? 40
+                                                                                    : 32;
   static constexpr int LAUNCH_REGISTERS = 65536 / (THREADS * BLOCKS_PER_SM) / 8 * 8;
   static constexpr int SHARED_OUT =
       (LAUNCH_REGISTERS * THREADS - FEEDER_REGISTERS * kWarpgroupThreads) / CONSUMERS / 8 * 8;
@@ -120,6 +132,9 @@ struct Config {
   static_assert(TOKENS % (8 * MULTICAST) == 0, "each block of a cluster fetches whole atoms");
   static_assert(FEATURES % SPLIT == 0, "every block of a cluster writes the same share");
   static_assert(TOKENS % PART == 0, "tokens are moved on in whole parts");
+  static_assert(SETS == 2 || (SETS == 1 && PROMOTE), "one or two sets of sums move on");
+  static_assert(!TURNS || (WARPGROUPS == 2 && SETS == 1 && !LEAD),
+                "two warpgroups take turns, neither of them ahead");
 };
 
 // Dynamic shared memory.

@@ -9,6 +9,11 @@
 // Warpgroups share the tensor cores and would all write their tiles at the same time, with nothing
 // left to multiply. With LEAD the first one starts two stages before the others and stays ahead: it
 // writes while the others still multiply, and multiplies while they write.
+//
+// Sums that move on to FP32 totals do so beside products: those of the same warpgroup, into a second
+// set of sums (SETS = 2), or those of the other one (SETS = 1), which leaves registers for larger
+// parts of the tokens, whose products take longer. With TURNS the two never issue at the same time,
+// so neither do they move sums at the same time.
 #pragma once
 
 #include "common/ring.cuh"
@@ -134,6 +139,8 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   using Operand = typename Config::Operand;
   static constexpr bool PROMOTE = Config::PROMOTE;
   static constexpr int MOVES = Config::MOVES;
+  static constexpr int BUFFERS = Config::BUFFERS;
+  static constexpr int kTurnBarrier = 8;  // and the next: of the two warpgroups that take turns
   static constexpr bool FOUR_BITS = Weight::BITS == 4;
   using Base::group_;
   using Base::lane_;
@@ -148,6 +155,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
     ptx::wait_for_predecessors();  // scales of tokens, and what is overwritten
     leads_ = Config::LEAD && group_ == 0;
     if (Config::LEAD && group_ > 0) ptx::mbarrier_wait(&shared_.lead, 0);
+    if (Config::TURNS && group_ == 1) pass_turn();
     for (scaled::Walk<Config> walk(p_); !walk.done(); walk.next()) {
       int feature, token;
       walk.place(feature, token);
@@ -162,6 +170,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
       else
         this->write_tile(totals_, feature, token);
     }
+    if (Config::TURNS && group_ == 0) take_turn();  // the last one passed
   }
 
  private:
@@ -169,7 +178,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   __device__ __forceinline__ void multiply(int tiles) {
 #pragma unroll
     for (int i = 0; i < Config::TOKENS / 2; ++i) totals_[i] = 0;
-    if constexpr (PROMOTE) {
+    if constexpr (PROMOTE && Config::SETS == 2) {
 #pragma unroll
       for (int i = 0; i < Config::PART / 2; ++i) sums_[1][i] = 0;
       scale_ = make_float2(0.f, 0.f);
@@ -178,6 +187,15 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
     load_words();
     decode<0>();
     int i = 0;
+    if constexpr (BUFFERS == 1) {
+#pragma unroll 1
+      for (; i + 1 < tiles; ++i) {
+        multiply_stage<0>(i == 0, true);
+        if (Config::LEAD && i > 0) let_others_start();
+      }
+      multiply_stage<0>(i == 0, false);
+      return;
+    }
 #pragma unroll 1
     for (; i + 2 < tiles; i += 2) {
       multiply_stage<0>(i == 0, true);
@@ -202,7 +220,9 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   // Multiply the stage whose fragments are in buffer `BUFFER`. first, more: of the tile.
   template <int BUFFER>
   __device__ __forceinline__ void multiply_stage(bool first, bool more) {
-    if constexpr (PROMOTE)
+    if constexpr (PROMOTE && Config::SETS == 1)
+      multiply_parts<BUFFER % BUFFERS, 0>(more);
+    else if constexpr (PROMOTE)
       multiply_moves<BUFFER, 0>(first, more);
     else
       multiply_whole<BUFFER>(first, more);
@@ -265,10 +285,52 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
     }
   }
 
+  // The same with one set: it moves on as soon as it is complete.
+  template <int BUFFER, int MOVE>
+  __device__ __forceinline__ void multiply_parts(bool more) {
+    if constexpr (MOVE < MOVES) {
+      constexpr int PART = MOVE % Config::PARTS;
+      constexpr int RUN = MOVE / Config::PARTS;
+      constexpr bool LAST = MOVE == MOVES - 1;
+      const int stage = stage_;
+      const uint64_t tokens = ptx::swizzled_descriptor<kStageK>(
+          shared_.ring.tokens[stage] + PART * Config::PART * kStageK);
+      scale_ = scale_of(RUN);
+      if (Config::TURNS) take_turn();
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < Config::RUN; ++i) {
+        constexpr int kFirst = RUN * Config::RUN;
+        ptx::WgmmaRegisters8bit<Config::PART, Operand>::mma(
+            sums_[0], fragments_[BUFFER][kFirst + i], tokens + (kFirst + i) * (kStepK >> 4), i > 0);
+      }
+      ptx::wgmma_commit();
+      if (Config::TURNS) pass_turn();
+      if (LAST && more) {
+        open_stage();
+        load_words();
+        if constexpr (BUFFERS == 2) decode<BUFFER ^ 1>();
+      }
+      ptx::wgmma_wait<0>();  // this move is complete
+      if (LAST) release(stage);
+      add_to_totals<0, PART>();
+      if (BUFFERS == 1 && LAST && more) decode<0>();
+      multiply_parts<BUFFER, MOVE + 1>(more);
+    }
+  }
+
+  __device__ __forceinline__ void take_turn() {
+    ptx::named_sync(kTurnBarrier + group_, Config::CONSUMERS);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    ptx::named_arrive(kTurnBarrier + (group_ ^ 1), Config::CONSUMERS);
+  }
+
   // After the last stage, which was multiply_stage<BUFFER>.
   template <int BUFFER>
   __device__ __forceinline__ void finish() {
-    ptx::wgmma_wait<0>();
+    if constexpr (PROMOTE && Config::SETS == 1) return;
+    ptx::wgmma_wait<0>();  // the last move is complete
     release(previous_);
     if constexpr (PROMOTE) {
       add_to_totals<(BUFFER * MOVES + MOVES - 1) % 2, Config::PARTS - 1>();
@@ -382,8 +444,8 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   uint32_t words_[FOUR_BITS ? 2 * kSteps : 1];
   uint32_t scale_words_[Config::GROUPS > 0 ? Config::GROUPS : 1];
   uint32_t zero_pairs_[Config::GROUPS > 0 ? Config::GROUPS : 1];
-  uint32_t fragments_[2][kSteps][4];
-  Sum sums_[PROMOTE ? 2 : 1][Config::PART / 2];
+  uint32_t fragments_[BUFFERS][kSteps][4];
+  Sum sums_[PROMOTE ? Config::SETS : 1][Config::PART / 2];
   Total totals_[Config::TOKENS / 2];
 };
 

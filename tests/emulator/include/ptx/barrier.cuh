@@ -7,6 +7,7 @@ namespace ptx {
 
 inline void block_sync() { emu::barrier(0, emu::S.fiber->block->threads); }
 inline void named_sync(int id, int threads) { emu::barrier(id, threads); }
+inline void named_arrive(int id, int threads) { emu::barrier_arrive(id, threads); }
 inline void warp_sync() { emu::warp_barrier(); }
 inline int shuffle(int value, int lane) { return emu::shuffle(value, lane); }
 inline void device_fence() {}

@@ -19,6 +19,10 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return d;
 }
 
+inline uint32_t dot_16x8(uint32_t a, uint32_t b, uint32_t c) {
+  return c + (a & 0xffff) * (b & 0xff) + (a >> 16) * (b >> 8 & 0xff);
+}
+
 // One rounding each: the exact result fits a double for fp16, and is as good as exact for bf16.
 template <class F>
 inline uint32_t emulated_pair(F f, __half) {

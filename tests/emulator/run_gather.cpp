@@ -1,0 +1,21 @@
+// Runs the kernels of csrc/sm90/gather.cuh under the emulator.
+#include "sm90/gather.cuh"
+
+namespace {
+template <class Config>
+int run(unsigned seed, int grid_x, int grid_y, int shared_bytes, const sm90::GatherProblem& p) {
+  return emu::launch({unsigned(grid_x), unsigned(grid_y)}, {Config::THREADS}, shared_bytes, 1, seed,
+                     [=] { sm90::gather_kernel<Config>(p); });
+}
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int run_gather(int threads, int rows,
+                                                                 unsigned seed, int grid_x,
+                                                                 int grid_y, int shared_bytes,
+                                                                 const sm90::GatherProblem* p) {
+  if (threads == 256 && rows == 1)
+    return run<sm90::GatherConfig<256, 1>>(seed, grid_x, grid_y, shared_bytes, *p);
+  if (threads == 256 && rows == 2)
+    return run<sm90::GatherConfig<256, 2>>(seed, grid_x, grid_y, shared_bytes, *p);
+  return -1;
+}
