@@ -280,7 +280,9 @@ class Product:
         if self.family == "sm90":
             perm = None
             if spec.act_order:
-                perm = torch.argsort(self.stored["g_idx"], stable=True)
+                perm = torch.argsort(self.stored["g_idx"], stable=True).int()
+                filling = spec.packed.k_padded - spec.k
+                perm = torch.nn.functional.pad(perm, (0, filling), value=-1)
             order = (spec.k, spec.n, self._group_size(), _dtype(self.c.activation))
             return (*launch.convert_layout(self.stored["B"], self.stored["s"], *order), perm)
         t = sm80_layout.kernel_tensors(self.stored, spec)
@@ -309,9 +311,8 @@ class Product:
         out = torch.empty(a.shape[0], spec.n, dtype=_dtype(self.c.output), device=self.device)
         if self.family == "sm90":
             weights, scales, perm = self.held[number]
-            x = a if perm is None else a.index_select(1, perm)
             sizes = (spec.k, spec.n, shape.k_padded, shape.n_padded, self._group_size())
-            launch.gemm(x, weights, scales, None, out, *sizes)
+            launch.gemm(a, weights, scales, None, out, *sizes, perm=perm)
             return out
         weights, scales, zeros, perm, global_scale, group_size = self.held[number]
         k_padded = weights.shape[0] * 16

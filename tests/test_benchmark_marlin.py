@@ -138,8 +138,10 @@ def sm80_gemm(
     out.copy_((x @ weight)[:, :n])
 
 
-def sm90_gemm(a, weights, scales, bias, out, k, n, k_padded, n_padded, group_size) -> None:
+def sm90_gemm(a, weights, scales, bias, out, k, n, k_padded, n_padded, group_size, perm) -> None:
     """Stands in for launch.gemm."""
+    if perm is not None:
+        a = a[:, perm[:k].long()]
     spec = LayerSpec(k, n, WEIGHT_TYPES["uint4b8"], k if group_size == -1 else group_size)
     stored = backends.restore(backends.Prepared("sm90", weights, scales, None, None), spec)
     out.copy_(a.float() @ read(stored, "marlin", spec).dequantize())
