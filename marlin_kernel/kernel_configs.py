@@ -323,18 +323,26 @@ class GatherPlan:
         return KernelSource("sm90/gather.cuh", expression)
 
 
-_GATHER_BLOCKS = 2  # per multiprocessor, before a block gets more than one token
-_GATHER_PART = 512  # inputs of a block, at least
+_GATHER_BLOCKS, _GATHER_PART = 2, 512
 
 
 @functools.lru_cache(maxsize=4096)
-def gather_plan(m: int, k: int, k_padded: int, multiprocessors: int = 132) -> GatherPlan:
+def gather_plan(
+    m: int,
+    k: int,
+    k_padded: int,
+    multiprocessors: int = 132,
+    *,
+    blocks: int = _GATHER_BLOCKS,
+    least: int = _GATHER_PART,
+) -> GatherPlan:
     """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
 
     Few tokens: blocks share a token's inputs. Many: each block takes several tokens in turn.
+    blocks: per multiprocessor, before a block gets more than one token; least: inputs of a block.
     """
-    slots = _GATHER_BLOCKS * multiprocessors
-    parts = max(1, min(slots // m, k_padded // _GATHER_PART))
+    slots = blocks * multiprocessors
+    parts = max(1, min(slots // m, k_padded // least))
     part = -(-k_padded // (64 * parts)) * 64
     parts = -(-k_padded // part)
     rows = 1 if m * parts <= slots else 2
