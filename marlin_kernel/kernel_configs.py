@@ -469,6 +469,22 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
     return tuple(dict.fromkeys(configs))
 
 
+@functools.cache
+def gathering_configs(weight_type: str = "uint4b8") -> tuple[DecodeConfig, ...]:
+    """Those that gather activations (act-order); they come from `supported_configs`."""
+    return tuple(
+        dict.fromkeys(
+            _gathering(c) for c in supported_configs(weight_type) if isinstance(c, DecodeConfig)
+        )
+    )
+
+
+def _gathering(config: DecodeConfig) -> DecodeConfig:
+    """Whole rows of more than 8 tokens leave room for one block, which may use all registers."""
+    blocks = config.blocks_per_sm if config.token_tiles == 1 else 1
+    return replace(config, blocks_per_sm=blocks, gathers=True)
+
+
 def shipped_sources(arch: str) -> list[KernelSource]:
     """Kernels that ahead-of-time compilation builds for `arch`."""
     if arch != "sm_90a":
@@ -717,10 +733,7 @@ def select_for_act_order(
     if batch_invariant or m > _GATHERED_TOKENS:
         return plain
     fitting = [
-        replace(c, gathers=True)
-        for c in dict.fromkeys((plain, *supported_configs(weight_type)))
-        if isinstance(c, DecodeConfig)
-        and replace(c, gathers=True).fits(m, k_tiles, group_size, weight_type)
+        c for c in gathering_configs(weight_type) if c.fits(m, k_tiles, group_size, weight_type)
     ]
     if not fitting:
         return plain

@@ -326,12 +326,7 @@ def _ways(k: int, n: int, m: int) -> list[kernel_configs.KernelConfig]:
     sizes = (m, k // 64, n // 64)
     plain = kernel_configs.select_config(*sizes, 128)
     chosen = kernel_configs.select_for_act_order(*sizes, 128)
-    gathering = [
-        replace(c, gathers=True)
-        for c in kernel_configs.supported_configs()
-        if isinstance(c, kernel_configs.DecodeConfig)
-    ]
-    gathering = [c for c in gathering if c.fits(m, k // 64, 128)]
+    gathering = [c for c in kernel_configs.gathering_configs() if c.fits(m, k // 64, 128)]
     gathering.sort(key=lambda c: kernel_configs.estimate(c, *sizes))
     others = [c for c in (*gathering[:ALTERNATIVES], plain) if c != chosen]
     return [plain, chosen, *others]
