@@ -323,7 +323,7 @@ class GatherPlan:
         return KernelSource("sm90/gather.cuh", expression)
 
 
-_GATHER_BLOCKS, _GATHER_PART = 2, 512
+_GATHER_PART = 512  # inputs of a block, at least
 
 
 @functools.lru_cache(maxsize=4096)
@@ -333,23 +333,26 @@ def gather_plan(
     k_padded: int,
     multiprocessors: int = 132,
     *,
-    blocks: int = _GATHER_BLOCKS,
-    least: int = _GATHER_PART,
+    threads: int = 128,
+    blocks: int = 1,
 ) -> GatherPlan:
     """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
 
-    Few tokens: blocks share a token's inputs. Many: each block takes several tokens in turn.
-    blocks: per multiprocessor, before a block gets more than one token; least: inputs of a block.
+    threads, blocks: up to m = blocks * multiprocessors, small blocks share a token's inputs, so
+    many on each multiprocessor. Of more tokens, larger blocks take several in turn.
     """
     slots = blocks * multiprocessors
-    parts = max(1, min(slots // m, k_padded // least))
+    parts = max(1, min(slots // m, k_padded // _GATHER_PART))
+    rows = 1
+    if m > slots:
+        rows, threads = 2, 256 if k_padded <= 8192 else 512
+    row = -(-k // 8) * 16 + 16
+    if 2 * (row + k_padded) > MAX_SHARED_BYTES - 4096:  # long rows
+        rows, parts = 1, max(parts, 2)
     part = -(-k_padded // (64 * parts)) * 64
     parts = -(-k_padded // part)
-    rows = 1 if m * parts <= slots else 2
-    threads = 256 if part <= 8192 else 512
-    row = -(-k // 8) * 16 + 16
-    shared = 8 * 2 * -(-rows // 2) + rows * row + 2 * part
-    resident = max(1, min(SM_SHARED_BYTES // (shared + 1024), 2048 // threads, 4))
+    shared = 16 * -(-rows // 2) + rows * row + 2 * part
+    resident = max(1, min(SM_SHARED_BYTES // (shared + 1024), 1024 // threads))
     grid = (parts, min(m, max(1, resident * multiprocessors // parts)), 1)
     return GatherPlan(threads, rows, part, grid, shared)
 

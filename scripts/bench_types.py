@@ -312,13 +312,16 @@ def _in_two_launches(config, a: Tensor, perm: Tensor, plan, *rest) -> None:
 def _gather_plans(m: int, k: int) -> dict[str, kernel_configs.GatherPlan]:
     """Shapes of the launch in front, by their blocks: of a token, and of different tokens."""
     plans = [
-        kernel_configs.gather_plan(m, k, k, blocks=blocks, least=least)
+        kernel_configs.gather_plan(m, k, k, threads=threads, blocks=blocks)
+        for threads in (128, 256)
         for blocks in (1, 2, 4)
-        for least in (256, 512, 1024, 2048, 4096)
     ]
     if m > 512:
         plans += [replace(plans[0], grid=(1, blocks, 1)) for blocks in (132, 264, 1056)]
-    return {f"{plan.grid[0]} x {plan.grid[1]}, {plan.rows} rows": plan for plan in plans}
+    return {
+        f"{plan.grid[0]} x {plan.grid[1]} of {plan.threads}, {plan.rows} rows": plan
+        for plan in plans
+    }
 
 
 def _ways(k: int, n: int, m: int) -> list[kernel_configs.KernelConfig]:

@@ -96,6 +96,18 @@ def test_gathering_on_hopper(m: int, k: int, k_padded: int, stride: int, offset:
             assert out[m].isnan().all()
 
 
+def test_plans_of_gathering() -> None:
+    longest = kernel_configs.MAX_GATHERED_INPUTS
+    for k in (64, 1000, 4096, 11008, 28672, 53248, longest):
+        k_padded = -(-k // 64) * 64
+        for m in (1, 2, 16, 100, 132, 133, 1000, 100000):
+            plan = kernel_configs.gather_plan(m, k, k_padded)
+            parts, tokens, _ = plan.grid
+            assert plan.shared_bytes <= kernel_configs.MAX_SHARED_BYTES, (m, k, plan)
+            assert (parts - 1) * plan.part < k_padded <= parts * plan.part and plan.part % 8 == 0
+            assert 0 < tokens <= min(m, 65535)
+
+
 # What a careless edit may break: (text, replacement). Each must be noticed.
 GATHER_MUTATIONS = {
     "rows are not waited for": ("ptx::mbarrier_wait(&shared_.full[place], parity);", ""),
