@@ -323,25 +323,36 @@ class GatherPlan:
         return KernelSource("sm90/gather.cuh", expression)
 
 
-_GATHER_BLOCKS = 2  # per multiprocessor, before a block gets more than one token
 _GATHER_PART = 512  # inputs of a block, at least
 
 
 @functools.lru_cache(maxsize=4096)
-def gather_plan(m: int, k: int, k_padded: int, multiprocessors: int = 132) -> GatherPlan:
+def gather_plan(
+    m: int,
+    k: int,
+    k_padded: int,
+    multiprocessors: int = 132,
+    *,
+    threads: int = 128,
+    blocks: int = 1,
+) -> GatherPlan:
     """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
 
-    Few tokens: blocks share a token's inputs. Many: each block takes several tokens in turn.
+    threads, blocks: up to m = blocks * multiprocessors, small blocks share a token's inputs, so
+    many on each multiprocessor. Of more tokens, larger blocks take several in turn.
     """
-    slots = _GATHER_BLOCKS * multiprocessors
+    slots = blocks * multiprocessors
     parts = max(1, min(slots // m, k_padded // _GATHER_PART))
+    rows = 1
+    if m > slots:
+        rows, threads = 2, 256 if k_padded <= 8192 else 512
+    row = -(-k // 8) * 16 + 16
+    if 2 * (row + k_padded) > MAX_SHARED_BYTES - 4096:  # long rows
+        rows, parts = 1, max(parts, 2)
     part = -(-k_padded // (64 * parts)) * 64
     parts = -(-k_padded // part)
-    rows = 1 if m * parts <= slots else 2
-    threads = 256 if part <= 8192 else 512
-    row = -(-k // 8) * 16 + 16
-    shared = 8 * 2 * -(-rows // 2) + rows * row + 2 * part
-    resident = max(1, min(SM_SHARED_BYTES // (shared + 1024), 2048 // threads, 4))
+    shared = 16 * -(-rows // 2) + rows * row + 2 * part
+    resident = max(1, min(SM_SHARED_BYTES // (shared + 1024), 1024 // threads))
     grid = (parts, min(m, max(1, resident * multiprocessors // parts)), 1)
     return GatherPlan(threads, rows, part, grid, shared)
 
@@ -459,6 +470,22 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
     for tokens, stages, blocks in _INVARIANT_SHAPES:
         configs += [GemmConfig(tokens, 1, stages, blocks, 2, False, s) for s in (1, 2, 4)]
     return tuple(dict.fromkeys(configs))
+
+
+@functools.cache
+def gathering_configs(weight_type: str = "uint4b8") -> tuple[DecodeConfig, ...]:
+    """Those that gather activations (act-order); they come from `supported_configs`."""
+    return tuple(
+        dict.fromkeys(
+            _gathering(c) for c in supported_configs(weight_type) if isinstance(c, DecodeConfig)
+        )
+    )
+
+
+def _gathering(config: DecodeConfig) -> DecodeConfig:
+    """Whole rows of more than 8 tokens leave room for one block, which may use all registers."""
+    blocks = config.blocks_per_sm if config.token_tiles == 1 else 1
+    return replace(config, blocks_per_sm=blocks, gathers=True)
 
 
 # ---- choice ----
@@ -695,10 +722,7 @@ def select_for_act_order(
     if batch_invariant or m > _GATHERED_TOKENS:
         return plain
     fitting = [
-        replace(c, gathers=True)
-        for c in dict.fromkeys((plain, *supported_configs(weight_type)))
-        if isinstance(c, DecodeConfig)
-        and replace(c, gathers=True).fits(m, k_tiles, group_size, weight_type)
+        c for c in gathering_configs(weight_type) if c.fits(m, k_tiles, group_size, weight_type)
     ]
     if not fitting:
         return plain

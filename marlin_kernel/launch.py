@@ -444,11 +444,12 @@ def launch_config(
     plan.launch()
 
 
-def gather(a: Tensor, perm: Tensor) -> Tensor:
+def gather(a: Tensor, perm: Tensor, shape: kernel_configs.GatherPlan | None = None) -> Tensor:
     """Columns of the activations in the order of the weights' rows, on the current stream.
 
     a: float16 or bfloat16 [M, K], elements of a row adjacent, any row stride; perm: int32 [K'], -1
-    for zeros, K' a multiple of 64. Returns [M, K'].
+    for zeros, K' a multiple of 64; shape: of the launch, instead of kernel_configs.gather_plan's.
+    Returns [M, K'].
     """
     (m, k), k_padded = a.shape, perm.shape[0]
     if k > kernel_configs.MAX_GATHERED_INPUTS:  # more than its indices of 16 bits can tell
@@ -461,12 +462,13 @@ def gather(a: Tensor, perm: Tensor) -> Tensor:
     index = a.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
     plans = _thread_plans.plans
-    key = ("gather", index, stream, m, k, k_padded)
+    key = ("gather", index, stream, m, k, k_padded, shape)
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= _MAX_PLANS:
             plans.clear()
-        shape = kernel_configs.gather_plan(m, k, k_padded, multiprocessors(index))
+        if shape is None:
+            shape = kernel_configs.gather_plan(m, k, k_padded, multiprocessors(index))
         function = load(shape.source(), index)
         size = (shape.grid, shape.threads, 1, shape.shared_bytes)
         plan = plans[key] = Plan(function, *size, stream, _GATHER.size)

@@ -52,6 +52,7 @@ from marlin_kernel.sm80_layout import KernelTensors
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))
 ORDERED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+GATHER_PLAN_TOKENS = 16  # from here on, shapes of the launch in front are compared
 ALTERNATIVES = 3  # kernels that gather, timed beside the chosen one
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EIGHT_BIT = ("int8", "float8_e4m3fn")
@@ -235,13 +236,15 @@ def act_order() -> list[dict]:
 
     ratio: of the way that `launch.gemm` chooses to the product without act-order; ways: us of
     "front" (a launch that gathers) and of small-batch kernels that gather; gather_us: that launch
-    alone. Results are compared with the product of gathered activations, bit for bit.
+    alone; front_us: both launches, for other shapes of the first. Results are compared with the
+    product of gathered activations, bit for bit.
     """
     shapes = yaml.safe_load((ROOT / "configs/bench/anchors.yaml").read_text())["shapes"]
     sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]
     problems = [(k, n, m) for k, n in sizes for m in ORDERED_TOKENS]
     ways = {problem: _ways(*problem) for problem in problems}
     sources = {c.source("float16", 128) for found in ways.values() for c in found}
+    sources |= {plan.source() for k, _, m in problems for plan in _gather_plans(m, k).values()}
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda source: compile_kernel(source, launch.device_arch(0)), sources))
     rows = []
@@ -254,10 +257,15 @@ def act_order() -> list[dict]:
         gathered = a[:, perm.long()].contiguous()
         plain, chosen, *others = ways[k, n, m]
 
-        def launches(config, a: Tensor, perm: Tensor | None, weights=weights) -> list:
+        def launches(config, a: Tensor, perm: Tensor | None, plan=None, weights=weights) -> list:
             out = a.new_empty(a.shape[0], weights.n)
             sizes = (weights.k, weights.n, weights.k, weights.n, 128)
             pairs = zip(weights.codes, weights.scales, strict=True)
+            if plan is not None:
+                return [
+                    partial(_in_two_launches, config, a, perm, plan, *pair, None, out, *sizes)
+                    for pair in pairs
+                ]
             return [
                 partial(launch.launch_config, config, a, *pair, None, out, *sizes, perm=perm)
                 for pair in pairs
@@ -279,6 +287,11 @@ def act_order() -> list[dict]:
         us = times[str(chosen) if chosen.gathers else "front"]
         row = {"k": k, "n": n, "m": m, "us": round(before, 2), "act_order_us": us}
         row |= {"ratio": round(us / before, 3), "chosen": next(iter(times)), "ways": times}
+        if (k, n) in SHAPES and m >= GATHER_PLAN_TOKENS:
+            row["front_us"] = {
+                name: round(graph_time(launches(plain, a, perm, plan)), 2)
+                for name, plan in _gather_plans(m, k).items()
+            }
         row["gather_us"] = round(graph_time([partial(launch.gather, a, perm)] * 32), 2)
         rows.append(row)
         best = min(times, key=times.get)
@@ -292,17 +305,31 @@ def act_order() -> list[dict]:
     return rows
 
 
+def _in_two_launches(config, a: Tensor, perm: Tensor, plan, *rest) -> None:
+    launch.launch_config(config, launch.gather(a, perm, plan), *rest)
+
+
+def _gather_plans(m: int, k: int) -> dict[str, kernel_configs.GatherPlan]:
+    """Shapes of the launch in front, by their blocks: of a token, and of different tokens."""
+    plans = [
+        kernel_configs.gather_plan(m, k, k, threads=threads, blocks=blocks)
+        for threads in (128, 256)
+        for blocks in (1, 2, 4)
+    ]
+    if m > 512:
+        plans += [replace(plans[0], grid=(1, blocks, 1)) for blocks in (132, 264, 1056)]
+    return {
+        f"{plan.grid[0]} x {plan.grid[1]} of {plan.threads}, {plan.rows} rows": plan
+        for plan in plans
+    }
+
+
 def _ways(k: int, n: int, m: int) -> list[kernel_configs.KernelConfig]:
     """Without act-order; with it, as chosen; other ways with it."""
     sizes = (m, k // 64, n // 64)
     plain = kernel_configs.select_config(*sizes, 128)
     chosen = kernel_configs.select_for_act_order(*sizes, 128)
-    gathering = [
-        replace(c, gathers=True)
-        for c in kernel_configs.supported_configs()
-        if isinstance(c, kernel_configs.DecodeConfig)
-    ]
-    gathering = [c for c in gathering if c.fits(m, k // 64, 128)]
+    gathering = [c for c in kernel_configs.gathering_configs() if c.fits(m, k // 64, 128)]
     gathering.sort(key=lambda c: kernel_configs.estimate(c, *sizes))
     others = [c for c in (*gathering[:ALTERNATIVES], plain) if c != chosen]
     return [plain, chosen, *others]

@@ -135,9 +135,11 @@ def sm80_gemm(
 
 def sm90_gemm(
     a, weights, scales, bias, out, k, n, k_padded, n_padded, group_size, *, weight_type,
-    global_scale,
+    global_scale, perm,
 ) -> None:  # fmt: skip
     """Stands in for launch.gemm; symmetric integer types."""
+    if perm is not None:
+        a = a[:, perm[:k].long()]
     spec = LayerSpec(k, n, WEIGHT_TYPES[weight_type], k if group_size == -1 else group_size)
     stored = backends.restore(backends.Prepared("sm90", weights, scales, None, None), spec)
     assert (k_padded, n_padded) == (spec.packed.k_padded, spec.packed.n_padded)

@@ -62,8 +62,8 @@ def test_gathering() -> None:
 
 
 @functools.cache
-def gather_library() -> ctypes.CDLL:
-    return build("run_gather.cpp", {})
+def gather_library(mutation: tuple[str, str, str] | None = None) -> ctypes.CDLL:
+    return build("run_gather.cpp", {}, mutation)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,48 @@ def test_gathering_on_hopper(m: int, k: int, k_padded: int, stride: int, offset:
             assert gather_library().run_gather(*shape, plan.shared_bytes, block) == 0
             assert torch.equal(out[:m], expected)
             assert out[m].isnan().all()
+
+
+def test_plans_of_gathering() -> None:
+    longest = kernel_configs.MAX_GATHERED_INPUTS
+    for k in (64, 1000, 4096, 11008, 28672, 53248, longest):
+        k_padded = -(-k // 64) * 64
+        for m in (1, 2, 16, 100, 132, 133, 1000, 100000):
+            plan = kernel_configs.gather_plan(m, k, k_padded)
+            parts, tokens, _ = plan.grid
+            assert plan.shared_bytes <= kernel_configs.MAX_SHARED_BYTES, (m, k, plan)
+            assert (parts - 1) * plan.part < k_padded <= parts * plan.part and plan.part % 8 == 0
+            assert 0 < tokens <= min(m, 65535)
+
+
+# What a careless edit may break: (text, replacement). Each must be noticed.
+GATHER_MUTATIONS = {
+    "rows are not waited for": ("ptx::mbarrier_wait(&shared_.full[place], parity);", ""),
+    "a row is overwritten while it is read": ("ptx::block_sync();  // all have read the row", ""),
+    "the phase is forgotten": ("parity ^= 1;", ""),
+    "no input is taken for the last one": ("row(threadIdx.x)[p_.k] = 0;", ""),
+}
+
+
+@pytest.mark.parametrize("name", GATHER_MUTATIONS)
+def test_mutation_of_gathering_is_caught(name: str) -> None:
+    library = gather_library(("sm90/gather.cuh", *GATHER_MUTATIONS[name]))
+    m, k, k_padded = 600, 64, 64
+    a = torch.randn(m, k).half()
+    perm = torch.randint(-1, k, (k_padded,), dtype=torch.int32)
+    perm[5] = -1
+    expected = torch.where(perm >= 0, a[:, perm.clamp(min=0)], 0)
+    plan = kernel_configs.gather_plan(m, k, k_padded, 2)
+    assert plan.rows == 2
+    correct = True
+    for seed in range(6):
+        out = torch.full((m, k_padded), float("nan")).half()
+        pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
+        block = launch._GATHER.pack(*pointers, k, m, k, k_padded, plan.part)
+        shape = (plan.threads, plan.rows, ctypes.c_uint(seed), *plan.grid[:2])
+        status = library.run_gather(*shape, plan.shared_bytes, block)
+        correct = correct and status == 0 and torch.equal(out, expected)
+    assert not correct
 
 
 def test_order_of_inputs() -> None:

@@ -51,6 +51,36 @@ def test_kernel_fits_and_uses_tensor_cores(config: KernelConfig, tmp_path: Path)
     assert "LDL" not in text and "STL" not in text
 
 
+GATHERING = [c for c in kernel_configs.gathering_configs() if c.split == 1]
+
+
+@pytest.mark.parametrize("config", GATHERING, ids=str)
+def test_kernels_that_gather(config: KernelConfig, tmp_path: Path) -> None:
+    text = sass(check(config, "float16", 128), tmp_path / "kernel.cubin")
+    assert "IDP.2A" in text and "LDS.U16" in text and "LDSM" not in text  # by index, not by rows
+    assert "LDL" not in text and "STL" not in text
+
+
+def test_types_that_gather_compile() -> None:
+    for i, (name, dtype, group_size) in enumerate(typed_kernels()):
+        if name not in ("uint4b8", "uint8b128") or group_size == -1:
+            continue  # no act-order
+        configs = [
+            c
+            for c in kernel_configs.gathering_configs(name)
+            if c.split == 1 and c.fits(1, 64, group_size, name)
+        ]
+        for config in (configs[i % len(configs)], configs[-1]):
+            check(config, dtype, group_size, name)
+
+
+def test_gathering_in_front_compiles() -> None:
+    for plan in {kernel_configs.gather_plan(m, k, k) for m in (1, 1024) for k in (4096, 28672)}:
+        cubin = compiler.compile_kernel(plan.source(), "sm_90a")
+        assert cubin.stack_bytes == 0 and plan.shared_bytes <= kernel_configs.MAX_SHARED_BYTES
+        assert cubin.registers * 1024 <= REGISTERS  # threads of a multiprocessor
+
+
 @pytest.mark.parametrize("dtype, group_size", VARIANTS)
 def test_variants_compile(dtype: str, group_size: int) -> None:
     for config in SHAPES[:: max(1, len(SHAPES) // 6)]:

@@ -184,3 +184,32 @@ def test_gathering_kernels(c: Combination, config: DecodeConfig) -> None:
 @functools.cache
 def plain_library(kernel: Kernel) -> Sm90Library:
     return Sm90Library([kernel])
+
+
+# What a careless edit may break: (text, replacement). Each must be noticed.
+GATHERING_MUTATIONS = {
+    "rows are used before they have arrived": (
+        "ptx::mbarrier_wait(&shared_.tokens_full[0], 0);",
+        "",
+    ),
+    "a part of the index is missing": ("write_index(permutation);\n    ptx::warp_sync();", ""),
+    "no input is taken for the last one": (
+        "row(token)[p_.k] = Element<Scalar>::from_float(0.f);",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATHERING_MUTATIONS)
+def test_mutation_of_gathering_is_caught(name: str) -> None:
+    kernel = Kernel(GATHERING[1], torch.float16, 128, "uint4b8")
+    built = Sm90Library([kernel], ("sm90/decode.cuh", *GATHERING_MUTATIONS[name]))
+    c = next(
+        c for c in ORDERED if c.k_full and c.group_size == 128 and c.weight_type.name == "uint4b8"
+    )
+    p = ordered_problem(c, 4, 200, 328, 8)
+    outcomes = [p.run(built, kernel, 1, seed) for seed in range(6)]
+    assert any(
+        verdict != "finished" or not p.error(out) < TOLERANCE[torch.float16]
+        for verdict, out in outcomes
+    )

@@ -233,6 +233,42 @@ assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008, m, n, k, n_padded // 64, 
     run(fake_directory, program, *HOPPER)
 
 
+def test_act_order_launches(fake_directory: Path) -> None:
+    program = """
+from marlin_kernel import kernel_configs
+k, n = 1000, 320
+perm = tensor(0x600, 1024)
+perm.data_ptr = lambda: 0x600
+for m in (4, 300):
+    a = tensor(0x100, m, k, stride=1008)
+    a.new_empty = lambda *shape: tensor(0x700, *shape, stride=shape[1])
+    arguments = (a, tensor(0x200), tensor(0x300), None, tensor(0x500))
+    compiled.clear()
+    count = record.count
+    launch._tensor_map = lambda *encoded: bytes(128)
+    launch.gemm(*arguments, k, n, 1024, n, 128, perm=perm)
+    config = kernel_configs.select_for_act_order(m, 16, 5, 128, gpu="fake")
+    assert compiled[-1] == (config.source("float16", 128), "sm_90a")
+    assert record.shared_bytes == config.shared_bytes(m, 16, 128)
+    fields = struct.unpack_from("<5Qq3i", bytes(record.arguments))
+    if m == 4:
+        assert config.gathers and record.count == count + 1
+        assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008, m, n, k)
+    else:
+        assert not config.gathers and record.count == count + 2
+        shape = kernel_configs.gather_plan(m, k, 1024)
+        assert compiled[0] == (shape.source(), "sm_90a")
+        assert fields == (0x700, 0x200, 0x300, 0, 0x500, 1024, m, n, 1024)
+        launch.gather(a, perm)
+        assert tuple(record.grid) == shape.grid and record.shared_bytes == shape.shared_bytes
+        assert tuple(record.block) == (shape.threads, 1, 1)
+        assert record.attributes & 1 << 6, "before its predecessor ends"
+        fields = struct.unpack_from("<3Qq4i", bytes(record.arguments))
+        assert fields == (0x100, 0x600, 0x700, 1008, m, k, 1024, shape.part)
+"""
+    run(fake_directory, program, *HOPPER)
+
+
 def test_8bit_launch_on_hopper(fake_directory: Path) -> None:
     program = """
 from marlin_kernel import scaled_mm, sm90_8bit_configs, sm90_8bit_path

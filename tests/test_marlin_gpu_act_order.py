@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from marlin_kernel import WEIGHT_TYPES, QuantizedLinear, formats, kernel_configs
-from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
+from marlin_kernel.kernel_configs import KernelConfig
 from marlin_kernel.sm80_layout import KernelTensors
 from marlin_kernel.sm90_layout import kernel_tensors
 from tests.test_marlin_gpu_sm90_types import compile_all
@@ -144,11 +144,7 @@ def test_rows_of_any_place(size: tuple[int, int, int], kind: str) -> None:
 )
 def test_every_kernel_that_gathers(weight_type: str, dtype: str) -> None:
     layer = ordered(4096, 1024, 128, weight_type, dtype)
-    configs = [
-        replace(c, gathers=True)
-        for c in kernel_configs.supported_configs(weight_type)
-        if isinstance(c, DecodeConfig)
-    ]
+    configs = kernel_configs.gathering_configs(weight_type)
     configs = [c for c in configs if c.fits(1, 64, 128, weight_type)]
     sources = {c.source(dtype, 128, weight_type) for c in configs}
     sources |= {replace(c, gathers=False).source(dtype, 128, weight_type) for c in configs}

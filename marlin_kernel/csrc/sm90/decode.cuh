@@ -189,10 +189,11 @@ class Decoder {
   }
 
   __device__ __forceinline__ void wait_for_activations() {
-    if constexpr (Config::GATHERS)
+    if constexpr (Config::GATHERS) {
       ptx::mbarrier_wait(&shared_.tokens_full[0], 0);
-    else
+    } else {
       ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);
+    }
   }
 
   // ---- act-order: every token's whole row, in the order of the caller, and a zero after it. Warps
@@ -283,9 +284,15 @@ class Decoder {
                 (first_tile_ - block_range_.begin) * kTileK * static_cast<int>(sizeof(Scalar)) +
                 chunk(lane_ / 8) * 16;
     }
+    const uint4* index = nullptr;  // this lane's part of it, of the tile
+    if constexpr (Config::GATHERS)
+      index = reinterpret_cast<const uint4*>(index_of(first_tile_)) + lane_ % 4 * 2;
     for (int tile = 0; tile < tiles_; ++tile) {
       Tokens tokens;
-      if constexpr (Config::GATHERS) gather_tokens(tokens, rows, first_tile_ + tile);
+      if constexpr (Config::GATHERS) {
+        gather_tokens(tokens, rows, index);
+        index += kTileK / 8;
+      }
       ptx::mbarrier_wait(&shared_.full[warp_][stage_], parity_);
       multiply_tile(shared_.ring[warp_] + stage_ * Config::STAGE_BYTES, rows, tile, tokens);
       ptx::warp_sync();
@@ -302,11 +309,10 @@ class Decoder {
     return BIASED ? dequant::BiasedPair<Scalar>::chunk(i) : i;
   }
 
-  // B operands of k tile `tile`, before its weights are waited for.
+  // B operands of a k tile, before its weights are waited for.
   __device__ __forceinline__ void gather_tokens(Tokens& tokens,
                                                 const uint8_t* const (&rows)[Config::TOKEN_TILES],
-                                                int tile) const {
-    const uint4* index = reinterpret_cast<const uint4*>(index_of(tile)) + lane_ % 4 * 2;
+                                                const uint4* index) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 four = index[half];

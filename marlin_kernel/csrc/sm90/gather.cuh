@@ -31,6 +31,9 @@ struct GatherConfig {
   static constexpr int THREADS = THREADS_;
   static constexpr int ROWS = ROWS_;
   static constexpr int CHUNK = 8;  // elements of one store
+  // Threads of a multiprocessor that registers must leave room for. Blocks of one row stay small, so
+  // that they find room beside the preceding product.
+  static constexpr int RESIDENT = ROWS == 1 ? 2048 : 1024;
 };
 
 // Dynamic shared memory; the rows [ROWS][k + 8] and the index [part], 2 bytes each, follow it.
@@ -147,7 +150,7 @@ class Gatherer {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::THREADS)
+__global__ void __launch_bounds__(Config::THREADS, Config::RESIDENT / Config::THREADS)
     gather_kernel(const __grid_constant__ GatherProblem problem) {
   Gatherer<Config>(problem).run();
 }
