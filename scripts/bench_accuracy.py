@@ -423,6 +423,8 @@ def read_results(args: argparse.Namespace, recipe: dict) -> dict[str, dict]:
 def section(path: Path) -> str:
     """The table of one JSON file, and how it was measured."""
     facts = json.loads(path.read_text(encoding="utf-8"))
+    if "peers" in facts:
+        return seconds_table(facts)
     where, results = facts["environment"], facts["results"]
     layers = f"; only the first {facts['layers']} layers quantized" if facts.get("layers") else ""
     counts = ", ".join(
@@ -435,6 +437,33 @@ def section(path: Path) -> str:
         f"said, {facts['calibration']}{layers}; {where.get('gpu', 'CPU')}, torch {where['torch']}"
         + (f"; predictions: {counts}" if counts else "")
         + f": `{facts['command']}`."
+    )
+
+
+def seconds_table(facts: dict) -> str:
+    """What scripts/bench_peers.py measured, in process CPU seconds of the whole model."""
+    parts, ours = facts["cpu_seconds_of_parts"], facts["cpu_seconds"]
+    count, where = facts["layers_of_model"], facts["environment"]
+    solver, refine, norms = (
+        parts[k] for k in ("solver_per_layer", "refine_per_layer", "refine_norms")
+    )
+    lines = [
+        "| | CPU seconds | of it |",
+        "|---|---|---|",
+        f"| fast | {ours['fast']:,.0f} | {count} layers x {solver:.1f} |",
+        f"| best | {ours['best']:,.0f} | {count} layers x ({solver:.1f} + {refine:.1f} for "
+        f"`--refine`) + {norms:,.0f} for `--refine-norms` |",
+    ]
+    for name, peer in facts["peers"].items():
+        lines.append(
+            f"| {name}, 200 iterations ({peer['version']}) "
+            f"| > {peer['cpu_seconds_of_200_iterations']:,.0f} | {count} layers x 200 x "
+            f"{peer['iteration_per_layer']:.2f} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\n{facts['model']}, group size {facts['groupsize']}, {facts['calibration']}; one "
+        f"thread each, torch {where['torch']}, transformers {where['transformers']}; layers timed: "
+        f"{facts['layers']}: `{facts['command']}`."
     )
 
 
