@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,12 +32,21 @@ class Workers:
     rank = 0
     count = 1
 
+    def __init__(self) -> None:
+        # makes a context that counts the seconds of a collective, the wait for the others included
+        self.timed: Callable[[str], AbstractContextManager] = lambda kind: nullcontext()
+
     def sum(self, tensor: Tensor) -> None:
         """Add up over all processes, in place."""
 
     def gather(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
         """Concatenate along the last dimension what every process holds; sizes: columns of each."""
         return part
+
+    def broadcast(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        """Start to overwrite `tensor`, contiguous, by what process `source` has there. Returns what
+        must be called before the tensor is used (by the source: changed) again."""
+        return lambda: None
 
     def agree(self, value: Any) -> Any:
         """The value that process 0 has."""
@@ -56,21 +66,33 @@ class _Group(Workers):
     def __init__(self, device: torch.device) -> None:
         import torch.distributed as dist
 
+        super().__init__()
         self._dist = dist
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._device = device
 
     def sum(self, tensor: Tensor) -> None:
-        self._call(self._dist.all_reduce, tensor)
+        with self.timed("collective.sum"):
+            self._call(self._dist.all_reduce, tensor)
 
     def gather(self, part: Tensor, sizes: Sequence[int]) -> Tensor:
         # equal shapes for all, as every backend takes them: pad, gather, cut
         padded = torch.zeros(max(sizes), part.shape[0], dtype=part.dtype, device=part.device)
         padded[: part.shape[1]] = part.T
         parts = [torch.empty_like(padded) for _ in sizes]
-        self._call(self._dist.all_gather, parts, padded)
+        with self.timed("collective.gather"):
+            self._call(self._dist.all_gather, parts, padded)
         whole = torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
         return whole.T.contiguous()
+
+    def broadcast(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        work = self._call(self._dist.broadcast, tensor, src=source, async_op=True)
+
+        def wait() -> None:
+            with self.timed("collective.broadcast"):
+                self._call(work.wait)
+
+        return wait
 
     def agree(self, value: Any) -> Any:
         box = [value]
@@ -82,9 +104,9 @@ class _Group(Workers):
         self._call(self._dist.all_gather_object, values, value)
         return values
 
-    def _call(self, collective: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    def _call(self, collective: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         try:
-            collective(*arguments, **named)
+            return collective(*arguments, **named)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise WorkerError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ _MAX_RETRIES = 16
 _LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the library
 _STEP, _STEP_GPU = 256, 1024  # rows or columns of a triangle multiplied at once, at least
 _SHARED = 4096  # corners of this size are divided among processes
+_SHARED_CHOLESKY = 16384  # matrices of this size are factored by all processes together
+_PANEL = 1024  # columns that one process factors at once
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -161,6 +163,61 @@ def _corner(a: Tensor, b: Tensor, c: Tensor, first: int, last: int) -> Tensor:
     return result.neg_()
 
 
+def _cholesky(a: Tensor, workers: Workers | None) -> tuple[Tensor, bool]:
+    """Lower triangular L with a = L Lᵀ, and whether `a` [K, K], which is used up, was positive
+    definite. `workers`, which all hold the same `a`, get the same result."""
+    if workers is None or workers.count == 1 or a.shape[0] < _SHARED_CHOLESKY:
+        lower, info = torch.linalg.cholesky_ex(a)
+        return lower, int(info) == 0
+    _shared_cholesky(a, workers)
+    return a, bool(torch.isfinite(a.diagonal()).all())
+
+
+def _shared_cholesky(a: Tensor, workers: Workers) -> None:
+    """Cholesky factor of a [K, K] in place, with NaN on its diagonal if there is none.
+
+    Right-looking, in panels of columns that belong to the processes in turn: the owner of a panel
+    factors it and sends it to all, and each process takes its product off its own later columns.
+    The next owner does that for the next panel first, so that it travels beside the other products.
+    """
+    k = a.shape[0]
+    panels = [slice(start, min(start + _PANEL, k)) for start in range(0, k, _PANEL)]
+
+    def own(j: int) -> bool:
+        return j % workers.count == workers.rank
+
+    def update(c: int, j: int) -> None:
+        rows = slice(panels[c].start, k)
+        a[rows, panels[c]].addmm_(a[rows, panels[j]], a[panels[c], panels[j]].T, alpha=-1)
+
+    def send(j: int) -> tuple[Tensor, Callable[[], None]]:
+        """Factor panel j, if it is this process's, and start to send or to receive it."""
+        columns, below = panels[j], slice(panels[j].stop, k)
+        panel = torch.empty(k - columns.start, columns.stop - columns.start, device=a.device)
+        if own(j):
+            lower, info = torch.linalg.cholesky_ex(a[columns, columns])
+            lower.masked_fill_(info != 0, torch.nan)
+            width = lower.shape[0]
+            panel[:width] = lower
+            panel[width:] = torch.linalg.solve_triangular(
+                lower.T, a[below, columns], upper=True, left=False
+            )
+        return panel, workers.broadcast(panel, j % workers.count)
+
+    panel, arrive = send(0)
+    for j, columns in enumerate(panels):
+        arrive()
+        a[columns.start :, columns] = panel
+        if j + 1 < len(panels):
+            if own(j + 1):
+                update(j + 1, j)
+            panel, arrive = send(j + 1)
+        for c in range(j + 2, len(panels)):
+            if own(c):
+                update(c, j)
+    a.tril_()
+
+
 def factorize(
     h: Tensor, percdamp: float, name: str = "layer", workers: Workers | None = None
 ) -> Factor:
@@ -182,9 +239,9 @@ def factorize(
     for retry in range(_MAX_RETRIES):
         reversed_h = h.flip(0, 1)
         reversed_h.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(reversed_h)
+        lower, definite = _cholesky(reversed_h, workers)
         del reversed_h  # matrices of K = 28672 have 3 GiB each
-        if int(info) == 0:
+        if definite:
             r = lower.flip(0, 1).contiguous()
             del lower
             u = invert_upper(r, workers)

@@ -169,11 +169,11 @@ def _run(
 
     origin = {"path": config.from_config or config.checkpoint, "sha256": source_hash(folder)}
     key = fingerprint(config, origin["sha256"], samples, str(dtype))
-    finished = None
+    finished, unfinished = None, out.with_name(f".{out.name}.unfinished")
     if first:
-        finished = FinishedLayers(out.with_name(f".{out.name}.unfinished"), key, config.resume)
+        finished = FinishedLayers(unfinished, key, config.resume)
         remove_left_over(config.offload_activations, out)
-    workers.agree(None)  # folders are as they must be
+    finished = FinishedLayers.shared(finished, unfinished, workers)  # folders are as they must be
     store = held.enter_context(store_of(config.offload_activations, device, out, workers.rank))
     walker = Walker(
         model,
@@ -188,8 +188,8 @@ def _run(
         refine=config.refine_options(config.refine),
     )
     rows = _walk(model, walker, finished)
-    ranks = workers.collect(spent(walker))
-    if finished is None:
+    ranks = workers.collect(spent(walker))  # and all have written their layers
+    if not first:
         workers.agree(None)  # the first process has written the checkpoint
         return None
 
@@ -244,20 +244,23 @@ def _walk(
 ) -> list[dict[str, Any]]:
     """Advance over finished layers, quantize the others; returns the report rows of all.
 
-    finished: where the first process keeps them; None in the others, which return no rows.
+    finished: where they are kept; None in a process that does not see the folder.
     """
     rows: list[dict[str, Any]] = []
-    agree = walker.workers.agree
-    done = agree(finished.count() if finished is not None else None)
+    agree, first = walker.workers.agree, walker.workers.rank == 0
+    done = agree(finished.count() if first else None)
     stages = len(model.family.stages)
     total = model.num_layers * stages
     with (
-        tqdm(total=total, unit="stage", desc="quantize", disable=finished is None) as bar,
+        tqdm(total=total, unit="stage", desc="quantize", disable=not first) as bar,
         BackgroundWriter(finished, model.device) if finished else nullcontext() as writer,
     ):
         for index in range(model.num_layers):
             if index < done:
-                layers, added = agree(finished.load(index) if finished is not None else None)
+                if finished is not None and finished.parts == walker.workers.count:
+                    layers, added = finished.load(index)
+                else:  # some do not see the folder
+                    layers, added = agree(finished.load(index) if first else None)
                 prefix = model.layer_name(index)
                 wtype = walker.options.wtype
                 walker.advance(index, layer_weights(layers, wtype, prefix, model.device))
@@ -272,9 +275,11 @@ def _walk(
             results = walker.quantize_layer(index, on_stage)
             if writer is None:
                 continue
-            added = [_row(result, model.device) for result in results]
-            with walker.timed("io"):
+            added = [_row(result, model.device) for result in results] if first else []
+            with walker.timed("io"), walker.timed("io.write"):
                 writer.save(index, results, added)
+            if not first:
+                continue
             rows += added
             worst = max(row["relative_error"] for row in added)
             note = f"layer {index}: error up to {worst:.3f}"
@@ -333,18 +338,12 @@ def _refine_end_to_end(
 
 def spent(walker: Walker) -> dict[str, Any]:
     """Of this process: seconds by kind of work (on a GPU those of its stream), and peak memory."""
-    clock, device = walker.clock, walker.model.device
+    device = walker.model.device
     return {
         "rank": walker.workers.rank,
         "device": str(device),
         "tokens": walker.tokens,
-        "seconds": {
-            "forward": clock.forward,
-            "hessian": clock.hessian,
-            "solve": clock.solve,
-            "refine": clock.refine,
-            "io_waited_for": clock.io,
-        },
+        "seconds": walker.clock.seconds(),
         "peak_device_bytes": _peak_device(device),
         "peak_host_bytes": peak_host(),
     }

@@ -34,7 +34,8 @@ STEP_TOKENS = 8192  # that pass a layer together on a GPU: enough to fill its ma
 class Clock:
     """Seconds spent per kind of work, over the whole run; on a GPU, of the device's stream.
 
-    pending: pairs of events on a GPU that `settle` turns into seconds.
+    parts: of which, by name ("solve.factor"); pending: pairs of events on a GPU that `settle` turns
+    into seconds.
     """
 
     forward: float = 0.0
@@ -42,10 +43,22 @@ class Clock:
     solve: float = 0.0
     refine: float = 0.0
     io: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
     pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def add(self, kind: str, seconds: float) -> None:
-        setattr(self, kind, getattr(self, kind) + seconds)
+        if "." in kind:
+            self.parts[kind] = self.parts.get(kind, 0.0) + seconds
+        else:
+            setattr(self, kind, getattr(self, kind) + seconds)
+
+    def seconds(self) -> dict[str, float]:
+        """All of it, by name."""
+        kinds = ("forward", "hessian", "solve", "refine")
+        return {kind: getattr(self, kind) for kind in kinds} | {
+            "io_waited_for": self.io,
+            **self.parts,
+        }
 
     def settle(self) -> None:
         """Wait for the device and count what it has done."""
@@ -107,6 +120,7 @@ class Walker:
         # Sums exact enough to be told apart: those of half precision on tensor cores are cut.
         self._exact = model.dtype == torch.float32
         self.clock = Clock()
+        self.workers.timed = self.timed
         self.batches = make_batches(samples, step_tokens)
         self.places = [  # batch, row and length of each sample, in the order they are carried
             (i, row, length)
@@ -354,6 +368,7 @@ class Walker:
             lack=None if h.lack is None else h.lack[own],
             global_scale=common,
             workers=self.workers,
+            timed=self.timed,
         )
         if self.workers.count == 1:
             return part
@@ -364,7 +379,7 @@ class Walker:
         return replace(part, **gathered)
 
     def _read(self, index: int) -> nn.Module:
-        with self.timed("io"):
+        with self.timed("io"), self.timed("io.read"):
             layer = self.model.layer(index)
             self.model.read_ahead(index + 1)
             return layer
@@ -406,7 +421,7 @@ class Walker:
             self.probe = Stages(layer, self.model.family).forward(self.probe, arguments)
 
     def timed(self, kind: str) -> _Timer:
-        """Context that adds its seconds to one field of `clock`."""
+        """Context that adds its seconds to one field, or to one of the parts, of `clock`."""
         return _Timer(self.clock, kind, self.model.device)
 
 
@@ -459,13 +474,13 @@ class _Stream:
 
 
 class _Timer:
-    """Adds the seconds of a block to one field of a Clock: the host's for I/O and on the CPU, else
+    """Adds the seconds of a block to a Clock: the host's for I/O and on the CPU, else
     those of the device's stream, measured without waiting for it."""
 
     def __init__(self, clock: Clock, kind: str, device: torch.device) -> None:
         self.clock, self.kind = clock, kind
         self.stream = None
-        if device.type == "cuda" and kind != "io":
+        if device.type == "cuda" and not kind.startswith("io"):
             self.stream = torch.cuda.current_stream(device)
 
     def __enter__(self) -> None:

@@ -8,7 +8,7 @@ Everything is held transposed, ``[inputs, outputs]``: one input's weights are on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -199,6 +199,7 @@ def solve_columns(
     lack: Tensor | None = None,
     workers: Workers | None = None,
     global_scale: Tensor | None = None,
+    timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Columns:
     """Quantize outputs that share their input. No output depends on another.
 
@@ -206,7 +207,8 @@ def solve_columns(
     shift: float32 [K, K], 2 (X̃ - X) Xᵀ, and lack: float32 [N, K], 2 D Xᵀ, of asymmetric calibration
     (`hessian.Hessian`), or None. global_scale: float32 [1] for the types that have one, if `weight`
     is a part of what shares it; default: `grid.find_global_scale` of `weight`. workers: processes
-    that hold other outputs and the same Hessian.
+    that hold other outputs and the same Hessian. timed: makes a context that counts the seconds of
+    a part of the work.
     Raises NumericalError with `name` if weights or Hessian are not finite.
     """
     w = weight.detach().float().T.contiguous()
@@ -233,10 +235,12 @@ def solve_columns(
     else:
         order = _order(diagonal, options)
         permuted = safe if order is None else safe[order[:, None], order]
-        factor = factorize(permuted, options.percdamp, name, workers)
+        with timed("solve.factor"):
+            factor = factorize(permuted, options.percdamp, name, workers)
         del permuted
         if options.asymmetric and (shift is not None or lack is not None):
-            w = w + _target_move(w, safe, shift, lack, options.target_damp)
+            with timed("solve.target"):
+                w = w + _target_move(w, safe, shift, lack, options.target_damp)
 
     if options.wtype is None:
         return _pruned(w, original, h, factor, order, int(dead.sum()), options)
@@ -252,23 +256,28 @@ def solve_columns(
     elif contiguous:
         scales = zeros = None  # natural order: each group's grid is searched when it is reached
         if order is not None:
-            weights = _group_factors(factor, order, g, name) if options.grid.clip else None
-            scales, zeros = _static_grid(w, weights, g, options, global_scale)
-        points, scales, zeros = update(
-            w, factor, order, g, scales, zeros, groups, options, global_scale
-        )
+            with timed("solve.grid"):
+                weights = _group_factors(factor, order, g, name) if options.grid.clip else None
+                scales, zeros = _static_grid(w, weights, g, options, global_scale)
+        with timed("solve.update"):
+            points, scales, zeros = update(
+                w, factor, order, g, scales, zeros, groups, options, global_scale
+            )
     else:
-        points, scales, zeros = update(
-            w[order], factor, None, g, None, None, groups, options, global_scale
-        )
+        with timed("solve.update"):
+            points, scales, zeros = update(
+                w[order], factor, None, g, None, None, groups, options, global_scale
+            )
         inverse = torch.argsort(order)
         points, groups = points[inverse], groups[inverse]
     damping, retries = factor.damping, factor.retries
     del factor
 
     if not options.nearest and (options.refit or options.sweeps):
-        points, scales = _polish(w, safe, damping, points, scales, zeros, groups, options)
-    measures = _measure(original, w, h, points, scales, zeros, groups, options)
+        with timed("solve.polish"):
+            points, scales = _polish(w, safe, damping, points, scales, zeros, groups, options)
+    with timed("solve.measure"):
+        measures = _measure(original, w, h, points, scales, zeros, groups, options)
     found = encode_points(points, options.wtype), scales, zeros, groups, measures
     return Columns(*found, damping, retries, int(dead.sum()), options.wtype, global_scale)
 

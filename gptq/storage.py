@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from marlin_kernel.checkpoint import CheckpointWriter
@@ -23,6 +23,7 @@ from marlin_kernel.schemes import Scheme
 from marlin_kernel.weight_types import WeightType
 
 from .config import QuantizeConfig
+from .distributed import Workers
 from .grid import stored_scales
 from .models import StreamedModel
 from .refine import StoredLinear
@@ -34,6 +35,11 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
+_BUFFER = 32 << 20  # bytes that go to a file at once
+_SAFETENSORS_DTYPES = {
+    torch.uint8: "U8", torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 
 
 def fingerprint(config: QuantizeConfig, source: str, samples: Sequence[Tensor], dtype: str) -> str:
@@ -49,13 +55,15 @@ def fingerprint(config: QuantizeConfig, source: str, samples: Sequence[Tensor], 
 class FinishedLayers:
     """Folder of finished decoder layers: integer codes and scales, and the layer's report rows.
 
-    Each file is written under a temporary name and renamed, so what is there is whole.
+    Each file is written under a temporary name and renamed, so what is there is whole. Several
+    processes may each write a part of the linears of every layer, to a file of its own; a layer is
+    finished when all parts of it are there.
     """
 
     def __init__(self, folder: Path, key: str, resume: bool | None) -> None:
         """key: fingerprint of the run. resume: True continues, False discards, None refuses to
         choose. Raises ConfigError if what lies there belongs to another run or needs a decision."""
-        self.folder = folder
+        self._open(folder)
         stamp = folder / "run.json"
         if stamp.is_file():
             found = json.loads(stamp.read_text(encoding="utf-8"))["fingerprint"]
@@ -76,27 +84,59 @@ class FinishedLayers:
         if not stamp.is_file():
             _write(stamp, json.dumps({"fingerprint": key}).encode())
 
+    def _open(self, folder: Path) -> None:
+        self.folder = folder
+        self.part, self.parts = 0, 1
+        self._buffer: Tensor | None = None
+
+    @classmethod
+    def shared(
+        cls, first: FinishedLayers | None, folder: Path, workers: Workers
+    ) -> FinishedLayers | None:
+        """The folder as one of `workers` uses it: those that see what the first one writes there
+        share the writing. first: what the first process has opened, None in the others. Returns
+        None where the folder is not to be seen. All processes must call this together."""
+        mark = None
+        if first is not None:
+            mark = f"seen-{uuid.uuid4().hex}"
+            (folder / mark).touch()
+        mark = workers.agree(mark)
+        sees = workers.collect((folder / mark).is_file())
+        if first is not None:
+            (folder / mark).unlink()
+        if not sees[workers.rank]:
+            return None
+        opened = first
+        if opened is None:
+            opened = cls.__new__(cls)
+            opened._open(folder)
+        opened.part, opened.parts = sum(sees[: workers.rank]), sum(sees)
+        return opened
+
     def count(self) -> int:
         """Number of leading layers that are finished."""
         index = 0
-        while self._file(index).is_file():
+        while self._files(index):
             index += 1
         return index
 
     def save(
         self, index: int, results: Sequence[LinearResult], rows: Sequence[Mapping[str, Any]]
     ) -> None:
+        """Write layer `index`, or this process's part of it: the linears of `results` that fall to
+        it, and `rows` (the first part's are those of the whole layer)."""
         tensors = {}
-        for result in results:
+        for result in _share(results, self.parts)[self.part]:
             for part, tensor in stored_tensors(result.solution).items():
                 if part == "codes" and _fits_nibbles(result.solution):
                     part, tensor = "nibbles", tensor[0::2] | tensor[1::2] << 4
-                tensors[f"{result.name}:{part}"] = tensor.cpu().contiguous()
-        file = self._file(index)
+                tensors[f"{result.name}:{part}"] = tensor
+        if self._buffer is None:
+            pinned = any(tensor.is_cuda for tensor in tensors.values())
+            self._buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=pinned)
+        file = self._file(index, self.part, self.parts)
         partial = file.with_suffix(".partial")
-        save_file(tensors, partial, {"rows": json.dumps(list(rows))})
-        with open(partial, "rb") as stream:
-            os.fsync(stream.fileno())
+        _write_tensors(partial, tensors, {"rows": json.dumps(list(rows))}, self._buffer)
         os.replace(partial, file)
 
     def load(self, index: int) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
@@ -105,30 +145,44 @@ class FinishedLayers:
         Raises CheckpointError if its file is damaged.
         """
         layers: dict[str, dict[str, Tensor]] = {}
-        try:
-            with safe_open(self._file(index), "pt") as file:
-                rows = json.loads(file.metadata()["rows"])
-                for key in file.keys():  # noqa: SIM118 (no mapping)
-                    name, _, part = key.rpartition(":")
-                    tensor = file.get_tensor(key)
-                    if part == "nibbles":
-                        part, tensor = (
-                            "codes",
-                            torch.stack([tensor & 15, tensor >> 4], 1).flatten(0, 1),
-                        )
-                    layers.setdefault(name, {})[part] = tensor
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self._file(index)}: the record of a finished layer is damaged ({error}); "
-                "discard the unfinished run with --no-resume"
-            ) from error
-        return layers, rows
+        rows: list[dict[str, Any]] = []
+        for path in self._files(index):
+            try:
+                with safe_open(path, "pt") as file:
+                    rows += json.loads(file.metadata()["rows"])
+                    for key in file.keys():  # noqa: SIM118 (no mapping)
+                        name, _, part = key.rpartition(":")
+                        tensor = file.get_tensor(key)
+                        if part == "nibbles":
+                            part, tensor = (
+                                "codes",
+                                torch.stack([tensor & 15, tensor >> 4], 1).flatten(0, 1),
+                            )
+                        layers.setdefault(name, {})[part] = tensor
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{path}: the record of a finished layer is damaged ({error}); "
+                    "discard the unfinished run with --no-resume"
+                ) from error
+        return {name: layers[name] for name in sorted(layers)}, rows
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _file(self, index: int) -> Path:
-        return self.folder / f"layer-{index:04d}.safetensors"
+    def _file(self, index: int, part: int = 0, parts: int = 1) -> Path:
+        own = "" if parts == 1 else f"-part-{part + 1}-of-{parts}"
+        return self.folder / f"layer-{index:04d}{own}.safetensors"
+
+    def _files(self, index: int) -> list[Path]:
+        """The files of layer `index`; none if it is not finished."""
+        if self._file(index).is_file():
+            return [self._file(index)]
+        for first in self.folder.glob(f"layer-{index:04d}-part-1-of-*.safetensors"):
+            parts = int(first.stem.rpartition("-")[2])
+            files = [self._file(index, part, parts) for part in range(parts)]
+            if all(file.is_file() for file in files):
+                return files
+        return []
 
 
 class BackgroundWriter:
@@ -174,6 +228,47 @@ class BackgroundWriter:
             self.wait()
         finally:
             self._thread.shutdown()
+
+
+def _share(results: Sequence[LinearResult], parts: int) -> list[list[LinearResult]]:
+    """The linears of a layer in parts of about the same size: the largest first, each to the part
+    that has least."""
+    shares: list[list[LinearResult]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for result in sorted(results, key=lambda r: -r.solution.codes.numel()):
+        least = sizes.index(min(sizes))
+        shares[least].append(result)
+        sizes[least] += result.solution.codes.numel()
+    return shares
+
+
+def _write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], buffer: Tensor
+) -> None:
+    """A safetensors file, flushed to disk. Tensors on any device go through `buffer`, uint8 and on
+    the host: new pages for copies of a large layer would take longer than the writing."""
+    named = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in named:  # aligned, since larger elements come first
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        kind = _SAFETENSORS_DTYPES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as stream:
+        _write_all(stream, len(text).to_bytes(8, "little") + text)
+        view = memoryview(buffer.numpy())
+        for _, tensor in named:
+            for part in tensor.contiguous().view(-1).view(torch.uint8).split(buffer.numel()):
+                buffer[: part.numel()].copy_(part)
+                _write_all(stream, view[: part.numel()])
+        os.fsync(stream.fileno())
+
+
+def _write_all(stream: Any, content: bytes | memoryview) -> None:
+    while len(content):
+        content = content[stream.write(content) :]
 
 
 def _fits_nibbles(solution: Solution) -> bool:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -356,8 +357,11 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     tokens = args.nsamples * args.seqlen
     first = workers.rank == 0
 
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch, ExitStack() as held:
-        finished = FinishedLayers(Path(scratch) / "layers", "benchmark", None)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as own, ExitStack() as held:
+        scratch = workers.agree(own)
+        folder = Path(scratch) / "layers"
+        opened = FinishedLayers(folder, "benchmark", None) if first else None
+        finished = FinishedLayers.shared(opened, folder, workers)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         reset_peak_host()
@@ -378,22 +382,29 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         )
         wait(device)
         began = time.perf_counter()
-        each = []
-        with BackgroundWriter(finished, device) if first else nullcontext() as writer:
+        each, splits, before = [], [], walker.clock.seconds()
+        with BackgroundWriter(finished, device) if finished else nullcontext() as writer:
             for index in range(layers):
                 start = time.perf_counter()
                 results = walker.quantize_layer(index, lambda path: None)
                 if writer is not None:
-                    with walker.timed("io"):
+                    with walker.timed("io"), walker.timed("io.write"):
                         writer.save(index, results, [])
                 each.append(time.perf_counter() - start)
+                after = walker.clock.seconds()
+                splits.append({kind: after[kind] - before.get(kind, 0.0) for kind in after})
+                before = after
                 if first:
                     print(f"layer {index}: {each[-1]:.3f} s", flush=True)
         wait(device)
         seconds = time.perf_counter() - began
         errors = [result.solution.statistics.relative_error for result in results]
         del results
-    ranks = workers.collect(spent(walker))
+        usual = {  # seconds of a layer by kind of work: the median, without the first layer
+            kind: statistics.median(split.get(kind, 0.0) for split in splits[1:] or splits)
+            for kind in splits[-1]
+        }
+        ranks = workers.collect(spent(walker) | {"seconds_of_a_layer": usual})
     result = {
         "command": command(),
         "commit": circumstances("", args)["commit"],

@@ -58,5 +58,10 @@ def test_two_processes_print_one_result_with_both_ranks(tmp_path):
     assert sum(rank["tokens"] for rank in result["ranks"]) == result["calibration_tokens"] == 128
     for rank in result["ranks"]:
         assert rank["peak_host_bytes"] > 0 and rank["seconds"]["forward"] > 0
-        assert set(rank["seconds"]) == {"forward", "hessian", "solve", "refine", "io_waited_for"}
+        usual = rank["seconds_of_a_layer"]
+        assert usual.keys() == rank["seconds"].keys()
+        assert {"forward", "hessian", "solve", "refine", "io_waited_for"} <= usual.keys()
+        assert {"solve.factor", "solve.update", "io.read", "io.write"} <= usual.keys()
+        assert {"collective.sum", "collective.gather"} <= usual.keys()
+        assert 0 < usual["solve.factor"] < usual["solve"]
     assert result["layers"] == 2 and len(result["seconds_of_each_layer"]) == 2
