@@ -513,7 +513,7 @@ _DECODE_ROUND, _DECODE_OUTPUT_PER_FLOAT = 0.473, 6.58e-5
 _DECODE_CLUSTER, _DECODE_CLUSTER_PER_BLOCK = 0.611, 0.103  # us of a round
 _DECODE_OVERLAP = 0.565
 # Act-order, counted (docs/kernel-log.md): instructions of a tile, and us of a launch in front.
-_DECODE_GATHER = 1.17
+_DECODE_GATHER = 1.12
 _GATHER_LAUNCH = 1.6
 _GATHERED_TOKENS = 16  # of the small-batch kernel, at most
 
@@ -653,6 +653,28 @@ def _tuned_rows(
     return table
 
 
+def act_order_path(gpu: str) -> Path:
+    """The table of the fastest ways to gather, of uint4b8, which may not exist."""
+    return TUNING_DIRECTORY / "act_order" / f"{gpu}.json"
+
+
+@functools.cache
+def _tuned_act_order(
+    gpu: str,
+) -> dict[tuple[int, int], tuple[tuple[int, DecodeConfig | None], ...]]:
+    """By (K' / 64, N' / 64): limits of m, and a kernel that gathers or None: a launch in front."""
+    path = act_order_path(gpu)
+    if not path.is_file():
+        return {}
+    return {
+        (row["k"] // TILE_K, row["n"] // TILE_N): tuple(
+            (entry["m"], DecodeConfig(**entry["config"]) if entry["config"] else None)
+            for entry in sorted(row["choices"], key=lambda entry: entry["m"])
+        )
+        for row in json.loads(path.read_text())["rows"]
+    }
+
+
 def gpu_key(name: str) -> str:
     """Name of the tuned table of a GPU, from the name that its driver reports."""
     return name.lower().replace("nvidia", "").strip().replace(" ", "_")
@@ -721,6 +743,12 @@ def select_for_act_order(
     plain = select_config(*problem, batch_invariant=batch_invariant, **options)
     if batch_invariant or m > _GATHERED_TOKENS:
         return plain
+    if weight_type == "uint4b8":
+        for limit, config in _tuned_act_order(gpu).get((k_tiles, column_tiles), ()):
+            if m <= limit and config is None:
+                return plain
+            if m <= limit and config.fits(m, k_tiles, group_size):
+                return config
     fitting = [
         c for c in gathering_configs(weight_type) if c.fits(m, k_tiles, group_size, weight_type)
     ]

@@ -2,10 +2,11 @@
 
     python scripts/bench_types.py --json docs/results/types.json
     python scripts/bench_types.py --paths sm90 --json docs/results/types_sm90.json
-    python scripts/bench_types.py --act_order --json docs/results/act_order.json
+    python scripts/bench_types.py --act_order --json docs/results/act_order.json --table H200.json
 
 --act_order times uint4b8, FP16, group size 128 on Hopper with and without act-order side by side,
-each way of gathering the activations included: inside the small-batch kernel and in front.
+each way of gathering the activations included: inside the small-batch kernel and in front. --table
+writes the fastest ones, which kernel_configs.act_order_path names the place for.
 
 On Hopper 16-bit activations have two paths: "sm80" (mma.sync) and "sm90" (wgmma), with a
 kernel that only reads the same bytes (scripts/bench.py, read_floor) as the yardstick of the second.
@@ -21,7 +22,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))
 ORDERED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 GATHER_PLAN_TOKENS = 16  # from here on, shapes of the launch in front are compared
-ALTERNATIVES = 3  # kernels that gather, timed beside the chosen one
+ALTERNATIVES = 10  # kernels that gather, timed beside the chosen one
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EIGHT_BIT = ("int8", "float8_e4m3fn")
 PATHS = {"sm80": sm80_layout, "sm90": sm90_layout}
@@ -305,6 +306,26 @@ def act_order() -> list[dict]:
     return rows
 
 
+def write_table(path: Path, rows: list[dict]) -> None:
+    """The fastest way to gather for each number of tokens that the small-batch kernel serves."""
+    table: dict[tuple[int, int], list[dict]] = {}
+    for row in rows:
+        if len(row["ways"]) == 1:
+            continue
+        name = min(row["ways"], key=row["ways"].get)
+        found = {str(c): c for c in kernel_configs.gathering_configs()}.get(name)
+        choice = {"m": row["m"], "us": row["ways"][name], "config": found and asdict(found)}
+        table.setdefault((row["k"], row["n"]), []).append(choice)
+    lines = []
+    for (k, n), choices in sorted(table.items()):
+        text = ",\n   ".join(map(json.dumps, choices))
+        lines.append(f' {{"k": {k}, "n": {n}, "choices": [\n   {text}]}}')
+    command = "scripts/bench_types.py --act_order"
+    head = {"command": command, "weight_type": "uint4b8", "group_size": 128, "dtype": "float16"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
 def _in_two_launches(config, a: Tensor, perm: Tensor, plan, *rest) -> None:
     launch.launch_config(config, launch.gather(a, perm, plan), *rest)
 
@@ -350,6 +371,7 @@ def main() -> None:
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=["sm80"])
     parser.add_argument("--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights")
     parser.add_argument("--act_order", action="store_true", help="only that: see above")
+    parser.add_argument("--table", type=Path, help="write the fastest ways of act-order here")
     options = parser.parse_args()
     rows = act_order() if options.act_order else []
     for k, n in () if options.act_order else SHAPES:
@@ -363,6 +385,8 @@ def main() -> None:
                 report(f"{k} x {n} {case} {path}", measure(case, k, n, path), rows)
     if "sm80" in options.paths and not options.act_order:
         rows += repacking()
+    if options.table:
+        write_table(options.table, rows)
     if options.json:
         result = {"circumstances": circumstances("scripts/bench_types.py", options), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

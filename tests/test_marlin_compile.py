@@ -228,6 +228,29 @@ def test_tuned_rows_name_supported_configurations() -> None:
             assert {config for _, config in choices} <= supported
 
 
+def test_choice_for_act_order() -> None:
+    for path in (kernel_configs.TUNING_DIRECTORY / "act_order").glob("*.json"):
+        for choices in kernel_configs._tuned_act_order(path.stem).values():
+            assert {c for _, c in choices if c} <= set(kernel_configs.gathering_configs())
+    for gpu in ("h200", "another"):
+        for m in (1, 2, 7, 16, 17, 300):
+            for k_tiles, columns in (
+                (1, 1),
+                (64, 64),
+                (128, 128),
+                (172, 64),
+                (448, 128),
+                (1023, 8),
+            ):
+                config = kernel_configs.select_for_act_order(m, k_tiles, columns, 128, gpu=gpu)
+                plain = kernel_configs.select_config(m, k_tiles, columns, 128, gpu=gpu)
+                assert config.gathers or config == plain
+                assert config.fits(m, k_tiles, 128)
+    one_token = kernel_configs.select_for_act_order(1, 64, 64, 128)
+    assert one_token.gathers, "a launch in front takes longer"
+    assert not kernel_configs.select_for_act_order(1, 64, 64, 128, batch_invariant=True).gathers
+
+
 def test_unfit_configurations_say_so() -> None:
     assert not DecodeConfig(1, 1, 4, 1, 4, 4).fits(9, 8, 128)
     assert not GemmConfig(16, 1, 6, 2, 2, True, split=8).fits(1, 2, 128)

@@ -241,7 +241,7 @@ class Decoder {
   // to the zero after a row.
   __device__ __forceinline__ void write_index(const int* permutation) {
     const int k = lane_ / 4 % 2 * 32 + chunk(lane_ % 4) * 8 + lane_ / 8 * 2;
-    constexpr int kAtOnce = 4;  // loads in flight
+    constexpr int kAtOnce = 16;  // loads in flight: one latency for all but long runs
     for (int first = warp_ % Config::WARPS_N; first < tiles_; first += kAtOnce * Config::WARPS_N) {
       int2 columns[kAtOnce];
 #pragma unroll
