@@ -317,10 +317,8 @@ class Product:
         k, k_padded, n_padded = spec.k, weights.shape[0] * 16, spec.packed.n_padded
         typed = {"weight_type": self.c.weight_type.name, "global_scale": global_scale}
         if self.family == "sm90":
-            if perm is not None:
-                a, k = sm80_path.gather(a, perm), k_padded
             sizes = (k, spec.n, k_padded, n_padded, group_size or -1)
-            launch.gemm(a, weights, scales, None, out, *sizes, **typed)
+            launch.gemm(a, weights, scales, None, out, *sizes, perm=perm, **typed)
             return out
         k = k_padded if token_scales is not None else k
         sm80_path.gemm(
