@@ -5,8 +5,8 @@ line of `compiler` builds them. Rules that keep the number low:
 
 1. Each valid combination of types is served by one family, the one that `backends` prefers: on
    sm_90a sm90 for activations of 16 bits and sm90_8bit for those of 8 bits, elsewhere sm80.
-2. Combinations share kernels where only a launch differs: act-order gathers the activations before
-   the product (sm80: for many tokens), a shard of an act-order layer is an ordinary layer with
+2. Combinations share kernels where only a launch differs: act-order for many tokens gathers the
+   activations before the product, a shard of an act-order layer is an ordinary layer with
    groups of 32, one group with zero points is repeated groups (sm80_configs.kernel_types; sm90_8bit
    takes it as it is), and blocks of the sm_90a kernels exchange sums in float32 for either
    reduction.
@@ -59,7 +59,6 @@ ANY = 1 << 30  # tokens without limit
 GPU = "h200"  # whose tuned tables decide on sm_90a
 
 _ACTIVATIONS_HEADER = "sm80/activations.cuh"
-_ACT_ORDER_TYPES = {c.weight_type.name for c in combinations() if c.act_order}
 
 Config = Sm80Config | KernelConfig | EightBitConfig
 
@@ -249,9 +248,13 @@ def _activation_sources(v: Variant) -> list[KernelSource]:
     """Kernels of `sm80_path` that prepare activations for products of a variant."""
     if v.types.eight_bit:
         return [quantizer(v.types)]
-    if v.types.permuted or (v.family == "sm90" and v.types.weight_type in _ACT_ORDER_TYPES):
-        return [KernelSource(_ACTIVATIONS_HEADER, "sm80::gather_activations<8>")]
-    return []
+    if not v.types.permuted:
+        return []
+    sources = [KernelSource(_ACTIVATIONS_HEADER, "sm80::gather_activations<8>")]
+    if v.family == "sm90":
+        plans = (kernel_configs.gather_plan(m, k, k) for m in TOKENS for k in _INPUTS)
+        sources += [plan.source() for plan in plans]
+    return list(dict.fromkeys(sources))
 
 
 def quantizer(types: KernelTypes) -> KernelSource:
@@ -281,7 +284,8 @@ def kernels_of(c: Combination, arch: str) -> list[tuple[str, KernelTypes]]:
     if arch == "sm_90a":
         types = replace(kernel_types(c), reduce_half=False)
         if c.activation in kernel_configs.SCALARS:
-            return [("sm90", types)]
+            gathered = (True, False) if c.act_order else (False,)
+            return [("sm90", replace(types, permuted=permuted)) for permuted in gathered]
         if c.activation in sm90_8bit_configs.TYPES.get(c.weight_type.name, ()):
             return [("sm90_8bit", replace(types, group_size=max(c.group_size, 0)))]
     if arch not in SHARED_LIMITS:
@@ -338,13 +342,17 @@ def _sm90_choices(
 def _sm90_rows(
     family: str, types: KernelTypes, batch_invariant: bool, k: int, n: int
 ) -> tuple[Choice, ...]:
-    """The choices of one shape."""
+    """The choices of one shape; of kernels that gather activations, those that are chosen."""
     rows: list[Choice] = []
     for tokens in TOKENS:
         config = _select_sm90(family, types, batch_invariant, tokens, k, n)
+        if types.permuted and not config.gathers:
+            continue
         if rows and rows[-1].config == config:
             rows.pop()
         rows.append(Choice(k, n, tokens, config))
+    if types.permuted:
+        return tuple(rows)
     return (*rows[:-1], replace(rows[-1], tokens=ANY))
 
 
@@ -356,7 +364,10 @@ def _select_sm90(
             m, n, k, eight_bit_types(types), batch_invariant, gpu=GPU
         )
     k_tiles, column_tiles = -(-k // kernel_configs.TILE_K), -(-n // kernel_configs.TILE_N)
-    return kernel_configs.select_config(
+    select = kernel_configs.select_config
+    if types.permuted:
+        select = kernel_configs.select_for_act_order
+    return select(
         m,
         k_tiles,
         column_tiles,
@@ -374,7 +385,7 @@ def eight_bit_types(types: KernelTypes) -> EightBitTypes:
 
 def _all_configs(variant: Variant) -> tuple[Config, ...]:
     t = variant.types
-    if variant.family == "sm80":
+    if variant.family == "sm80" or t.permuted:
         return variant.configs
     if variant.family == "sm90_8bit":
         return sm90_8bit_configs.supported_configs(eight_bit_types(t))

@@ -318,7 +318,7 @@ class Product:
         typed = {"weight_type": self.c.weight_type.name, "global_scale": global_scale}
         if self.family == "sm90":
             sizes = (k, spec.n, k_padded, n_padded, group_size or -1)
-            launch.gemm(a, weights, scales, None, out, *sizes, **typed, perm=perm)
+            launch.gemm(a, weights, scales, None, out, *sizes, perm=perm, **typed)
             return out
         k = k_padded if token_scales is not None else k
         sm80_path.gemm(

@@ -139,7 +139,7 @@ def sm90_gemm(
 ) -> None:  # fmt: skip
     """Stands in for launch.gemm; symmetric integer types."""
     if perm is not None:
-        a = a[:, perm[:k].long()]
+        a, k = gather(a, perm), k_padded
     spec = LayerSpec(k, n, WEIGHT_TYPES[weight_type], k if group_size == -1 else group_size)
     stored = backends.restore(backends.Prepared("sm90", weights, scales, None, None), spec)
     assert (k_padded, n_padded) == (spec.packed.k_padded, spec.packed.n_padded)
@@ -158,7 +158,7 @@ def sm90_8bit_gemm(a, token_scales, weights, scales, bias, out, types) -> None:
 
 
 def gather(a, perm):
-    """Stands in for sm80_path.gather."""
+    """Columns in the order of an index, -1 for zeros."""
     return torch.where(perm >= 0, a[:, perm.clamp(min=0).long()], 0)
 
 
@@ -185,7 +185,6 @@ def test_kernels_get_what_they_take(family: str, monkeypatch: pytest.MonkeyPatch
         return gemm
 
     monkeypatch.setattr(script, "family_of", lambda c, device: family)
-    monkeypatch.setattr(script.sm80_path, "gather", gather)
     for module, function in (
         (script.sm80_path, sm80_gemm),
         (script.launch, sm90_gemm),

@@ -88,7 +88,7 @@ def test_sm90_kernels_are_those_that_layers_ask_for() -> None:
     """The group size that a layer's tensors are converted to is one that is compiled."""
     for c in combinations("9.0", reductions=("float32",)):
         if c.act_order:
-            continue  # as without, in another order of inputs
+            continue  # the next test
         ((family, types),) = prebuilt.kernels_of(c, "sm_90a")
         quantized, tensors = stored(c.weight_type.name, 256, 64, c.group_size)
         if family == "sm90":
@@ -98,6 +98,19 @@ def test_sm90_kernels_are_those_that_layers_ask_for() -> None:
         assert types.group_size == group_size, str(c)
         assert (types.activation, types.output) == (c.activation, c.output)
         assert not types.permuted and not types.reduce_half
+
+
+def test_act_order_on_sm90_gathers_in_kernels_and_before_them() -> None:
+    sources = {k.source for k in prebuilt.specializations("sm_90a")}
+    for name, k, n, group_size in (("uint4b8", 4096, 4096, 128), ("uint8b128", 512, 1024, 32)):
+        for m in prebuilt.TOKENS:
+            config = kernel_configs.select_for_act_order(
+                m, k // 64, n // 64, group_size, weight_type=name
+            )
+            assert config.source("bfloat16", group_size, name) in sources
+            assert config.gathers or kernel_configs.gather_plan(m, k, k).source() in sources
+    gathering = [s for s in sources if "decode_gather_kernel" in s.expression]
+    assert gathering and any(s.header == "sm90/gather.cuh" for s in sources)
 
 
 def test_the_complete_set_stays_small() -> None:
@@ -121,6 +134,9 @@ def test_a_random_sample_compiles(tmp_path: Path, capsys: pytest.CaptureFixture)
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
 def test_kernels_that_prepare_activations_are_built(arch: str) -> None:
     kernels = [k.source for k in prebuilt.specializations(arch) if k.name == "activations"]
+    own = [k for k in kernels if k.header == "sm90/gather.cuh"]
+    assert bool(own) == (arch == "sm_90a")
+    kernels = [k for k in kernels if k not in own]
     assert {k.header for k in kernels} == {"sm80/activations.cuh"} and len(kernels) == 5
     text = inspect.getsource(sm80_path)
     for kernel in kernels:
