@@ -113,7 +113,8 @@ class Solution:
 
 def dequantize(points: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
     """``(points - zeros) * scales`` as float32 [K, N]; scales, zeros: [G, N]; groups: int64 [K]."""
-    return (points.float() - zeros.float()[groups]) * scales.float()[groups]
+    weight = points.float() - zeros.float().index_select(0, groups)
+    return weight.mul_(scales.float().index_select(0, groups))
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def solve_columns(
         order = None
     else:
         order = _order(diagonal, options)
-        permuted = safe if order is None else safe[order[:, None], order]
+        permuted = safe if order is None else _permuted(safe, order)
         with timed("solve.factor"):
             factor = factorize(permuted, options.percdamp, name, workers)
         del permuted
@@ -265,11 +266,12 @@ def solve_columns(
             )
     else:
         with timed("solve.update"):
+            permuted = w.index_select(0, order)
             points, scales, zeros = update(
-                w[order], factor, None, g, None, None, groups, options, global_scale
+                permuted, factor, None, g, None, None, groups, options, global_scale
             )
         inverse = torch.argsort(order)
-        points, groups = points[inverse], groups[inverse]
+        points, groups = points.index_select(0, inverse), groups[inverse]
     damping, retries = factor.damping, factor.retries
     del factor
 
@@ -338,6 +340,13 @@ def _order(diagonal: Tensor, options: SolverOptions) -> Tensor | None:
     if options.sparsity:
         return sparsity.quad_order(diagonal)
     return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def _permuted(h: Tensor, order: Tensor) -> Tensor:
+    """``h[order][:, order]``; on a CPU by rows, then by columns, as its caches like it better."""
+    if h.is_cuda:
+        return h[order[:, None], order]
+    return h.index_select(0, order).index_select(1, order)
 
 
 def _target_move(
@@ -420,7 +429,7 @@ def _update(
     """
     k, n = w.shape
     wtype = options.wtype
-    work = w.clone() if order is None else w[order]
+    work = w.clone() if order is None else w.index_select(0, order)
     points = torch.empty_like(work)
     u, r = factor.u, factor.r
     sequence = groups if order is None else groups[order]
@@ -437,8 +446,8 @@ def _update(
         stop = min(start + width, k)
         errors = torch.empty(stop - start, n, device=w.device)
         if not dynamic:
-            block_scales = scales[sequence[start:stop]]
-            block_zeros = zeros[sequence[start:stop]]
+            block_scales = scales.index_select(0, sequence[start:stop])
+            block_zeros = zeros.index_select(0, sequence[start:stop])
         for i in range(start, stop):
             if dynamic and i % g == 0:
                 end = min(i + g, k)
@@ -472,7 +481,7 @@ def _update(
         if stop < k:
             work[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
     if order is not None:
-        points = points[torch.argsort(order)]
+        points = points.index_select(0, torch.argsort(order))
     return points, scales, zeros
 
 
@@ -520,17 +529,19 @@ def _refit_scales(
     count, n = scales.shape
     if bool((groups[1:] < groups[:-1]).any()):  # moved groups: bring their inputs together
         order = torch.argsort(groups, stable=True)
-        w, h, codes, groups = w[order], h[order[:, None], order], codes[order], groups[order]
+        w, codes = w.index_select(0, order), codes.index_select(0, order)
+        h, groups = _permuted(h, order), groups[order]
     k = w.shape[0]
     g = int((groups == 0).sum())
-    c = codes - zeros[groups]
+    c = codes - zeros.index_select(0, groups)
     a = torch.empty(n, count, count, device=w.device)
     for j in range(count):  # A is symmetric: from group j on
         start, stop = j * g, min(j * g + g, k)
         product = (h[start:, start:stop] @ c[start:stop]).mul_(c[start:])  # [K - start, N]
         a[:, j:, j] = _sum_groups(product, g).T
         a[:, j, j:] = a[:, j:, j]
-    r = _sum_groups(c * (h @ (w - c * scales[groups])), g).T  # [N, G]
+    residual = w - c * scales.index_select(0, groups)
+    r = _sum_groups((h @ residual).mul_(c), g).T  # [N, G]
     ridge = a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-6 + 1e-30
     move = torch.linalg.solve(a + ridge * torch.eye(count, device=w.device), r.unsqueeze(-1))
     fitted = round_scales(scales.T + move.squeeze(-1))
@@ -557,8 +568,8 @@ def _sweep(
 ) -> Tensor:
     """One pass of exact coordinate descent over the inputs: each code moves to its best value."""
     k, n = w.shape
-    s_all, z_all = scales[groups], zeros[groups]
-    quantized = (codes - z_all) * s_all
+    s_all, z_all = scales.index_select(0, groups), zeros.index_select(0, groups)
+    quantized = (codes - z_all).mul_(s_all)
     gradient = h @ (w - quantized)
     codes = codes.clone()
     diagonal = h.diagonal().tolist()

@@ -160,6 +160,49 @@ def test_groups_searched_a_few_at_a_time_give_the_same(name, weighted, monkeypat
     assert all(map(torch.equal, search_grid(*search), whole))
 
 
+ALL_TYPES = [name for name, t in WEIGHT_TYPES.items() if not t.global_scale]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_candidates_that_are_left_out_could_not_win(name, weighted, monkeypatch):
+    w, factor = groups(count=4, n=60)
+    w[1, :, 7] = 0
+    w[2, 3, 8] = w[2, 4, 8] = 5.0  # two equal outermost weights
+    search = (w, factor if weighted else None, WEIGHT_TYPES[name], GridOptions())
+    some = search_grid(*search)
+    tried, rounding_errors = [], grid._rounding_errors
+
+    def count(weights: Tensor, *given) -> None:
+        tried.append(weights.shape[2])
+        rounding_errors(weights, *given)
+
+    monkeypatch.setattr(grid, "_rounding_errors", count)
+    search_grid(*search)
+    few, _ = sum(tried), tried.clear()
+    monkeypatch.setattr(grid._Ends, "least_error", lambda self, s, z: torch.full_like(s, -1.0))
+    every = search_grid(*search)
+    assert all(map(torch.equal, some, every))
+    if WEIGHT_TYPES[name].bits == 8 and not WEIGHT_TYPES[name].is_float:
+        assert few < sum(tried) / 2
+
+
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_no_rounding_costs_less_than_the_bound(name):
+    wtype = WEIGHT_TYPES[name]
+    w, factor = groups(count=4, n=60)
+    scales, zeros = grid._ranges(w, wtype, True)[0]
+    ends = grid._Ends.of(w, factor, wtype)
+    for shrink in (1.0, 0.7, 0.4):
+        s = grid.storable_scales(scales * shrink, wtype)
+        out = torch.empty_like(w)
+        grid._rounding_errors(w, s[:, None], zeros[:, None], wtype, out)
+        e = (factor.double().transpose(1, 2) @ out.double()).square().sum(1)
+        bound = ends.least_error(s, zeros)
+        assert bool((bound * grid._SURELY <= e).all())
+    assert float(bound.max()) > 0
+
+
 def test_errors_in_few_passes_are_those_of_the_codes():
     """Of a constant zero: rounding before or after it is added is the same, but for ties."""
     w, _ = groups()
