@@ -315,18 +315,8 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
         open_stage();
         locate_tokens();
         load_words();
-        if constexpr (REPLACE) {
-          ptx::wgmma_wait<1>();  // all products but the last
-#pragma unroll
-          for (int s = 0; s < kSteps - 1; ++s) {
-            decode_step<0>(s);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) ptx::pin_registers_8bit(fragments_[0][s][i]);
-          }
-          ptx::keep_order(warp_);
-        } else {
-          decode<BUFFER ^ 1>();
-        }
+        if (REPLACE) ptx::wgmma_wait<1>();  // all products but the last
+        decode_behind_products<REPLACE ? 0 : BUFFER ^ 1, REPLACE ? kSteps - 1 : kSteps>();
       }
       ptx::wgmma_wait<0>();  // this move is complete
       if (LAST) release(stage);
@@ -335,6 +325,19 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
       if (Config::TURNS && !LAST) ptx::keep_order(warp_);  // sums move before the turn, not in it
       multiply_parts<BUFFER, MOVE + 1>(more);
     }
+  }
+
+  // Fragments of the first STEPS steps of the open stage, before the products under way are waited
+  // for: left to itself the compiler decodes after that.
+  template <int BUFFER, int STEPS>
+  __device__ __forceinline__ void decode_behind_products() {
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+      decode_step<BUFFER>(s);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ptx::pin_registers_8bit(fragments_[BUFFER][s][i]);
+    }
+    ptx::keep_order(warp_);
   }
 
   __device__ __forceinline__ void take_turn() {
