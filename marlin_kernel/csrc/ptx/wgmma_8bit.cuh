@@ -31,17 +31,38 @@ __device__ __forceinline__ void pin_registers_8bit(float& r) {
 __device__ __forceinline__ void pin_registers_8bit(int& r) {
   asm volatile("" : "+r"(r)::"memory");
 }
+__device__ __forceinline__ void pin_registers_8bit(uint32_t& r) {
+  asm volatile("" : "+r"(r)::"memory");
+}
+
+// Keeps the assembler from moving instructions past this point, by the end of a basic block: a branch
+// that is always taken, since `natural` is no negative number.
+__device__ __forceinline__ void keep_order(int natural) {
+  asm volatile(
+      "{\n"
+      ".reg .pred negative;\n"
+      "setp.lt.s32 negative, %0, 0;\n"
+      "@!negative bra.uni DONE;\n"
+      "nanosleep.u32 1;\n"
+      "DONE:\n"
+      "}\n" ::"r"(natural)
+      : "memory");
+}
 
 // Descriptor of a K-major operand whose rows are ROW_BYTES long, with the swizzle of that period:
-// 8 rows are an atom. The start advances by the bytes of a step along the row.
+// 8 rows are an atom. The start advances by the bytes of a step along the row. low: its lower word,
+// the only one that depends on where the operand lies.
 template <int ROW_BYTES>
-__device__ __forceinline__ uint64_t swizzled_descriptor(const void* shared) {
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t low) {
   static_assert(ROW_BYTES == 64 || ROW_BYTES == 128, "swizzles of 64 and 128 bytes");
   constexpr uint64_t kSwizzle = (ROW_BYTES == 128 ? 1ull : 2ull) << 62;
   constexpr uint64_t kAtomStride = (8ull * ROW_BYTES >> 4) << 32;
-  constexpr uint64_t kLeadingUnused = 1ull << 16;
-  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | kLeadingUnused |
-         kAtomStride | kSwizzle;
+  return low | kAtomStride | kSwizzle;
+}
+template <int ROW_BYTES>
+__device__ __forceinline__ uint64_t swizzled_descriptor(const void* shared) {
+  constexpr uint32_t kLeadingUnused = 1u << 16;
+  return swizzled_descriptor<ROW_BYTES>((shared_address(shared) & 0x3ffff) >> 4 | kLeadingUnused);
 }
 
 // d = a * b + (accumulate ? d : 0); `metadata` is used by the sparse form only.

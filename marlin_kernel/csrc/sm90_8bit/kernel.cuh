@@ -184,6 +184,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
       scale_ = make_float2(0.f, 0.f);
     }
     open_stage();
+    if constexpr (PROMOTE && Config::SETS == 1) locate_tokens();
     load_words();
     decode<0>();
     int i = 0;
@@ -285,16 +286,19 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
     }
   }
 
-  // The same with one set: it moves on as soon as it is complete.
+  // The same with one set: it moves on as soon as it is complete. With one buffer of fragments those
+  // of the next stage replace others as soon as the products that read them are complete; all but
+  // the last step's behind the last product.
   template <int BUFFER, int MOVE>
   __device__ __forceinline__ void multiply_parts(bool more) {
     if constexpr (MOVE < MOVES) {
       constexpr int PART = MOVE % Config::PARTS;
       constexpr int RUN = MOVE / Config::PARTS;
       constexpr bool LAST = MOVE == MOVES - 1;
+      constexpr bool REPLACE = BUFFERS == 1 && LAST;
       const int stage = stage_;
-      const uint64_t tokens = ptx::swizzled_descriptor<kStageK>(
-          shared_.ring.tokens[stage] + PART * Config::PART * kStageK);
+      const uint64_t tokens =
+          ptx::swizzled_descriptor<kStageK>(tokens_ + (PART * Config::PART * kStageK >> 4));
       scale_ = scale_of(RUN);
       if (Config::TURNS) take_turn();
       ptx::wgmma_fence();
@@ -303,20 +307,37 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
         constexpr int kFirst = RUN * Config::RUN;
         ptx::WgmmaRegisters8bit<Config::PART, Operand>::mma(
             sums_[0], fragments_[BUFFER][kFirst + i], tokens + (kFirst + i) * (kStepK >> 4), i > 0);
+        if (REPLACE && i == kSteps - 2) ptx::wgmma_commit();
       }
       ptx::wgmma_commit();
       if (Config::TURNS) pass_turn();
       if (LAST && more) {
         open_stage();
+        locate_tokens();
         load_words();
-        if constexpr (BUFFERS == 2) decode<BUFFER ^ 1>();
+        if (REPLACE) ptx::wgmma_wait<1>();  // all products but the last
+        decode_behind_products<REPLACE ? 0 : BUFFER ^ 1, REPLACE ? kSteps - 1 : kSteps>();
       }
       ptx::wgmma_wait<0>();  // this move is complete
       if (LAST) release(stage);
       add_to_totals<0, PART>();
-      if (BUFFERS == 1 && LAST && more) decode<0>();
+      if (REPLACE && more) decode_step<0>(kSteps - 1);
+      if (Config::TURNS && !LAST) ptx::keep_order(warp_);  // sums move before the turn, not in it
       multiply_parts<BUFFER, MOVE + 1>(more);
     }
+  }
+
+  // Fragments of the first STEPS steps of the open stage, before the products under way are waited
+  // for: left to itself the compiler decodes after that.
+  template <int BUFFER, int STEPS>
+  __device__ __forceinline__ void decode_behind_products() {
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+      decode_step<BUFFER>(s);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ptx::pin_registers_8bit(fragments_[BUFFER][s][i]);
+    }
+    ptx::keep_order(warp_);
   }
 
   __device__ __forceinline__ void take_turn() {
@@ -363,6 +384,14 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
     position_.advance();
   }
 
+  // The descriptor of the open stage's tokens, now and not when products are due: it takes several
+  // dependent instructions.
+  __device__ __forceinline__ void locate_tokens() {
+    tokens_ = static_cast<uint32_t>(
+        ptx::swizzled_descriptor<kStageK>(shared_.ring.tokens[stage_]));
+    ptx::pin_registers_8bit(tokens_);
+  }
+
   // Lane 0 speaks for its warp, whose warp-wide products that read the stage have completed.
   __device__ __forceinline__ void release(int stage) {
     if constexpr (Config::MULTICAST == 1) {
@@ -403,29 +432,32 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   // Codes of the open stage to fragments.
   template <int BUFFER>
   __device__ __forceinline__ void decode() {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) decode_step<BUFFER>(s);
+  }
+
+  // The same for one k32 step.
+  template <int BUFFER>
+  __device__ __forceinline__ void decode_step(int s) {
+    uint32_t(&fragment)[4] = fragments_[BUFFER][s];
     if constexpr (FOUR_BITS) {
-      constexpr int kTiles = 2 * kSteps;  // of 16 k
       uint32_t zeros[2] = {0, 0};
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
+      for (int half = 0; half < 2; ++half) {  // k16 tile
         if constexpr (Config::ZEROS) {
-          const uint32_t pair = zero_pairs_[j * Config::GROUPS / kTiles];
+          const uint32_t pair = zero_pairs_[s * Config::GROUPS / kSteps];
           zeros[0] = ptx::permute_bytes(pair, 0, 0x0000);
           zeros[1] = ptx::permute_bytes(pair, 0, 0x1111);
         }
-        uint32_t* fragment = fragments_[BUFFER][j / 2] + j % 2 * 2;
-        dequant::Fragment<Weight, Operand>::rows(fragment[0], fragment[1], words_[j], zeros);
+        dequant::Fragment<Weight, Operand>::rows(fragment[2 * half], fragment[2 * half + 1],
+                                                 words_[2 * s + half], zeros);
       }
     } else {
-      const uint8_t* record = shared_.ring.weights[stage_][group_];
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        const uint4 v = load_16_bytes(record, s);
-        fragments_[BUFFER][s][0] = v.x;
-        fragments_[BUFFER][s][1] = v.y;
-        fragments_[BUFFER][s][2] = v.z;
-        fragments_[BUFFER][s][3] = v.w;
-      }
+      const uint4 v = load_16_bytes(shared_.ring.weights[stage_][group_], s);
+      fragment[0] = v.x;
+      fragment[1] = v.y;
+      fragment[2] = v.z;
+      fragment[3] = v.w;
     }
   }
 
@@ -440,6 +472,7 @@ class Consumer : scaled::Output<Config, Storage<Config>> {
   bool leads_;        // and others have not been told to start
   int stage_ = 0;     // whose codes are being decoded or multiplied
   int previous_ = 0;  // to be released
+  uint32_t tokens_;   // the lower word of their descriptor (SETS = 1)
   float2 scale_;      // of the sums under way
   uint32_t words_[FOUR_BITS ? 2 * kSteps : 1];
   uint32_t scale_words_[Config::GROUPS > 0 ? Config::GROUPS : 1];

@@ -19,14 +19,21 @@ struct Int8 {
 
 inline void pin_registers_8bit(float&) { asm volatile("" ::: "memory"); }
 inline void pin_registers_8bit(int&) { asm volatile("" ::: "memory"); }
+inline void pin_registers_8bit(uint32_t&) { asm volatile("" ::: "memory"); }
+
+inline void keep_order(int natural) { emu::require(natural >= 0, "keep_order: a negative number"); }
 
 // The offset in the block's shared memory in units of 16 bytes, and the swizzle in the upper bits.
+template <int ROW_BYTES>
+inline uint64_t swizzled_descriptor(uint32_t low) {
+  return low | uint64_t(ROW_BYTES == 128 ? 1 : 2) << 62;
+}
 template <int ROW_BYTES>
 inline uint64_t swizzled_descriptor(const void* shared) {
   emu::check_shared(shared, 8 * ROW_BYTES);
   const uint64_t offset = static_cast<const char*>(shared) - emu::S.fiber->block->shared;
   emu::require(offset % (8 * ROW_BYTES) == 0, "wgmma: operand not aligned to its swizzle atom");
-  return offset >> 4 | uint64_t(ROW_BYTES == 128 ? 1 : 2) << 62;
+  return swizzled_descriptor<ROW_BYTES>(static_cast<uint32_t>(offset >> 4));
 }
 
 inline float emulated_value(uint8_t bits, Float8) {
