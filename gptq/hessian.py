@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,20 +40,12 @@ def _accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
         into.addmm_(a.T, b, alpha=2)
 
 
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16, at twice the rate of float32."""
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 class Hessian:
     """Accumulates ``H = 2 X Xᵀ`` over tokens and, given targets, what asymmetric calibration needs.
 
     X: what the quantized model feeds this layer; X̃: what the full-precision model feeds it. Sums
     are float32; only the upper triangle of H is accumulated until `matrix` mirrors it. `shift` is
     ``2 (X̃ - X) Xᵀ`` [K, K]; `lack` is ``2 D Xᵀ`` [N, K] with D what the layer's outputs lack.
-    `shift`, of which only a damped least-squares solution is taken, is multiplied in bfloat16 where
-    a CPU does that faster.
     """
 
     def __init__(self, k: int, device: torch.device) -> None:
@@ -77,11 +68,7 @@ class Hessian:
         if delta is not None:
             if self.shift is None:
                 self.shift = torch.zeros(self.k, self.k, device=x.device)
-            delta = delta.reshape(-1, self.k).to(x.dtype)
-            if x.is_cuda or not _multiplies_bfloat16():
-                _accumulate(self.shift, delta, x)
-            else:
-                self.shift.add_(delta.bfloat16().T @ x.bfloat16(), alpha=2)
+            _accumulate(self.shift, delta.reshape(-1, self.k).to(x.dtype), x)
         if lack is not None:
             lack = lack.reshape(x.shape[0], -1).to(x.dtype)
             if self.lack is None:
