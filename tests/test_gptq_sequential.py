@@ -184,10 +184,8 @@ def test_one_pass_equals_the_naive_true_sequential_walk(
 ):
     """Catches stale inputs, a twin that was quantized too, and a residual of the wrong place.
 
-    With 60 tokens a step, samples of different length pass together, padded. Both sides multiply in
-    float32, whatever this CPU does faster.
+    With 60 tokens a step, samples of different length pass together, padded.
     """
-    monkeypatch.setattr("gptq.hessian._multiplies_bfloat16", lambda: False)
     walk = walker(folder, replace(OPTIONS, asymmetric=asymmetric), step_tokens=step_tokens)
     assert any(b.valid is not None for b in walk.batches) == (step_tokens > 1)
     found, solutions = recorded(walk, monkeypatch)
