@@ -483,8 +483,8 @@ def gathering_configs(weight_type: str = "uint4b8") -> tuple[DecodeConfig, ...]:
 
 
 def _gathering(config: DecodeConfig) -> DecodeConfig:
-    """Whole rows of more than 8 tokens leave room for one block, which may use all registers."""
-    blocks = config.blocks_per_sm if config.token_tiles == 1 else 1
+    """With as many blocks as have the registers for it; rows of more than 8 tokens: one."""
+    blocks = min(config.blocks_per_sm, 512 // config.threads) if config.token_tiles == 1 else 1
     return replace(config, blocks_per_sm=blocks, gathers=True)
 
 
@@ -513,7 +513,7 @@ _DECODE_ROUND, _DECODE_OUTPUT_PER_FLOAT = 0.473, 6.58e-5
 _DECODE_CLUSTER, _DECODE_CLUSTER_PER_BLOCK = 0.611, 0.103  # us of a round
 _DECODE_OVERLAP = 0.565
 # Act-order, counted (docs/kernel-log.md): instructions of a tile, and us of a launch in front.
-_DECODE_GATHER = 1.12
+_DECODE_GATHER = 1.1
 _GATHER_LAUNCH = 1.6
 _GATHERED_TOKENS = 16  # of the small-batch kernel, at most
 

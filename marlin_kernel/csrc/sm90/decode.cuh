@@ -241,8 +241,7 @@ class Decoder {
   // to the zero after a row.
   __device__ __forceinline__ void write_index(const int* permutation) {
     const int k = lane_ / 4 % 2 * 32 + chunk(lane_ % 4) * 8 + lane_ / 8 * 2;
-    // Loads in flight: one latency for all but long runs, where there are registers.
-    constexpr int kAtOnce = Config::THREADS * Config::BLOCKS_PER_SM > 512 ? 4 : 16;
+    constexpr int kAtOnce = 16;  // loads in flight: one latency for all but long runs
     for (int first = warp_ % Config::WARPS_N; first < tiles_; first += kAtOnce * Config::WARPS_N) {
       int2 columns[kAtOnce];
 #pragma unroll
