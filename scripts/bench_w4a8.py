@@ -103,7 +103,7 @@ def dense_times(m: int, k: int, n: int) -> dict[str, float]:
 
 
 def compare_tuned(gpu: str, path: Path) -> list[dict]:
-    """Rows of the tuned table `gpu` with ratios to times in a CSV file, of peers and dense products.
+    """Rows of the tuned table `gpu` with ratios to times of peers and of dense products.
 
     x_dense: torch's product of the same 8-bit types, FP8 with fast accumulation; x_exact: without.
     """
