@@ -3,6 +3,7 @@
     python scripts/bench_w4a8.py --output docs/results/w4a8_h200.json
     python scripts/bench_w4a8.py --peers FILE.csv            # beside other kernels' times
     python scripts/bench_w4a8.py --types uint4b8-int8-0 --m 1 1024
+    python scripts/bench_w4a8.py --peers FILE.csv --tuned h200    # times of the table; needs no GPU
 
 Protocol of scripts/gpu_timing.py: graphs that rotate over copies of the weights. Results are
 checked against float32 before they are timed. `us` is the product of quantized activations,
@@ -33,6 +34,7 @@ from tune_w4a8 import (  # noqa: E402
     TOKENS,
     parse_types,
     random_tokens,
+    read_rows,
     rotating_records,
 )
 
@@ -41,6 +43,7 @@ from marlin_kernel.formats import LayerSpec  # noqa: E402
 from marlin_kernel.formats import read as read_format  # noqa: E402
 from marlin_kernel.sm80_layout import K_ORDER  # noqa: E402
 from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
+    TUNING_DIRECTORY,
     EightBitTypes,
     as_row,
     select_config,
@@ -99,6 +102,35 @@ def dense_times(m: int, k: int, n: int) -> dict[str, float]:
     return times
 
 
+def compare_tuned(gpu: str, path: Path) -> list[dict]:
+    """Rows of the tuned table `gpu` with ratios to times of peers and of dense products.
+
+    x_dense: torch's product of the same 8-bit types, FP8 with fast accumulation; x_exact: without.
+    """
+    columns = {"int_mm": "x_dense", "scaled_mm-rowwise": "x_dense"}
+    columns["scaled_mm-rowwise-slowacc"] = "x_exact"
+    operands = {"int_mm": "int8"}
+    dense = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["kernel"] in columns:
+                operand = operands.get(row["kernel"], "float8_e4m3fn")
+                entry = (operand, int(row["K"]), int(row["N"]), int(row["M"]))
+                dense[(columns[row["kernel"]], *entry)] = float(list(row.values())[6])
+    peers = read_peers(path)
+    rows = []
+    for (key, k, n, m), row in read_rows(TUNING_DIRECTORY / f"{gpu}.json").items():
+        weight, activation, group_size = key.split()
+        names = {"weight_type": weight, "activation": activation, "group_size": group_size}
+        found = {"x_peer": peers[entry][1]} if (entry := (activation, k, n, m)) in peers else {}
+        for ratio in ("x_dense", "x_exact"):
+            if (ratio, *entry) in dense:
+                found[ratio] = dense[(ratio, *entry)]
+        ratios = {ratio: round(us / row["us"], 3) for ratio, us in found.items()}
+        rows.append({**names, "k": k, "n": n, "m": m, "us": row["us"], **ratios})
+    return rows
+
+
 def read_peers(path: Path) -> dict[tuple[str, int, int, int], tuple[str, float]]:
     """(activation, K, N, M) -> fastest W4A8 kernel of any group size and its microseconds."""
     best: dict[tuple[str, int, int, int], tuple[str, float]] = {}
@@ -148,6 +180,7 @@ def measure(
         "config": as_row(config),
         **{f"us_{key}": round(value, 2) for key, value in dense.items()},
         **({"x_dense": round(dense[name] / us, 3)} if name in dense else {}),
+        **({"x_exact": round(dense["scaled_mm_slow"] / us, 3)} if name == "scaled_mm" else {}),
     }
 
 
@@ -159,7 +192,7 @@ def summarize(rows: list[dict]) -> None:
             r for r in rows if (r["weight_type"], r["activation"], r["group_size"], r["m"]) == key
         ]
         text = f"{'-'.join(map(str, key[:3])):>32} M={key[3]:<5}"
-        for ratio in ("x_dense", "x_peer"):
+        for ratio in ("x_dense", "x_exact", "x_peer"):
             values = [r[ratio] for r in members if ratio in r]
             if values:
                 mean = math.exp(sum(map(math.log, values)) / len(values))
@@ -173,11 +206,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="K x N, as 4096x4096")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--peers", type=Path, help="CSV: kernel,dtype,group_size,K,N,M,us")
+    parser.add_argument("--tuned", metavar="GPU", help="compare this tuned table, measure nothing")
     parser.add_argument("--output", type=Path, help="write rows and circumstances here")
     options = parser.parse_args()
     shapes = SHAPES
     if options.shapes:
         shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    if options.tuned:
+        if not options.peers:
+            parser.error("--tuned: there is nothing to compare with; name a CSV file by --peers")
+        summarize(compare_tuned(options.tuned, options.peers))
+        return
     peers = read_peers(options.peers) if options.peers else {}
     rows: list[dict] = []
     # Few tokens first: minutes of large products leave the chip hot, and its clock low.
