@@ -37,10 +37,12 @@ PARTS = EightBitConfig(tokens=128, warpgroups=2, multicast=1, split=1, stages=3,
 LEAD = EightBitConfig(64, warpgroups=2, multicast=2, split=1, stages=4, blocks_per_sm=1, lead=1)
 WIDE = EightBitConfig(tokens=64, warpgroups=3, multicast=1, split=3, stages=3, blocks_per_sm=1)
 THREE = EightBitConfig(tokens=192, warpgroups=1, multicast=1, split=1, stages=3, blocks_per_sm=1)
-# One set of sums: with turns, with a leading warpgroup, and with one buffer of fragments.
+# One set of sums: with turns, with a leading warpgroup, with one buffer of fragments, and that with
+# two parts and a split k range.
 TURNS = EightBitConfig(128, 2, 1, split=1, stages=3, blocks_per_sm=1, part=128, sets=1, turns=1)
 ONE_SET = EightBitConfig(64, 2, 2, split=1, stages=4, blocks_per_sm=1, lead=1, part=32, sets=1)
 ONE_BUFFER = EightBitConfig(192, 1, 1, split=1, stages=3, blocks_per_sm=1, part=192, sets=1)
+TWO_PARTS = EightBitConfig(256, 1, 1, split=2, stages=3, blocks_per_sm=1, part=128, sets=1)
 # weight type, activation, output, group size
 KERNELS = [
     (FEW, EightBitTypes("uint4b8", "int8", "float16", 0)),
@@ -74,6 +76,7 @@ KERNELS = [
     (ONE_SET, EightBitTypes("uint4b8", "float8_e4m3fn", "float16", 64)),
     (ONE_SET, EightBitTypes("float8_e4m3fn", "float8_e4m3fn", "float16", 128)),
     (ONE_BUFFER, EightBitTypes("uint4b8", "float8_e4m3fn", "bfloat16", 128)),
+    (TWO_PARTS, EightBitTypes("uint4b8", "float8_e4m3fn", "float16", 128)),
     (ONE_BUFFER, EightBitTypes("float8_e4m3fn", "float8_e4m3fn", "float16", 0)),
 ]
 # M, N, K, multiprocessors: one tile; padding; several tiles of a block and token tiles
