@@ -13,5 +13,18 @@ def main() -> None:
     raise SystemExit(run())
 
 
+def lm_eval() -> None:
+    """lm-eval's own command, which finds no foreign models, with "marlin" among them."""
+    from eval.cli import has_lm_eval
+
+    if not has_lm_eval():
+        raise SystemExit("lm_eval: lm-eval is not installed; pip install 'marlin-gptq[eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
+    import eval.harness  # noqa: F401  registers the model
+
+    cli_evaluate()
+
+
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """lm-eval with packed checkpoints and local task data, through its public registry and parser.
 
 `MarlinLM` is the model class "marlin"; importing this module registers it. lm-eval discovers no
-third-party models by itself, so its own command knows "marlin" only where this module has been
-imported: `marlin-eval` (eval/eval.py) is that command with the import done.
+third-party models by itself, so eval/eval.py has its command with the import done, twice: `lm_eval`
+is nothing else, `marlin-eval` has our options too.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -193,3 +194,35 @@ def test_command_line_end_to_end(tmp_path, packed):
     assert tasks["mmlu"]["note"].startswith("partial")
     assert report["rows"][1]["perplexity"][0]["kl"] > 0
     assert (tmp_path / "report" / "eval_config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_lm_evals_own_command_knows_packed_checkpoints(tmp_path, packed):
+    """`lm_eval --model marlin`, as pip installs it."""
+    scripts = (ROOT / "pyproject.toml").read_text()
+    assert 'lm_eval = "eval.eval:lm_eval"' in scripts
+    write_jsonl(tmp_path / "rows.jsonl", [{"q": f"one {i}", "c": ["a", "b"]} for i in range(3)])
+    (tmp_path / "letters.yaml").write_text(
+        f"""
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {tmp_path / "rows.jsonl"}}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+    )
+    command = [
+        sys.executable, "-c", "from eval.eval import lm_eval; lm_eval()",
+        "--model", "marlin", "--model_args", f"pretrained={packed}", "--device", "cpu",
+        "--include_path", str(tmp_path), "--tasks", "letters",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "letters" in done.stdout and "marlin (" in done.stdout
