@@ -371,8 +371,9 @@ def table(results: Sequence[dict]) -> str:
         top1 = f"{wiki['top1']:.3f}" if "top1" in wiki else ""
         cells = [r["name"], f"{wiki['perplexity']:.3f}", top1, f"{r['C4']['perplexity']:.3f}"]
         for n in names:
-            kl = f"{r[n]['kl']:.4f}" if "kl" in r[n] else ""
-            cells.append(kl + (f" ± {r[n]['kl_seed_se']:.4f}" if "kl_seed_se" in r[n] else ""))
+            found = r.get(n, {})
+            kl = f"{found['kl']:.4f}" if "kl" in found else ""
+            cells.append(kl + (f" ± {found['kl_seed_se']:.4f}" if "kl_seed_se" in found else ""))
         if timed:
             cells += [f"{r[key]:.0f}" if key in r else "" for key in ("seconds", "cpu_seconds")]
             cells[0] += f" ({r['version']})" if "version" in r else ""

@@ -15,9 +15,9 @@ SHOWN = {
     "round to nearest": "round to nearest",
     "GPTQ as first published": "GPTQ as first published (`configs/quantize/gptq.yaml`)",
     "Marlin": "Marlin's recipe (`configs/quantize/marlin.yaml`)",
-    "all but asymmetric calibration": "the default without asymmetric calibration",
+    "all but shrinkage": "the default with `--shrinkage 0`",
     "fast": "**the default** (`configs/quantize/fast.yaml`)",
-    "best": "**with learned scales** (`configs/quantize/best.yaml`)",
+    "best, shrinkage 0.2": "learned scales (`configs/quantize/best.yaml` with `--shrinkage 0.2`)",
 }
 
 
@@ -25,15 +25,15 @@ def accuracy() -> str:
     content = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
     found = {result["name"]: result for result in content["results"]}
     lines = [
-        "| recipe | WikiText-2 PPL | KL | top-1 | C4 PPL | KL |",
-        "|---|---|---|---|---|---|",
+        "| recipe | WikiText-2 PPL | KL | top-1 | C4 PPL | KL | code KL |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, label in SHOWN.items():
-        wiki, c4 = found[name]["wiki"], found[name]["C4"]
-        kl = [f"{part['kl']:.4f}" if "kl" in part else "" for part in (wiki, c4)]
+        wiki, c4, code = (found[name][text] for text in ("wiki", "C4", "code"))
+        kl = [f"{part['kl']:.4f}" if "kl" in part else "" for part in (wiki, c4, code)]
         top1 = f"{100 * wiki['top1']:.1f} %" if "top1" in wiki else ""
         ppl = [f"{part['perplexity']:.2f}" for part in (wiki, c4)]
-        lines.append(f"| {label} | {ppl[0]} | {kl[0]} | {top1} | {ppl[1]} | {kl[1]} |")
+        lines.append(f"| {label} | {ppl[0]} | {kl[0]} | {top1} | {ppl[1]} | {kl[1]} | {kl[2]} |")
     where = content["environment"]
     device = where.get("gpu", "a CPU")
     lines.append(f"\nMeasured on {device}, torch {where['torch']}: `{content['command']}`.")

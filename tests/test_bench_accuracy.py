@@ -14,7 +14,7 @@ import yaml
 from scripts import bench_accuracy as bench
 from scripts import peers
 
-BENCHES = ["accuracy.yaml", "accuracy_family.yaml", "sparsity.yaml"]
+BENCHES = ["accuracy.yaml", "accuracy_stages.yaml", "accuracy_family.yaml", "sparsity.yaml"]
 
 
 @pytest.mark.parametrize("name", BENCHES)
