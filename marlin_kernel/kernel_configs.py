@@ -512,9 +512,7 @@ _DECODE_DRAM_RATE, _DECODE_L2_RATE = 5.06e6, 3.8e5  # bytes per us: of the GPU, 
 _DECODE_ROUND, _DECODE_OUTPUT_PER_FLOAT = 0.473, 6.58e-5
 _DECODE_CLUSTER, _DECODE_CLUSTER_PER_BLOCK = 0.611, 0.103  # us of a round
 _DECODE_OVERLAP = 0.565
-# Act-order, counted (docs/kernel-log.md): instructions of a tile, and us of a launch in front.
-_DECODE_GATHER = 1.1
-_GATHER_LAUNCH = 1.6
+_DECODE_GATHER = 1.1  # act-order, counted: instructions of a tile (docs/kernel-log.md)
 _GATHERED_TOKENS = 16  # of the small-batch kernel, at most
 
 
@@ -735,8 +733,8 @@ def select_for_act_order(
 ) -> KernelConfig:
     """The same for activations that are not in the order of the weights' rows. Pure.
 
-    Either a kernel that gathers them itself, or that of `select_config`, for gathered ones: with
-    few tokens of few inputs a launch in front takes longer than picking in every block.
+    A kernel that gathers them itself where a tuned table has one, else that of `select_config`, for
+    gathered ones: a launch in front was faster but for few tokens of few inputs.
     """
     options = {"gpu": gpu, "multiprocessors": multiprocessors, "weight_type": weight_type}
     problem = (m, k_tiles, column_tiles, group_size)
@@ -745,25 +743,11 @@ def select_for_act_order(
         return plain
     if weight_type == "uint4b8":
         for limit, config in _tuned_act_order(gpu).get((k_tiles, column_tiles), ()):
-            if m <= limit and config is None:
-                return plain
-            if m <= limit and config.fits(m, k_tiles, group_size):
+            if m <= limit and config is not None and config.fits(m, k_tiles, group_size):
                 return config
-    fitting = [
-        c for c in gathering_configs(weight_type) if c.fits(m, k_tiles, group_size, weight_type)
-    ]
-    if not fitting:
-        return plain
-
-    def cost(config: KernelConfig) -> float:
-        return estimate(config, m, k_tiles, column_tiles, multiprocessors, weight_type)
-
-    best = min(fitting, key=cost)
-    if isinstance(plain, DecodeConfig) and replace(plain, gathers=True) in fitting:
-        same, resident = replace(plain, gathers=True), (m, k_tiles, group_size, multiprocessors)
-        if same.clusters(*resident, weight_type) == plain.clusters(*resident, weight_type):
-            best = same  # tuned, and as many blocks at a time
-    return best if cost(best) <= cost(plain) + _GATHER_LAUNCH else plain
+            if m <= limit:
+                break
+    return plain
 
 
 def _select_invariant(m: int, k_tiles: int, column_tiles: int, multiprocessors: int) -> GemmConfig:

@@ -239,6 +239,9 @@ from marlin_kernel import kernel_configs
 k, n = 1000, 320
 perm = tensor(0x600, 1024)
 perm.data_ptr = lambda: 0x600
+tuned = kernel_configs.gathering_configs()[0]
+kernel_configs._tuned_act_order = lambda gpu: {(16, 5): ((4, tuned), (16, None))}
+assert not kernel_configs.select_for_act_order(8, 16, 5, 128, gpu="fake").gathers
 for m in (4, 300):
     a = tensor(0x100, m, k, stride=1008)
     a.new_empty = lambda *shape: tensor(0x700, *shape, stride=shape[1])
@@ -252,7 +255,7 @@ for m in (4, 300):
     assert record.shared_bytes == config.shared_bytes(m, 16, 128)
     fields = struct.unpack_from("<5Qq3i", bytes(record.arguments))
     if m == 4:
-        assert config.gathers and record.count == count + 1
+        assert config == tuned and record.count == count + 1
         assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008, m, n, k)
     else:
         assert not config.gathers and record.count == count + 2
