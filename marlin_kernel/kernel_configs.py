@@ -678,6 +678,15 @@ def gpu_key(name: str) -> str:
     return name.lower().replace("nvidia", "").strip().replace(" ", "_")
 
 
+@functools.lru_cache(maxsize=4096)
+def _fitting_configs(
+    m: int, k_tiles: int, group_size: int, weight_type: str
+) -> tuple[KernelConfig, ...]:
+    """Whatever the number of outputs."""
+    configs = supported_configs(weight_type)
+    return tuple(c for c in configs if c.fits(m, k_tiles, group_size, weight_type))
+
+
 @functools.lru_cache(maxsize=65536)
 def select_config(
     m: int,
@@ -704,9 +713,8 @@ def select_config(
             return config
     fitting = [
         c
-        for c in supported_configs(weight_type)
-        if c.fits(m, k_tiles, group_size, weight_type)
-        and affordable(c, m, column_tiles, multiprocessors)
+        for c in _fitting_configs(m, k_tiles, group_size, weight_type)
+        if affordable(c, m, column_tiles, multiprocessors)
     ]
     if not fitting:
         raise ConfigError(
