@@ -126,7 +126,8 @@ def plan(
     streams = 2 if config.asymmetric and not config.nearest else 1
     hidden = model.config.hidden_size
     activations = tokens * (hidden + widest) * element * streams
-    hessian = 0 if config.nearest else 4 * widest**2 * (_SOLVER_MATRICES + streams - 1)
+    matrices = _SOLVER_MATRICES + streams - 1 + bool(config.shrinkage)
+    hessian = 0 if config.nearest else 4 * widest**2 * matrices
     stacked = max((n for _, n in linears.values()), default=0) * 2 * widest
     work = layer_parameters * element * (streams + 1) + hessian + 6 * 4 * stacked
     packed = sum(_packed_bytes(k, n, config) for k, n in linears.values())
