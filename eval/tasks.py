@@ -112,11 +112,11 @@ def _mmlu_files(data: Path, folder: Path, subject: str, split: str) -> list[str]
     if not file.is_file():
         return []
     target = folder / "data" / f"{subject}_{split}.jsonl"
-    _write_jsonl(target, _mmlu_questions(file))
+    _write_jsonl(target, mmlu_questions(file))
     return [str(target.resolve())]
 
 
-def _mmlu_questions(file: Path) -> Iterator[dict[str, Any]]:
+def mmlu_questions(file: Path) -> Iterator[dict[str, Any]]:
     """Rows of a CSV: question, four choices, answer 0..3 or A..D; a header is skipped."""
     with file.open(encoding="utf-8", newline="") as stream:
         for number, row in enumerate(csv.reader(stream), 1):

@@ -750,11 +750,10 @@ def select_for_act_order(
     if batch_invariant or m > _GATHERED_TOKENS:
         return plain
     if weight_type == "uint4b8":
-        for limit, config in _tuned_act_order(gpu).get((k_tiles, column_tiles), ()):
-            if m <= limit and config is not None and config.fits(m, k_tiles, group_size):
-                return config
-            if m <= limit:
-                break
+        choices = _tuned_act_order(gpu).get((k_tiles, column_tiles), ())
+        config = next((config for limit, config in choices if m <= limit), None)
+        if config is not None and config.fits(m, k_tiles, group_size):
+            return config
     return plain
 
 

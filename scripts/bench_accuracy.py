@@ -23,7 +23,6 @@ ours in the same model (scripts/peers.py).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import multiprocessing
@@ -47,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval.perplexity import WindowScores, score_windows, summarize  # noqa: E402
+from eval.tasks import mmlu_questions  # noqa: E402
 from gptq.calibration import joined_rows  # noqa: E402
 from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.models import StreamedModel, resolve_source  # noqa: E402
@@ -128,19 +128,15 @@ def _whole(path: Path) -> str:
 
 def _questions(folder: Path) -> str:
     """1,500 of MMLU's test questions with their choices and answers, from its CSV files."""
-    rows: list[dict[str, str]] = []
-    for path in sorted(folder.glob("*_test.csv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            rows += csv.DictReader(file)
+    rows = [row for path in sorted(folder.glob("*_test.csv")) for row in mmlu_questions(path)]
     if not rows:
         raise SystemExit(f"--text: {folder} holds no *_test.csv (question, choice0..3, answer)")
     random.Random(0).shuffle(rows)
     texts = []
     for row in rows[:1500]:
-        choices = [f"{letter}. {row[f'choice{i}']}" for i, letter in enumerate("ABCD")]
-        texts.append(
-            "\n".join([row["question"], *choices, "Answer: " + "ABCD"[int(row["answer"])]])
-        )
+        choices = [f"{c}. {text}" for c, text in zip("ABCD", row["choices"], strict=True)]
+        answer = "Answer: " + "ABCD"[row["answer"]]
+        texts.append("\n".join([row["question"], *choices, answer]))
     return "\n\n".join(texts)
 
 
