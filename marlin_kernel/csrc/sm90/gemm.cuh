@@ -257,7 +257,7 @@ class Consumer {
   using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
   using Rows = typename Config::Rows;
-  using Operand = dequant::Operand<Weight, Scalar>;
+  using Operand = dequant::Operand<Weight, Scalar, Config::SCALE_WEIGHTS>;
   using Pair = typename Element<Scalar>::Pair;
   using Storage = GemmStorage<Config>;
   using Mma = ptx::Wgmma<Config::TOKENS, Scalar>;
@@ -504,20 +504,30 @@ class Consumer {
     ptx::named_sync(1 + group_, kWarpgroupThreads);  // read before the next item overwrites it
     if (!last) return false;
     ptx::device_fence();
+    // As many loads as there are registers for are under way together: each takes as long as all.
+    constexpr int kRoom = Config::CONSUMER_REGISTERS > 128 ? 16 : 8;
+    constexpr int kAtOnce = kQuads < kRoom ? kQuads : kRoom;
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int first = 0; first < kQuads; first += kAtOnce) {
+      float4 sums[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll(kRoom / kAtOnce)
       for (int part = 0; part < p_.split; ++part) {
-        const float4 v = ptx::load_l2(parts + (part * kQuads + q) * kWarpgroupThreads);
-        sum.x += v.x;
-        sum.y += v.y;
-        sum.z += v.z;
-        sum.w += v.w;
+        const float4* theirs = parts + (part * kQuads + first) * kWarpgroupThreads;
+        float4 v[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) v[i] = ptx::load_l2(theirs + i * kWarpgroupThreads);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          sums[i].x += v[i].x;
+          sums[i].y += v[i].y;
+          sums[i].z += v[i].z;
+          sums[i].w += v[i].w;
+        }
       }
-      total_[q * 4 / SUMS][q * 4 % SUMS] = sum.x;
-      total_[q * 4 / SUMS][q * 4 % SUMS + 1] = sum.y;
-      total_[q * 4 / SUMS][q * 4 % SUMS + 2] = sum.z;
-      total_[q * 4 / SUMS][q * 4 % SUMS + 3] = sum.w;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) set_quad(first + i, sums[i]);
     }
     return true;
   }
@@ -525,6 +535,14 @@ class Consumer {
   __device__ __forceinline__ float4 quad(int q) const {
     const float* v = total_[q * 4 / SUMS] + q * 4 % SUMS;
     return make_float4(v[0], v[1], v[2], v[3]);
+  }
+
+  __device__ __forceinline__ void set_quad(int q, float4 v) {
+    float* to = total_[q * 4 / SUMS] + q * 4 % SUMS;
+    to[0] = v.x;
+    to[1] = v.y;
+    to[2] = v.z;
+    to[3] = v.w;
   }
 
   // Each rank of the cluster leaves its sums where its ring was; then each adds one share of the
@@ -555,25 +573,38 @@ class Consumer {
     Scalar* out = p_.out + static_cast<long long>(first_token) * p_.n + n;
     ptx::cluster_wait();
     if (writes) {
+      // Several loads are under way together: each takes as long as all.
+      constexpr int kTurns = ceil_div(Config::TOKENS, kAtOnce * 4);
+      constexpr int kRoom = ceil_div(8, Config::CLUSTER);
+      constexpr int kTogether = kTurns < kRoom ? kTurns : kRoom;
 #pragma unroll 1
-      for (int at = threadIdx.x / kFeatures * 4; at < tokens; at += kAtOnce * 4) {
-        float4 parts[Config::CLUSTER];
+      for (int first = threadIdx.x / kFeatures * 4; first < tokens;
+           first += kTogether * kAtOnce * 4) {
+        float4 parts[kTogether][Config::CLUSTER];
 #pragma unroll
-        for (int source = 0; source < Config::CLUSTER; ++source)
-          parts[source] = ptx::load_remote(&partial[f][at], source);
-        float sums[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int turn = 0; turn < kTogether; ++turn) {
+          const int at = min(first + turn * kAtOnce * 4, Config::TOKENS - 4);
 #pragma unroll
-        for (int source = 0; source < Config::CLUSTER; ++source) {
-          sums[0] += parts[source].x;
-          sums[1] += parts[source].y;
-          sums[2] += parts[source].z;
-          sums[3] += parts[source].w;
+          for (int source = 0; source < Config::CLUSTER; ++source)
+            parts[turn][source] = ptx::load_remote(&partial[f][at], source);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (at + i < tokens)
-            out[static_cast<long long>(at + i) * p_.n] =
-                Element<Scalar>::from_float(sums[i] * scale + shift);
+        for (int turn = 0; turn < kTogether; ++turn) {
+          const int at = first + turn * kAtOnce * 4;
+          float sums[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+          for (int source = 0; source < Config::CLUSTER; ++source) {
+            sums[0] += parts[turn][source].x;
+            sums[1] += parts[turn][source].y;
+            sums[2] += parts[turn][source].z;
+            sums[3] += parts[turn][source].w;
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (at + i < tokens)
+              out[static_cast<long long>(at + i) * p_.n] =
+                  Element<Scalar>::from_float(sums[i] * scale + shift);
+        }
       }
     }
     ptx::warp_sync();
