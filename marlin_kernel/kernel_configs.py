@@ -416,8 +416,10 @@ _MULTICAST_SHAPES = (  # the same, and warpgroups, and blocks that share tokens
     (64, 2, 8, 1, 1, False, 2, (2,)),
     (64, 1, 5, 1, 2, False, 4, (2, 4)),
     (128, 1, 6, 1, 1, False, 2, (2, 4)),
+    (128, 1, 8, 1, 1, False, 2, (2,)),
     (128, 1, 4, 1, 2, False, 2, (2, 4)),
     (128, 2, 4, 1, 1, False, 2, (2,)),
+    (128, 2, 6, 1, 1, False, 2, (2,)),
     (256, 1, 4, 1, 1, False, 2, (2,)),
 )
 # 8-bit codes: as many bytes in flight are fewer stages.
