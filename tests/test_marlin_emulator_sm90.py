@@ -126,6 +126,20 @@ def test_sharing_tokens_changes_no_bit() -> None:
             assert torch.equal(out, expected), pair
 
 
+def test_bf16_weights_from_subnormals_are_the_same() -> None:
+    """Against the specialisation of kernels that scale sums: both are exact before the scale."""
+    kernel = Kernel(GemmConfig(32, 1, 3, 1, 1, scale_sums=False), torch.bfloat16, 64)
+    plain = (
+        "sm90/gemm.cuh",
+        "dequant::Operand<Weight, Scalar, Config::SCALE_WEIGHTS>",
+        "dequant::Operand<Weight, Scalar>",
+    )
+    p = problem(17, 301, 333, kernel.dtype, 64)
+    runs = [run(Sm90Library([kernel], edit), kernel, p, 3, 0) for edit in (None, plain)]
+    assert [verdict for verdict, _ in runs] == ["finished"] * 2
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
 MUTANTS = (
     Kernel(
         DecodeConfig(token_tiles=2, warps_n=2, warps_k=2, split=2, stages=2, blocks_per_sm=1),
