@@ -333,14 +333,18 @@ def gather_plan(
     k_padded: int,
     multiprocessors: int = 132,
     *,
-    threads: int = 128,
-    blocks: int = 1,
+    threads: int = 256,
+    blocks: int | None = None,
 ) -> GatherPlan:
     """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
 
-    threads, blocks: up to m = blocks * multiprocessors, small blocks share a token's inputs, so
-    many on each multiprocessor. Of more tokens, larger blocks take several in turn.
+    threads, blocks: up to m = blocks * multiprocessors, blocks share a token's inputs, so many on
+    each multiprocessor (None: what was fastest, docs/kernel-log.md). Of more tokens, larger blocks
+    take several in turn.
     """
+    if blocks is None:
+        limits = ((16, 1), (64, 2), (multiprocessors, 4), (m, 1))
+        blocks = next(number for limit, number in limits if m <= limit)
     slots = blocks * multiprocessors
     parts = max(1, min(slots // m, k_padded // _GATHER_PART))
     rows = 1
