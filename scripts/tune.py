@@ -42,7 +42,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 def candidates(
     m: int, k: int, n: int, group_size: int, limit: int, weight_type: str = "uint4b8"
 ) -> list[KernelConfig]:
-    """Configurations worth timing, the best by estimate first."""
+    """Configurations worth timing: what the library chooses now, and the best by estimate."""
     k_tiles, column_tiles = k // kernel_configs.TILE_K, n // kernel_configs.TILE_N
 
     def estimate(config: KernelConfig) -> float:
@@ -61,7 +61,10 @@ def candidates(
     if m >= 1024:  # few differ there, and each takes long
         limit = min(limit or 8, 8)
     small = [config for config in fitting if isinstance(config, DecodeConfig)]
-    return list(dict.fromkeys((fitting[:limit] if limit else fitting) + small))
+    now = kernel_configs.select_config(
+        m, k_tiles, column_tiles, group_size, weight_type=weight_type
+    )
+    return list(dict.fromkeys([now, *(fitting[:limit] if limit else fitting), *small]))
 
 
 def _plausible(config: KernelConfig, m: int) -> bool:
