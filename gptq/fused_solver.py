@@ -69,8 +69,8 @@ def search_kernel(group: int, shared_limit: int) -> Kernel:
 def update_kernel(sweep: bool, shared_limit: int) -> Kernel:
     """The sequential loop (GPTQ's, or the coordinate sweep's) over as many inputs as fit."""
     for block in (128, 64):
-        # UpdateStorage: matrix, values, scales, zeros, errors of a step, inverse, codes
-        size = 4 * (block * block + 3 * block * WARP + 32 * WARP + block) + block * WARP
+        # UpdateStorage: matrix, values, errors, reciprocals (two), inverse, scales; zeros, codes
+        size = 4 * (block * block + block * WARP + 3 * 32 * WARP + block) + 4 * block * WARP
         if size <= shared_limit:
             return Kernel("update", (block, sweep), size)
     raise ValueError(f"{shared_limit} bytes of shared memory cannot hold a block of 64 inputs")
