@@ -72,11 +72,15 @@ def put(operand: Operand, rows: slice, values: Tensor) -> None:
     operand.head[rows], operand.tail[rows] = part.head, part.tail
 
 
-def multiply(a: Operand, b: Operand) -> Tensor:
-    """``a b`` as float32 [P, R]; a: float32 [P, Q], b: float32 [Q, R], or what `split` made."""
+def multiply(a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+    """``a b`` as float32 [P, R]; a: float32 [P, Q], b: float32 [Q, R], or what `split` made.
+
+    out: where to put it, instead of a new tensor.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor) and not _on_tensor_cores(a.device):
-        return a @ b
-    out = torch.empty(a.shape[0], b.shape[1], device=_device(a))
+        return torch.matmul(a, b, out=out)
+    if out is None:
+        out = torch.empty(a.shape[0], b.shape[1], device=_device(a))
     return _products(out, a, b, 1.0, add=False)
 
 
