@@ -277,8 +277,8 @@ def solve_columns(
     del factor
 
     if not options.nearest and (options.refit or options.sweeps):
-        with timed("solve.polish"):
-            points, scales = _polish(w, safe, damping, points, scales, zeros, groups, options)
+        state = points, scales, zeros, groups
+        points, scales = _polish(w, safe, damping, *state, options, timed)
     with timed("solve.measure"):
         measures = _measure(original, w, h, points, scales, zeros, groups, options)
     found = encode_points(points, options.wtype), scales, zeros, groups, measures
@@ -517,6 +517,7 @@ def _polish(
     zeros: Tensor,
     groups: Tensor,
     options: SolverOptions,
+    timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Lower ``(Q - W) H (Q - W)ᵀ`` further: alternate scale refits and coordinate sweeps.
 
@@ -528,9 +529,11 @@ def _polish(
     sweep = fused_solver.sweep if _fused(w, options) else _sweep
     for _ in range(max(refit, 1)):
         if refit:
-            scales = _refit_scales(w, damped, codes, scales, zeros, groups)
-        for _ in range(options.sweeps):
-            codes = sweep(w, damped, codes, scales, zeros, groups, options)
+            with timed("solve.refit"):
+                scales = _refit_scales(w, damped, codes, scales, zeros, groups)
+        with timed("solve.sweep"):
+            for _ in range(options.sweeps):
+                codes = sweep(w, damped, codes, scales, zeros, groups, options)
     return codes, scales
 
 
