@@ -23,7 +23,7 @@ from marlin_kernel import launch
 from marlin_kernel.compiler import KernelSource, compile_kernel
 from marlin_kernel.weight_types import WeightType
 
-from . import grid
+from . import grid, products
 from .grid import GridOptions
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SEARCH_GROUPS = (32, 64, 128)  # group sizes of the search kernel
 WARP = 32
+_BLOCKS = 8  # of inputs, whose products with all others are one: long enough for tensor cores
 _HEADERS = "../../gptq/csrc"  # from marlin_kernel/csrc
 _THREADS = {"search": 256, "update": 128, "pick": 256}
 _SEARCH = struct.Struct("<6Qq6i")  # gptq::SearchProblem
@@ -68,8 +69,8 @@ def search_kernel(group: int, shared_limit: int) -> Kernel:
 def update_kernel(sweep: bool, shared_limit: int) -> Kernel:
     """The sequential loop (GPTQ's, or the coordinate sweep's) over as many inputs as fit."""
     for block in (128, 64):
-        # UpdateStorage: matrix, values, scales, zeros, errors of a step, inverse, codes
-        size = 4 * (block * block + 3 * block * WARP + 32 * WARP + block) + block * WARP
+        # UpdateStorage: matrix, values, errors, reciprocals (two), inverse, scales; zeros, codes
+        size = 4 * (block * block + block * WARP + 3 * 32 * WARP + block) + 4 * block * WARP
         if size <= shared_limit:
             return Kernel("update", (block, sweep), size)
     raise ValueError(f"{shared_limit} bytes of shared memory cannot hold a block of 64 inputs")
@@ -251,22 +252,29 @@ def update(
         if g <= block:  # blocks end where groups end
             block = block // g * g
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
-    errors = torch.empty(min(block, k), n, device=w.device)
-    for start in range(0, k, block):
-        stop = min(start + block, k)
-        if not dynamic or g > block:
-            steps = [(start, stop)]
-        else:  # each group's grid is searched on the weights as they are when it is reached
-            steps = [(i, min(i + g, stop)) for i in range(start, stop, g)]
-        for first, last in steps:
-            if dynamic and first % g == 0:
-                _find_group(work, r, first, g, scales, zeros, options)
-            own = errors[first - start : last - start]
-            _step(kernel, work, u, first, last, scales, zeros, places, codes, own, options)
-            if last < stop:
-                work[last:stop].addmm_(u[first:last, last:stop].T, own, alpha=-1)
-        if stop < k:
-            work[stop:].addmm_(u[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    errors = torch.empty(min(block * _BLOCKS, k), n, device=w.device)
+    for outer in range(0, k, block * _BLOCKS):
+        end = min(outer + block * _BLOCKS, k)
+        for start in range(outer, end, block):
+            stop = min(start + block, end)
+            if not dynamic or g > block:
+                steps = [(start, stop)]
+            else:  # each group's grid is searched on the weights as they are when it is reached
+                steps = [(i, min(i + g, stop)) for i in range(start, stop, g)]
+            for first, last in steps:
+                if dynamic and first % g == 0:
+                    _find_group(work, r, first, g, scales, zeros, options)
+                own = errors[first - outer : last - outer]
+                _step(
+                    kernel, work[first:], u, first, last, scales, zeros, places, codes, own, options
+                )
+                if last < stop:
+                    work[last:stop].addmm_(u[first:last, last:stop].T, own, alpha=-1)
+            if stop < end:
+                own = errors[start - outer : stop - outer]
+                work[stop:end].addmm_(u[start:stop, stop:end].T, own, alpha=-1)
+        if end < k:
+            products.accumulate(work[end:], u[outer:end, end:].T, errors[: end - outer], -1.0)
     if order is not None:
         natural = torch.empty_like(codes)
         natural[order] = codes
@@ -311,11 +319,12 @@ def _step(
     errors: Tensor,
     options: SolverOptions,
 ) -> None:
-    """Run the sequential kernel over inputs start..stop; writes their codes and errors."""
+    """Run the sequential kernel over inputs start..stop; writes their codes and errors.
+
+    values: their weights or gradient, of which only these rows are read.
+    """
     n = values.shape[1]
-    own = (
-        values[start:], matrix[start:, start:], scales, zeros, places[start:], codes[start:], errors
-    )  # fmt: skip
+    own = values, matrix[start:, start:], scales, zeros, places[start:], codes[start:], errors
     arguments = _UPDATE.pack(
         *(t.data_ptr() for t in own), matrix.stride(0), stop - start, n, options.wtype.levels
     )
@@ -333,17 +342,23 @@ def sweep(
 ) -> Tensor:
     """`solver._sweep` on a GPU; codes uint8 [K, N]."""
     k, n = w.shape
-    gradient = h @ (w - (codes - zeros[groups]) * scales[groups])
+    residual = w - (codes - zeros[groups]) * scales[groups]
+    operand = products.split(residual)
     codes = codes.to(torch.uint8, copy=True)
     scales, zeros = scales.contiguous(), zeros.contiguous()
     places = groups.to(torch.int32)
     kernel = update_kernel(True, shared_limit(w.device.index))
     block = kernel.arguments[0]
-    moves = torch.empty(min(block, k), n, device=w.device)
-    for start in range(0, k, block):
-        stop = min(start + block, k)
-        own = moves[: stop - start]
-        _step(kernel, gradient, h, start, stop, scales, zeros, places, codes, own, options)
-        if stop < k:
-            gradient[stop:].addmm_(h[stop:, start:stop], own, alpha=-1)
+    moves = torch.empty(min(block * _BLOCKS, k), n, device=w.device)
+    for outer in range(0, k, block * _BLOCKS):
+        end = min(outer + block * _BLOCKS, k)
+        gradient = products.multiply(h[outer:end], operand)
+        for start in range(outer, end, block):
+            stop = min(start + block, end)
+            own = moves[start - outer : stop - outer]
+            values = gradient[start - outer :]
+            _step(kernel, values, h, start, stop, scales, zeros, places, codes, own, options)
+            if stop < end:
+                gradient[stop - outer :].addmm_(h[stop:end, start:stop], own, alpha=-1)
+        products.put(operand, slice(outer, end), residual[outer:end] - moves[: end - outer])
     return codes

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 
+from . import products
 from .distributed import Workers
 
 log = logging.getLogger(__name__)
@@ -154,12 +155,13 @@ def _corner(a: Tensor, b: Tensor, c: Tensor, first: int, last: int) -> Tensor:
     for left in range(first, last, width):
         right = min(left + width, last)
         out = product[:, left - first : right - first]
-        torch.matmul(b[:, :right], c[:right, left:right], out=out)
+        products.multiply(b[:, :right], c[:right, left:right], out=out)
     result = torch.empty_like(product)
     height = max(_STEP_GPU if a.is_cuda else _STEP, a.shape[0] // 8)
+    operand = products.split(product)
     for top in range(0, a.shape[0], height):
         rows = slice(top, top + height)
-        torch.matmul(a[rows, top:], product[top:], out=result[rows])
+        products.multiply(a[rows, top:], operand[top:], out=result[rows])
     return result.neg_()
 
 

@@ -19,7 +19,8 @@ A shape with random weights and tokens on a GPU, from the first to the last laye
 --layers of them), finished layers written to disk. The floor is the counted FLOPs over the rates of
 matrix products measured in the same process. --reference also times one layer's linears with the
 solver in plain torch, and counts where the codes differ. Under torchrun, processes share the work,
-and the one JSON holds the time split and the peak memory of every rank:
+and the one JSON holds the time split and the peak memory of every rank. --profile walks one layer
+more, not counted, and lists the kernels that take longest:
 
     torchrun --nproc-per-node 4 scripts/bench_quantize.py --true-sequential \\
         --from_config configs/bench/llama2-7b.json --config configs/quantize/marlin.yaml
@@ -353,7 +354,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     dtype = choose_dtype(config, folder, device)
     model = StreamedModel(folder, dtype, device, random_seed=config.seed)
     samples, probe = random_samples(config, args.seqlen, model.config.vocab_size)
-    layers = min(args.layers or model.num_layers, model.num_layers)
+    layers = min(args.layers or model.num_layers, model.num_layers - args.profile)
     tokens = args.nsamples * args.seqlen
     first = workers.rank == 0
 
@@ -405,6 +406,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
             for kind in splits[-1]
         }
         ranks = workers.collect(spent(walker) | {"seconds_of_a_layer": usual})
+        slowest = slowest_kernels(walker, layers) if args.profile else None
     result = {
         "command": command(),
         "commit": circumstances("", args)["commit"],
@@ -424,6 +426,8 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         "relative_errors_of_the_last_layer": errors,
     }  # fmt: skip
     del walker
+    if slowest is not None:
+        result["slowest_kernels"] = slowest
     if first:
         result["floor_of_a_layer"] = floor_of_layer(model, config, tokens, args.seqlen)
         if args.reference:
@@ -434,6 +438,22 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     parts += ["twopass"] if not config.true_sequential else []
     name = "_".join(parts)
     return f"bench_quantize_{name}.json", result if first else None
+
+
+@torch.no_grad()
+def slowest_kernels(walker: Walker, index: int, count: int = 40) -> list[dict[str, Any]]:
+    """Kernels (on a CPU: operators) of quantizing layer `index`: their seconds, longest first."""
+    activities, key = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if walker.model.device.type == "cuda":
+        activities, key = [torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as profile:
+        walker.quantize_layer(index, lambda path: None)
+        wait(walker.model.device)
+    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
+    return [
+        {"name": event.key[:160], "calls": event.count, "seconds": getattr(event, key) / 1e6}
+        for event in events[:count]
+    ]
 
 
 def command() -> str:
@@ -462,6 +482,7 @@ def main() -> None:
         "--layers", type=int, help="only the first ones; of a real model: in process CPU time"
     )
     parser.add_argument("--reference", action="store_true", help="time the solver in torch too")
+    parser.add_argument("--profile", action="store_true", help="list kernels of one layer more")
     parser.add_argument("--scratch", help="folder for the finished layers")
     parser.add_argument("--device", default=None)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
@@ -469,6 +490,8 @@ def main() -> None:
     if (args.model is None) == (args.from_config is None):
         parser.error("give a model, or --from_config CONFIG.json")
     shape = args.from_config is not None
+    if args.profile and not shape:
+        parser.error("--profile goes with --from_config")
     args.nsamples = args.nsamples or (128 if shape else 32)
     args.seqlen = args.seqlen or (2048 if shape else 1024)
     args.groupsize = args.groupsize or (128 if shape else 64)

@@ -114,6 +114,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(fused_solver, "_launch", launch)
     monkeypatch.setattr(fused_solver, "shared_limit", lambda index: limit)
     monkeypatch.setattr(fused_solver, "_shrinks", shrinks)
+    monkeypatch.setattr(fused_solver, "_BLOCKS", 2)  # K is short
     monkeypatch.setattr(fused_solver.launch, "multiprocessors", lambda index: 5)
     monkeypatch.setattr("gptq.solver._fused", lambda w, options: options.fused)
 

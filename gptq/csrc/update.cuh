@@ -5,11 +5,14 @@
 //   sweep   value q_i + g_i/H_ii  move  e_i = Q_i - q_i             g_j -= H_ij e_i
 //
 // (g: gradient H (W - q)). Outputs are independent: a block of threads takes 32 of them, one per
-// lane. Inputs go in steps of 32: one warp takes them in order, in registers; then all warps apply
-// their errors to the block's remaining rows in shared memory. Rows behind the block are the
-// caller's, by a matrix product with the errors.
+// lane. Inputs go in steps of 32: one warp takes them in order, in registers, while the others
+// prepare the reciprocals of the next step's scales; then all warps apply the errors to the block's
+// remaining rows in shared memory. Rows behind the block are the caller's, by a matrix product with
+// the errors. Scales have fp16 values and zero points are bytes, so that a multiprocessor has room
+// for two blocks of threads: one works while the other's single warp is waiting for itself.
 #pragma once
 
+#include "ptx/cp_async.cuh"
 #include "rounding.cuh"
 
 namespace gptq {
@@ -22,8 +25,8 @@ constexpr int kPropagate = 8;  // rows that a warp updates at a time
 struct UpdateProblem {
   const float* values;  // [rows, n] weights, or the gradient
   const float* matrix;  // [rows, rows] block of U, or of H; only the upper triangle is read
-  const float* scales;  // [groups, n]
-  const float* zeros;   // [groups, n]
+  const float* scales;  // [groups, n], fp16 values
+  const float* zeros;   // [groups, n], integers 0..255
   const int* places;    // [rows] group of each input
   uint8_t* codes;       // [rows, n] written; the sweep also reads them
   float* errors;        // [rows, n] written
@@ -35,14 +38,42 @@ struct UpdateProblem {
 
 template <int BLOCK>
 struct UpdateStorage {
-  alignas(16) float matrix[BLOCK][BLOCK];
+  alignas(16) float matrix[BLOCK][BLOCK];  // tiles of 32 x 32 below the diagonal are not filled
   alignas(16) float values[BLOCK][kWarpSize];
-  alignas(16) float scales[BLOCK][kWarpSize];
-  alignas(16) float zeros[BLOCK][kWarpSize];
   alignas(16) float errors[kStep][kWarpSize];
+  alignas(16) float reciprocals[2][kStep][kWarpSize];  // 1 / scale, of this step and the next
   float inverse[BLOCK];  // 1 / diagonal
+  __half scales[BLOCK][kWarpSize];
+  uint8_t zeros[BLOCK][kWarpSize];
   uint8_t codes[BLOCK][kWarpSize];
 };
+
+// Copies rows x rows of the matrix, zeros behind them; complete after a wait for all copies.
+template <int BLOCK>
+__device__ __forceinline__ void start_matrix(float (&shared)[BLOCK][BLOCK], const UpdateProblem& p) {
+  constexpr int kPerCopy = 4;
+  const bool aligned = p.matrix_row % kPerCopy == 0 && reinterpret_cast<uint64_t>(p.matrix) % 16 == 0;
+  if (aligned) {
+    constexpr int kCopies = BLOCK / kPerCopy;
+    for (int i = threadIdx.x; i < BLOCK * kCopies; i += kUpdateThreads) {
+      const int row = i / kCopies, k = i % kCopies * kPerCopy;
+      if (k < row / kStep * kStep) continue;
+      const bool there = row < p.rows && k < p.rows;
+      const float* source = p.matrix + static_cast<long long>(row) * p.matrix_row + k;
+      ptx::cp_async_16(&shared[row][k], there ? source : p.matrix,
+                       there ? 4 * min(p.rows - k, kPerCopy) : 0);
+    }
+  } else {
+    for (int i = threadIdx.x; i < BLOCK * BLOCK; i += kUpdateThreads) {
+      const int row = i / BLOCK, k = i % BLOCK;
+      if (k < row / kStep * kStep) continue;
+      const bool there = row < p.rows && k < p.rows;
+      const float* source = p.matrix + static_cast<long long>(row) * p.matrix_row + k;
+      ptx::cp_async_4(&shared[row][k], there ? source : p.matrix, there ? 4 : 0);
+    }
+  }
+  ptx::cp_async_commit();
+}
 
 // Grid: tiles of 32 outputs.
 template <int BLOCK, bool SWEEP>
@@ -54,22 +85,26 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const UpdateProb
   const int output = blockIdx.x * kWarpSize + lane;
   const bool valid = output < p.n;
 
-  for (int i = thread; i < BLOCK * BLOCK; i += kUpdateThreads) {
-    const int row = i / BLOCK, k = i % BLOCK;
-    shared.matrix[row][k] =
-        row <= k && k < p.rows ? p.matrix[static_cast<long long>(row) * p.matrix_row + k] : 0.0f;
-  }
+  start_matrix<BLOCK>(shared.matrix, p);
 #pragma unroll 8
   for (int row = warp; row < BLOCK; row += kUpdateWarps) {
     const bool there = valid && row < p.rows;
     const long long at = static_cast<long long>(row) * p.n + output;
     const long long group = there ? static_cast<long long>(p.places[row]) * p.n + output : 0;
     shared.values[row][lane] = there ? p.values[at] : 0.0f;
-    shared.scales[row][lane] = there ? p.scales[group] : 1.0f;
-    shared.zeros[row][lane] = there ? p.zeros[group] : 0.0f;
+    shared.scales[row][lane] = __float2half_rn(there ? p.scales[group] : 1.0f);
+    shared.zeros[row][lane] = static_cast<uint8_t>(there ? p.zeros[group] : 0.0f);
     if (SWEEP) shared.codes[row][lane] = there ? p.codes[at] : 0;
   }
+  ptx::cp_async_wait<0>();
   ptx::block_sync();
+  auto prepare = [&](int start, int first, int warps) {
+#pragma unroll 1
+    for (int i = first; i < kStep; i += warps)
+      shared.reciprocals[start / kStep % 2][i][lane] =
+          1.0f / __half2float(shared.scales[start + i][lane]);
+  };
+  prepare(0, warp, kUpdateWarps);
   for (int row = thread; row < BLOCK; row += kUpdateThreads)
     shared.inverse[row] = row < p.rows ? 1.0f / shared.matrix[row][row] : 0.0f;
   const float top = static_cast<float>(p.levels - 1);
@@ -83,22 +118,33 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const UpdateProb
       for (int i = 0; i < kStep; ++i) value[i] = shared.values[start + i][lane];
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const float scale = shared.scales[start + i][lane], zero = shared.zeros[start + i][lane];
+        const float scale = __half2float(shared.scales[start + i][lane]);
+        const float zero = static_cast<float>(shared.zeros[start + i][lane]);
+        const float reciprocal = shared.reciprocals[start / kStep % 2][i][lane];
         const float inverse = shared.inverse[start + i];
         float wanted = value[i], old = 0.0f;
         if (SWEEP) {
           old = value_of(static_cast<float>(shared.codes[start + i][lane]), scale, zero);
           wanted = fmaf(value[i], inverse, old);
         }
-        const float code = code_of(wanted, scale, 1.0f / scale, zero, top);
+        const float code = code_of(wanted, scale, reciprocal, zero, top);
         const float rounded = value_of(code, scale, zero);
         const float error = SWEEP ? rounded - old : (wanted - rounded) * inverse;
         shared.errors[i][lane] = error;
         shared.codes[start + i][lane] = static_cast<uint8_t>(code);
+        const float4* row = reinterpret_cast<const float4*>(&shared.matrix[start + i][start]);
 #pragma unroll
-        for (int j = i + 1; j < kStep; ++j)
-          value[j] = fmaf(-shared.matrix[start + i][start + j], error, value[j]);
+        for (int q = (i + 1) / 4; q < kStep / 4; ++q) {
+          const float4 four = row[q];
+          const int j = 4 * q;
+          if (j > i) value[j] = fmaf(-four.x, error, value[j]);
+          if (j + 1 > i) value[j + 1] = fmaf(-four.y, error, value[j + 1]);
+          if (j + 2 > i) value[j + 2] = fmaf(-four.z, error, value[j + 2]);
+          value[j + 3] = fmaf(-four.w, error, value[j + 3]);
+        }
       }
+    } else if (start + kStep < BLOCK) {
+      prepare(start + kStep, warp - 1, kUpdateWarps - 1);
     }
     ptx::block_sync();  // errors of this step are complete
     for (int i = warp; i < kStep; i += kUpdateWarps) {
@@ -115,9 +161,15 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const UpdateProb
 #pragma unroll 4
       for (int i = 0; i < kStep; ++i) {
         const float error = shared.errors[i][lane];
+        const float4* entries = reinterpret_cast<const float4*>(&shared.matrix[start + i][row]);
 #pragma unroll
-        for (int j = 0; j < kPropagate; ++j)
-          sums[j] = fmaf(-shared.matrix[start + i][row + j], error, sums[j]);
+        for (int q = 0; q < kPropagate / 4; ++q) {
+          const float4 four = entries[q];
+          sums[4 * q] = fmaf(-four.x, error, sums[4 * q]);
+          sums[4 * q + 1] = fmaf(-four.y, error, sums[4 * q + 1]);
+          sums[4 * q + 2] = fmaf(-four.z, error, sums[4 * q + 2]);
+          sums[4 * q + 3] = fmaf(-four.w, error, sums[4 * q + 3]);
+        }
       }
 #pragma unroll
       for (int j = 0; j < kPropagate; ++j) shared.values[row + j][lane] = sums[j];
