@@ -1,8 +1,9 @@
 """The solver's inner loops as CUDA kernels (csrc/): the same functions as in `grid` and `solver`.
 
-`search_grid`, `update` and `sweep` take and return what `grid.search_grid`, `solver._update` and
-`solver._sweep` do, for tensors on a GPU. Codes are equal except where a weight lies within float32
-rounding of the middle between two codes, or two clipping factors give errors that close.
+`search_grid`, `update`, `sweep` and `prune` take and return what `grid.search_grid`,
+`solver._update`, `solver._sweep` and `sparsity.prune` do, for tensors on a GPU. Codes are equal
+except where a weight lies within float32 rounding of the middle between two codes, or two clipping
+factors, or the removals of two pairs, cost that equally.
 
 Everything is compiled at run time for the device at hand (marlin_kernel.compiler); no CUDA toolkit
 is needed.
@@ -23,8 +24,9 @@ from marlin_kernel import launch
 from marlin_kernel.compiler import KernelSource, compile_kernel
 from marlin_kernel.weight_types import WeightType
 
-from . import grid
+from . import grid, sparsity
 from .grid import GridOptions
+from .sparsity import PAIRS, QUAD, TERMS
 
 if TYPE_CHECKING:
     from .hessian import Factor
@@ -36,7 +38,7 @@ _HEADERS = "../../gptq/csrc"  # from marlin_kernel/csrc
 _THREADS = {"search": 256, "update": 128, "pick": 256}
 _SEARCH = struct.Struct("<6Qq6i")  # gptq::SearchProblem
 _PICK = struct.Struct("<5Q2i")  # gptq::PickProblem
-_UPDATE = struct.Struct("<7Q4i")  # gptq::UpdateProblem
+_UPDATE = struct.Struct("<7Q4iQ")  # gptq::UpdateProblem
 _KINDS = {"symmetric": 0, "signed": 1, "zero point": 2}  # gptq::GridKind
 
 
@@ -65,13 +67,19 @@ def search_kernel(group: int, shared_limit: int) -> Kernel:
     raise ValueError(f"{shared_limit} bytes of shared memory cannot hold groups of {group}")
 
 
-def update_kernel(sweep: bool, shared_limit: int) -> Kernel:
-    """The sequential loop (GPTQ's, or the coordinate sweep's) over as many inputs as fit."""
+def update_kernel(
+    sweep: bool, shared_limit: int, prune: bool = False, rounding: bool = True
+) -> Kernel:
+    """The sequential loop (GPTQ's, or the coordinate sweep's) over as many inputs as fit.
+
+    prune: with 2:4 pruning; rounding: False for pruning alone.
+    """
     for block in (128, 64):
-        # UpdateStorage: matrix, values, scales, zeros, errors of a step, inverse, codes
+        # UpdateStorage: matrix, values, scales, zeros, errors of a step, inverse, codes, costs
         size = 4 * (block * block + 3 * block * WARP + 32 * WARP + block) + block * WARP
+        size += 4 * (block // QUAD) * PAIRS * TERMS
         if size <= shared_limit:
-            return Kernel("update", (block, sweep), size)
+            return Kernel("update", (block, sweep, prune, rounding), size)
     raise ValueError(f"{shared_limit} bytes of shared memory cannot hold a block of 64 inputs")
 
 
@@ -242,7 +250,9 @@ def update(
     work = w.clone(memory_format=torch.contiguous_format) if order is None else w[order]
     u, r = factor.u, factor.r
     places = (groups if order is None else groups[order]).to(torch.int32)
-    kernel = update_kernel(False, shared_limit(w.device.index))
+    pruned = options.sparsity is not None
+    kernel = update_kernel(False, shared_limit(w.device.index), pruned)
+    costs = sparsity.pair_costs(u) if pruned else None
     block = kernel.arguments[0]
     dynamic = scales is None
     if dynamic:
@@ -262,7 +272,7 @@ def update(
             if dynamic and first % g == 0:
                 _find_group(work, r, first, g, scales, zeros, options)
             own = errors[first - start : last - start]
-            _step(kernel, work, u, first, last, scales, zeros, places, codes, own, options)
+            _step(kernel, work, u, first, last, scales, zeros, places, codes, own, options, costs)
             if last < stop:
                 work[last:stop].addmm_(u[first:last, last:stop].T, own, alpha=-1)
         if stop < k:
@@ -286,15 +296,17 @@ def _find_group(
     """Search the grid of the group that begins at input `start`."""
     k = work.shape[0]
     end, j = min(start + g, k), start // g
-    own = slice(j, j + 1)
+    own, group = slice(j, j + 1), work[start:end]
+    if options.sparsity:  # fitted to the weights that are likely to stay
+        group = sparsity.keep_largest(group)
     if options.grid.clip and g in SEARCH_GROUPS:
         _search(
-            work[start:end], r[start:, start:], 0, r.stride(0), g, options.wtype, options.grid,
+            group, r[start:, start:], 0, r.stride(0), g, options.wtype, options.grid,
             scales[own], zeros[own],
         )  # fmt: skip
         return
     factors = r[start:end, start:end][None] if options.grid.clip else None
-    found = grid.search_grid(work[start:end][None], factors, options.wtype, options.grid)
+    found = grid.search_grid(group[None], factors, options.wtype, options.grid)
     scales[own], zeros[own] = found
 
 
@@ -310,16 +322,52 @@ def _step(
     codes: Tensor,
     errors: Tensor,
     options: SolverOptions,
+    costs: Tensor | None = None,
 ) -> None:
-    """Run the sequential kernel over inputs start..stop; writes their codes and errors."""
-    n = values.shape[1]
+    """Run the sequential kernel over inputs start..stop; writes their codes and errors.
+
+    costs: float32 [K / 4, PAIRS, TERMS] (`sparsity.pair_costs`) for GPTQ with pruning.
+    """
     own = (
         values[start:], matrix[start:, start:], scales, zeros, places[start:], codes[start:], errors
     )  # fmt: skip
-    arguments = _UPDATE.pack(
-        *(t.data_ptr() for t in own), matrix.stride(0), stop - start, n, options.wtype.levels
-    )
+    addresses = [t.data_ptr() for t in own]
+    removals = 0 if costs is None else costs[start // QUAD :].data_ptr()
+    _launch_update(kernel, values, matrix, addresses, stop - start, options.wtype.levels, removals)
+
+
+def _launch_update(
+    kernel: Kernel,
+    values: Tensor,
+    matrix: Tensor,
+    addresses: list[int],
+    rows: int,
+    levels: int,
+    costs: int,
+) -> None:
+    """addresses: of values to errors in gptq::UpdateProblem; costs: the address of the last one."""
+    n = values.shape[1]
+    arguments = _UPDATE.pack(*addresses, matrix.stride(0), rows, n, levels, costs)
     _launch(kernel, (-(-n // WARP), 1), values, arguments)
+
+
+def prune(w: Tensor, factor: Factor, order: Tensor | None, blocksize: int) -> Tensor:
+    """`sparsity.prune` on a GPU; blocksize has no effect."""
+    k, n = w.shape
+    work = w.clone(memory_format=torch.contiguous_format) if order is None else w[order]
+    u, costs = factor.u, sparsity.pair_costs(factor.u)
+    kernel = update_kernel(False, shared_limit(w.device.index), prune=True, rounding=False)
+    block = kernel.arguments[0]
+    errors = torch.empty(min(block, k), n, device=w.device)
+    for start in range(0, k, block):
+        stop = min(start + block, k)
+        own = work[start:].data_ptr(), u[start:, start:].data_ptr()
+        addresses = [*own, 0, 0, 0, 0, errors.data_ptr()]  # without grids and codes
+        removals = costs[start // QUAD :].data_ptr()
+        _launch_update(kernel, work, u, addresses, stop - start, 0, removals)
+        if stop < k:
+            work[stop:].addmm_(u[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    return work if order is None else work[torch.argsort(order)]
 
 
 def sweep(
@@ -337,7 +385,8 @@ def sweep(
     codes = codes.to(torch.uint8, copy=True)
     scales, zeros = scales.contiguous(), zeros.contiguous()
     places = groups.to(torch.int32)
-    kernel = update_kernel(True, shared_limit(w.device.index))
+    pruned = options.sparsity is not None
+    kernel = update_kernel(True, shared_limit(w.device.index), pruned)
     block = kernel.arguments[0]
     moves = torch.empty(min(block, k), n, device=w.device)
     for start in range(0, k, block):

@@ -298,7 +298,8 @@ def _pruned(
     if options.nearest:
         codes = sparsity.keep_largest(w)
     else:
-        codes = sparsity.prune(w, factor, order, options.blocksize)
+        prune = fused_solver.prune if _fused(w, options) else sparsity.prune
+        codes = prune(w, factor, order, options.blocksize)
     scales, zeros = torch.ones(1, n, device=w.device), torch.zeros(1, n, device=w.device)
     groups = torch.zeros(k, dtype=torch.int64, device=w.device)
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
@@ -324,9 +325,8 @@ def _fused(w: Tensor, options: SolverOptions) -> bool:
 
 
 def fits_kernels(options: SolverOptions) -> bool:
-    """Whether the CUDA kernels know the method: integer types, without pruning."""
-    known = options.wtype is not None and options.wtype.name in INTEGER_TYPES
-    return known and options.sparsity is None
+    """Whether the CUDA kernels know the method: integer types, and pruning without rounding."""
+    return options.wtype is None or options.wtype.name in INTEGER_TYPES
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -442,6 +442,7 @@ def _update(
     width = options.blocksize
     if options.sparsity:
         width = -(-width // sparsity.QUAD) * sparsity.QUAD
+        costs = sparsity.pair_costs(u)
     for start in range(0, k, width):
         stop = min(start + width, k)
         errors = torch.empty(stop - start, n, device=w.device)
@@ -470,8 +471,8 @@ def _update(
             if options.sparsity:
                 place = i % sparsity.QUAD
                 if place == 0:
-                    quad = slice(i, i + sparsity.QUAD)
-                    stays = sparsity.choose_pairs(work[quad], u[quad, quad])
+                    quad = work[i : i + sparsity.QUAD]
+                    stays = sparsity.choose_pairs(quad, costs[i // sparsity.QUAD])
                 point = torch.where(stays[place], point, z)
             points[i] = point
             error = torch.sub(point, z).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])

@@ -15,8 +15,8 @@ VISIBLE int shared_bytes(int kernel) {
 #define SEARCH(number, ...) \
   case number:              \
     return sizeof(gptq::SearchStorage<__VA_ARGS__>);
-#define UPDATE(number, block, sweep) \
-  case number:                       \
+#define UPDATE(number, block, ...) \
+  case number:                     \
     return sizeof(gptq::UpdateStorage<block>);
 #define PICK(number, threads) \
   case number:                \
@@ -38,11 +38,11 @@ VISIBLE int run(int kernel, unsigned seed, int grid_x, int grid_y, const void* a
     return emu::launch(grid, {gptq::kSearchThreads}, sizeof(gptq::SearchStorage<__VA_ARGS__>), \
                        1, seed, [=] { gptq::search_kernel<__VA_ARGS__>(p); });              \
   }
-#define UPDATE(number, block, sweep)                                                     \
+#define UPDATE(number, block, ...)                                                       \
   case number: {                                                                         \
     const auto p = *static_cast<const gptq::UpdateProblem*>(arguments);                  \
     return emu::launch(grid, {gptq::kUpdateThreads}, sizeof(gptq::UpdateStorage<block>), \
-                       1, seed, [=] { gptq::update_kernel<block, sweep>(p); });          \
+                       1, seed, [=] { gptq::update_kernel<block, __VA_ARGS__>(p); });    \
   }
 #define PICK(number, threads)                                         \
   case number: {                                                      \
