@@ -75,6 +75,12 @@ def test_joint_solution_is_2_4_and_beats_magnitude(
     assert loss(joint.weight().T - weight, h) < 0.6 * loss(rounded.weight().T - weight, h)
 
 
+def test_equal_magnitudes_keep_the_last() -> None:
+    w = torch.tensor([[1.0, -2, 0, 3], [-1, 2, 0, 0], [1, 2, 0, 4], [1, 1, 0, -0.5]])
+    kept = torch.tensor([[0.0, 0, 0, 3], [0, 2, 0, 0], [1, 2, 0, 4], [1, 0, 0, 0]])
+    assert torch.equal(sparsity.keep_largest(w), kept)
+
+
 def test_blocksize_has_no_effect() -> None:
     weight, h = layer()
     options = SolverOptions(U4, 32, sparsity="2:4", blocksize=6)
@@ -146,6 +152,7 @@ def logits(folder: Path, **options: bool) -> torch.Tensor:
         ("--wbits", "8", "--nearest"),
         ("--wbits", "4", "--no-act-order", "--groupsize", "-1"),
         ("--wbits", "4", "--format", "gptq"),
+        ("--wbits", "4", "--refine", "2"),
     ),
     ids=" ".join,
 )
