@@ -22,7 +22,7 @@ from torch import Tensor
 
 from marlin_kernel import launch
 from marlin_kernel.compiler import KernelSource, compile_kernel
-from marlin_kernel.weight_types import WeightType
+from marlin_kernel.weight_types import INTEGER_TYPES, WeightType
 
 from . import grid, sparsity
 from .grid import GridOptions
@@ -39,6 +39,7 @@ _THREADS = {"search": 256, "update": 128, "pick": 256}
 _SEARCH = struct.Struct("<6Qq6i")  # gptq::SearchProblem
 _PICK = struct.Struct("<5Q2i")  # gptq::PickProblem
 _UPDATE = struct.Struct("<7Q4iQ")  # gptq::UpdateProblem
+GRIDS = {"integers": 0, "e4m3": 1, "e2m1": 2, "reals": 3}  # gptq::Grid
 _KINDS = {"symmetric": 0, "signed": 1, "zero point": 2}  # gptq::GridKind
 
 
@@ -68,19 +69,32 @@ def search_kernel(group: int, shared_limit: int) -> Kernel:
 
 
 def update_kernel(
-    sweep: bool, shared_limit: int, prune: bool = False, rounding: bool = True
+    sweep: bool, shared_limit: int, prune: bool = False, grid: str = "integers"
 ) -> Kernel:
     """The sequential loop (GPTQ's, or the coordinate sweep's) over as many inputs as fit.
 
-    prune: with 2:4 pruning; rounding: False for pruning alone.
+    prune: with 2:4 pruning; grid: what weights are rounded to, a key of GRIDS.
     """
+    point = 1 if grid == "integers" else 4  # bytes
     for block in (128, 64):
-        # UpdateStorage: matrix, values, scales, zeros, errors of a step, inverse, codes, costs
-        size = 4 * (block * block + 3 * block * WARP + 32 * WARP + block) + block * WARP
+        # UpdateStorage: matrix, values, scales, zeros, errors of a step, inverse, points, costs
+        size = 4 * (block * block + 3 * block * WARP + 32 * WARP + block) + block * WARP * point
         size += 4 * (block // QUAD) * PAIRS * TERMS
         if size <= shared_limit:
-            return Kernel("update", (block, sweep, prune, rounding), size)
+            return Kernel("update", (block, sweep, prune, GRIDS[grid]), size)
     raise ValueError(f"{shared_limit} bytes of shared memory cannot hold a block of 64 inputs")
+
+
+def grid_of(wtype: WeightType | None) -> str:
+    """The key of GRIDS that a type's points belong to; None: weights are pruned, not rounded."""
+    if wtype is None:
+        return "reals"
+    return f"e{wtype.exponent}m{wtype.mantissa}" if wtype.is_float else "integers"
+
+
+def _point_dtype(wtype: WeightType | None) -> torch.dtype:
+    """Of points in memory: Points<GRID>::Stored."""
+    return torch.uint8 if grid_of(wtype) == "integers" else torch.float32
 
 
 PICK = Kernel("pick", (_THREADS["pick"],), 0)
@@ -177,18 +191,22 @@ def search_grid(
 ) -> tuple[Tensor, Tensor]:
     """`grid.search_grid` on a GPU: scales and zeros float32 [G, N] of all groups.
 
-    For integer types, which have no global scale. w: float32 [G, g, N]; factor: float32 [G, g, g]
-    upper triangular, or None.
-    Without factor, without clipping, or for groups that the kernel does not know, torch does it.
+    w: float32 [G, g, N]; factor: float32 [G, g, g] upper triangular, or None.
+    Without factor, or where the kernel cannot search (`_searches`), torch does it.
     """
     count, g, n = w.shape
-    if factor is None or not options.clip or g not in SEARCH_GROUPS:
+    if factor is None or not _searches(g, wtype, options):
         return grid.search_grid(w, factor, wtype, options, global_scale)
     flat = w.reshape(count * g, n)
     scales = torch.empty(count, n, device=w.device)
     zeros = torch.empty_like(scales)
     _search(flat, factor.contiguous(), g * g, g, g, wtype, options, scales, zeros)
     return scales, zeros
+
+
+def _searches(g: int, wtype: WeightType, options: GridOptions) -> bool:
+    """Whether the kernel can search groups of g inputs: clipped integers, groups of 32 to 128."""
+    return options.clip and g in SEARCH_GROUPS and wtype.name in INTEGER_TYPES
 
 
 def _search(
@@ -244,14 +262,15 @@ def update(
     options: SolverOptions,
     global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`solver._update` on a GPU for integer types; codes are uint8 [K, N]. options.blocksize has no
+    """`solver._update` on a GPU; points of integer types are uint8. options.blocksize has no
     effect."""
     k, n = w.shape
     work = w.clone(memory_format=torch.contiguous_format) if order is None else w[order]
     u, r = factor.u, factor.r
     places = (groups if order is None else groups[order]).to(torch.int32)
     pruned = options.sparsity is not None
-    kernel = update_kernel(False, shared_limit(w.device.index), pruned)
+    limit, wtype = shared_limit(w.device.index), options.wtype
+    kernel = update_kernel(False, limit, pruned, grid_of(wtype))
     costs = sparsity.pair_costs(u) if pruned else None
     block = kernel.arguments[0]
     dynamic = scales is None
@@ -260,7 +279,7 @@ def update(
         zeros = torch.empty_like(scales)
         if g <= block:  # blocks end where groups end
             block = block // g * g
-    codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
+    points = torch.empty(k, n, dtype=_point_dtype(wtype), device=w.device)
     errors = torch.empty(min(block, k), n, device=w.device)
     for start in range(0, k, block):
         stop = min(start + block, k)
@@ -270,18 +289,18 @@ def update(
             steps = [(i, min(i + g, stop)) for i in range(start, stop, g)]
         for first, last in steps:
             if dynamic and first % g == 0:
-                _find_group(work, r, first, g, scales, zeros, options)
+                _find_group(work, r, first, g, scales, zeros, options, global_scale)
             own = errors[first - start : last - start]
-            _step(kernel, work, u, first, last, scales, zeros, places, codes, own, options, costs)
+            _step(kernel, work, u, first, last, scales, zeros, places, points, own, options, costs)
             if last < stop:
                 work[last:stop].addmm_(u[first:last, last:stop].T, own, alpha=-1)
         if stop < k:
             work[stop:].addmm_(u[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     if order is not None:
-        natural = torch.empty_like(codes)
-        natural[order] = codes
-        codes = natural
-    return codes, scales, zeros
+        natural = torch.empty_like(points)
+        natural[order] = points
+        points = natural
+    return points, scales, zeros
 
 
 def _find_group(
@@ -292,6 +311,7 @@ def _find_group(
     scales: Tensor,
     zeros: Tensor,
     options: SolverOptions,
+    global_scale: Tensor | None,
 ) -> None:
     """Search the grid of the group that begins at input `start`."""
     k = work.shape[0]
@@ -299,14 +319,14 @@ def _find_group(
     own, group = slice(j, j + 1), work[start:end]
     if options.sparsity:  # fitted to the weights that are likely to stay
         group = sparsity.keep_largest(group)
-    if options.grid.clip and g in SEARCH_GROUPS:
+    if _searches(g, options.wtype, options.grid):
         _search(
             group, r[start:, start:], 0, r.stride(0), g, options.wtype, options.grid,
             scales[own], zeros[own],
         )  # fmt: skip
         return
     factors = r[start:end, start:end][None] if options.grid.clip else None
-    found = grid.search_grid(group[None], factors, options.wtype, options.grid)
+    found = grid.search_grid(group[None], factors, options.wtype, options.grid, global_scale)
     scales[own], zeros[own] = found
 
 
@@ -319,17 +339,18 @@ def _step(
     scales: Tensor,
     zeros: Tensor,
     places: Tensor,
-    codes: Tensor,
+    points: Tensor,
     errors: Tensor,
     options: SolverOptions,
     costs: Tensor | None = None,
 ) -> None:
-    """Run the sequential kernel over inputs start..stop; writes their codes and errors.
+    """Run the sequential kernel over inputs start..stop; writes their points and errors.
 
     costs: float32 [K / 4, PAIRS, TERMS] (`sparsity.pair_costs`) for GPTQ with pruning.
     """
     own = (
-        values[start:], matrix[start:, start:], scales, zeros, places[start:], codes[start:], errors
+        values[start:], matrix[start:, start:], scales, zeros, places[start:], points[start:],
+        errors,
     )  # fmt: skip
     addresses = [t.data_ptr() for t in own]
     removals = 0 if costs is None else costs[start // QUAD :].data_ptr()
@@ -356,18 +377,20 @@ def prune(w: Tensor, factor: Factor, order: Tensor | None, blocksize: int) -> Te
     k, n = w.shape
     work = w.clone(memory_format=torch.contiguous_format) if order is None else w[order]
     u, costs = factor.u, sparsity.pair_costs(factor.u)
-    kernel = update_kernel(False, shared_limit(w.device.index), prune=True, rounding=False)
+    kernel = update_kernel(False, shared_limit(w.device.index), True, "reals")
     block = kernel.arguments[0]
+    points = torch.empty_like(work)
     errors = torch.empty(min(block, k), n, device=w.device)
     for start in range(0, k, block):
         stop = min(start + block, k)
-        own = work[start:].data_ptr(), u[start:, start:].data_ptr()
-        addresses = [*own, 0, 0, 0, 0, errors.data_ptr()]  # without grids and codes
+        own = work[start:], u[start:, start:], points[start:], errors
+        addresses = [t.data_ptr() for t in own]
+        addresses[2:2] = 0, 0, 0  # no scales, zeros and groups
         removals = costs[start // QUAD :].data_ptr()
         _launch_update(kernel, work, u, addresses, stop - start, 0, removals)
         if stop < k:
             work[stop:].addmm_(u[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    return work if order is None else work[torch.argsort(order)]
+    return points if order is None else points[torch.argsort(order)]
 
 
 def sweep(
@@ -379,14 +402,15 @@ def sweep(
     groups: Tensor,
     options: SolverOptions,
 ) -> Tensor:
-    """`solver._sweep` on a GPU; codes uint8 [K, N]."""
+    """`solver._sweep` on a GPU; points of integer types are uint8."""
     k, n = w.shape
     gradient = h @ (w - (codes - zeros[groups]) * scales[groups])
-    codes = codes.to(torch.uint8, copy=True)
+    codes = codes.to(_point_dtype(options.wtype), copy=True)
     scales, zeros = scales.contiguous(), zeros.contiguous()
     places = groups.to(torch.int32)
     pruned = options.sparsity is not None
-    kernel = update_kernel(True, shared_limit(w.device.index), pruned)
+    limit = shared_limit(w.device.index)
+    kernel = update_kernel(True, limit, pruned, grid_of(options.wtype))
     block = kernel.arguments[0]
     moves = torch.empty(min(block, k), n, device=w.device)
     for start in range(0, k, block):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 from marlin_kernel.reference import round_scales
-from marlin_kernel.weight_types import INTEGER_TYPES, WeightType, normalize_group_size
+from marlin_kernel.weight_types import WeightType, normalize_group_size
 
 from . import fused_solver, sparsity
 from .distributed import Workers
@@ -321,12 +321,7 @@ def _shrunk(h: Tensor, share: float) -> Tensor:
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:
     """Whether the CUDA kernels do the inner loops, instead of the reference in torch below."""
-    return w.is_cuda and options.fused and fits_kernels(options)
-
-
-def fits_kernels(options: SolverOptions) -> bool:
-    """Whether the CUDA kernels know the method: integer types, and pruning without rounding."""
-    return options.wtype is None or options.wtype.name in INTEGER_TYPES
+    return w.is_cuda and options.fused
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:

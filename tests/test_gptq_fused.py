@@ -20,12 +20,15 @@ from torch import Tensor
 
 from gptq import fused_solver
 from gptq.fused_solver import PICK, Kernel, search_kernel, search_splits, update_kernel
-from gptq.grid import GridOptions
+from gptq.grid import GridOptions, round_to_float
+from gptq.hessian import Factor
 from gptq.solver import SolverOptions, _sweep, solve
 from gptq.sparsity import movable
 from marlin_kernel import WEIGHT_TYPES
 from marlin_kernel.compiler import compile_kernel, included_files
+from marlin_kernel.reference import decode
 from marlin_kernel.sparse import positions_2_4
+from marlin_kernel.weight_types import WeightType
 from tests.compiling import REGISTERS, needs_nvrtc, own_cache  # noqa: F401 (fixture)
 
 U4B8 = WEIGHT_TYPES["uint4b8"]
@@ -38,8 +41,9 @@ def kernels(limit: int) -> list[Kernel]:
     searches = [search_kernel(g, limit) for g in fused_solver.SEARCH_GROUPS]
     dense = [update_kernel(sweep, limit) for sweep in (False, True)]
     pruning = [update_kernel(sweep, limit, prune=True) for sweep in (False, True)]
-    alone = update_kernel(False, limit, prune=True, rounding=False)
-    return [*searches, *dense, *pruning, alone, PICK]
+    alone = update_kernel(False, limit, prune=True, grid="reals")
+    floats = [update_kernel(s, limit, grid=g) for s in (False, True) for g in ("e4m3", "e2m1")]
+    return [*searches, *dense, *pruning, alone, *floats, PICK]
 
 
 # ---- compilation ---------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ def test_the_cache_knows_these_sources():
     """A cubin of an older text of the kernels must never be taken."""
     source = update_kernel(False, LIMITS["sm_90a"]).source
     files = set(included_files(source.header))
-    names = "update.cuh", "rounding.cuh", "pruning.cuh"
+    names = "update.cuh", "rounding.cuh", "pruning.cuh", "grids.cuh"
     assert {SOURCES.resolve() / name for name in names} <= files
 
 
@@ -204,6 +208,41 @@ PRUNED = {
         "one group, sweeps": (140, 20, replace(DEFAULT, group_size=-1, refit=2, sweeps=2)),
     }.items()
 }
+FP8, NVFP4, MXFP4, HQQ = (
+    WEIGHT_TYPES[name] for name in ("float8_e4m3fn", "nvfp4", "mxfp4", "uint4_hqq")
+)
+OTHER_TYPES = {
+    "fp8, natural order": (300, 20, replace(MARLIN, wtype=FP8)),
+    "fp8": (300, 40, replace(DEFAULT, wtype=FP8, group_size=128)),
+    "fp8, one scale": (150, 20, replace(DEFAULT, wtype=FP8, group_size=-1, refit=2, sweeps=2)),
+    "nvfp4, natural order": (150, 20, replace(MARLIN, wtype=NVFP4, group_size=16)),
+    "nvfp4": (200, 40, replace(DEFAULT, wtype=NVFP4, group_size=16)),
+    "mxfp4, natural order": (150, 20, replace(MARLIN, wtype=MXFP4, group_size=32)),
+    "mxfp4": (200, 40, replace(DEFAULT, wtype=MXFP4, group_size=32)),
+    "hqq, natural order": (150, 20, replace(MARLIN, wtype=HQQ, group_size=64)),
+    "hqq": (200, 40, replace(DEFAULT, wtype=HQQ, group_size=64)),
+}
+
+
+def check_rounding(wtype: WeightType, device: str) -> None:
+    """Without feedback (U = I) the update is rounding: ties, subnormals, saturation, signs."""
+    points = decode(torch.arange(wtype.levels), wtype)
+    points = points[~points.isnan()].unique()
+    middles = (points[1:] + points[:-1]) / 2
+    near = torch.cat([points, middles, middles * (1 + 2**-20), middles * (1 - 2**-20)])
+    draw = torch.Generator().manual_seed(0)
+    values = torch.cat([near, torch.randn(600, generator=draw) * 9, torch.tensor([1e9, 1e-30])])
+    w = torch.cat([values, -values])[:, None].to(device)
+    w = torch.cat([w, w * 0.3 * 2**-9, w * 2.0**5], 1).contiguous()
+    k, n = w.shape
+    scales = torch.tensor([[1.0, 0.75 * 2**-11, 2.0**5]], device=device)
+    factor = Factor(*(torch.eye(k, device=device) for _ in range(2)), 0.0, 0)
+    groups = torch.zeros(k, dtype=torch.int64, device=device)
+    options = SolverOptions(wtype, -1)
+    arguments = w, factor, None, k, scales, torch.zeros_like(scales), groups, options
+    found = fused_solver.update(*arguments)[0]
+    assert torch.equal(found, round_to_float(w / scales, wtype))
+    assert torch.equal(found.signbit()[w != 0], w.signbit()[w != 0])  # what rounds to zero keeps it
 
 
 def compare_pruning(weight: Tensor, h: Tensor, act_order: bool, ties: float) -> None:
@@ -235,6 +274,19 @@ def test_emulated_pruning_equals_the_reference(case, emulated):
     weight, h = problem(k, n)
     compare(weight, h, options, ties=0)
     compare(*with_dead_inputs(weight, h, 4, 5, 6, 7, 9, 10, 33), options, ties=0)
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", OTHER_TYPES)
+def test_emulated_kernels_know_every_type(case, emulated):
+    k, n, options = OTHER_TYPES[case]
+    compare(*problem(k, n), options, ties=0)
+
+
+@needs_emulator
+@pytest.mark.parametrize("wtype", (FP8, NVFP4), ids=lambda t: t.name)
+def test_emulated_rounding_to_floats(wtype, emulated):
+    check_rounding(wtype, "cpu")
 
 
 @needs_emulator
@@ -304,6 +356,19 @@ def test_pruning_equals_the_reference(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", OTHER_TYPES)
+def test_kernels_know_every_type(case):
+    k, n, options = OTHER_TYPES[case]
+    compare(*problem(k, n, device="cuda"), options, ties=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wtype", (FP8, NVFP4), ids=lambda t: t.name)
+def test_rounding_to_floats(wtype):
+    check_rounding(wtype, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("act_order", (False, True))
 @pytest.mark.parametrize(("k", "n"), [(4, 1), (300, 40), (4096, 1024)])
 def test_pruning_alone_equals_the_reference(k, n, act_order):
@@ -315,7 +380,9 @@ def test_pruning_alone_equals_the_reference(k, n, act_order):
     replace(MARLIN, grid=GridOptions(clip_steps=16, signed=False)),
     replace(DEFAULT, group_size=128),
     replace(DEFAULT, group_size=128, sparsity="2:4"),
-], ids=["marlin", "default", "default, pruned"])  # fmt: skip
+    replace(DEFAULT, group_size=128, wtype=FP8),
+    replace(DEFAULT, group_size=16, wtype=NVFP4),
+], ids=["marlin", "default", "default, pruned", "fp8", "nvfp4"])  # fmt: skip
 def test_kernels_equal_the_reference_at_real_sizes(options):
     """4096 x 1024: ties are at most 1e-4 of the codes, and do not change the loss."""
     compare(*problem(4096, 1024, device="cuda"), options)
