@@ -1,5 +1,5 @@
-// The points of a grid, which zeros are subtracted from and scales multiply (gptq/grid.py): codes of
-// integer types, the numbers of floating-point types, or any number where nothing is rounded.
+// The points of a grid, which zeros are subtracted from and scales multiply (gptq/grid.py): codes
+// of integer types, numbers of floating-point types, or any number where nothing is rounded.
 #pragma once
 
 #include "rounding.cuh"

@@ -25,8 +25,8 @@ __device__ __forceinline__ float code_of(float value, float scale, float recipro
   return fminf(fmaxf(rintf(quotient + zero), 0.0f), top);
 }
 
-// The value of a point (grids.cuh). Exact unless zeros are fractions: at most 8 bits times the 11 of
-// an fp16 scale.
+// The value of a point (grids.cuh). Exact unless zeros are fractions: at most 8 bits times the 11
+// of an fp16 scale.
 __device__ __forceinline__ float value_of(float point, float scale, float zero) {
   return (point - zero) * scale;
 }

@@ -5,10 +5,10 @@
 //   sweep   value q_i + g_i/H_ii  move  e_i = Q_i - q_i             g_j -= H_ij e_i
 //
 // (g: gradient H (W - q)). With 2:4 pruning (pruning.cuh), Q_i of a removed weight is zero, and the
-// other weights may stay as they are instead of being rounded (grids.cuh). Outputs are independent: a block of threads takes 32 of them, one per
-// lane. Inputs go in steps of 32: one warp takes them in order, in registers; then all warps apply
-// their errors to the block's remaining rows in shared memory. Rows behind the block are the
-// caller's, by a matrix product with the errors.
+// other weights may stay as they are instead of being rounded (grids.cuh). Outputs are independent:
+// a block of threads takes 32 of them, one per lane. Inputs go in steps of 32: one warp takes them
+// in order, in registers; then all warps apply their errors to the block's remaining rows in shared
+// memory. Rows behind the block are the caller's, by a matrix product with the errors.
 #pragma once
 
 #include "grids.cuh"
@@ -48,14 +48,14 @@ struct UpdateStorage {
   float costs[BLOCK / kQuad][kPairs][kTerms];
 };
 
-// Grid: tiles of 32 outputs. PRUNE: two weights of every quad are zero. GRID: what weights are rounded
-// to; with kReals the problem has no scales, zeros and places.
+// Grid: tiles of 32 outputs. PRUNE: two weights of every quad are zero. GRID: what weights are
+// rounded to; with kReals the problem has no scales, zeros and places.
 template <int BLOCK, bool SWEEP, bool PRUNE, int GRID>
 __global__ void __launch_bounds__(kUpdateThreads) update_kernel(const UpdateProblem p) {
   static_assert(BLOCK % kStep == 0, "a block is made of whole steps");
   static_assert(kStep % kQuad == 0, "a step is made of whole quads");
   constexpr bool kRounds = GRID != kReals;
-  static_assert(kRounds || (PRUNE && !SWEEP), "what does not round must prune, and has no codes to move");
+  static_assert(kRounds || (PRUNE && !SWEEP), "what is not rounded is pruned, in GPTQ's update");
   static_assert(kStep % (kUpdateWarps * kPropagate) == 0, "each warp propagates whole sets of rows");
   using Stored = typename Points<GRID>::Stored;
   auto& shared = ptx::shared_memory<UpdateStorage<BLOCK, Stored>>();
