@@ -190,6 +190,31 @@ def test_pruning_alone_writes_a_plain_checkpoint(flags, source, tmp_path) -> Non
     assert bool(logits(tmp_path / "out").isfinite().all())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("wbits", (4, 8, 16))
+def test_checkpoints_pruned_on_a_gpu(wbits, source, tmp_path) -> None:
+    """The CUDA solver's checkpoint is 2:4 and as near to the source as that of the CPU."""
+    model, found = load_model(source, dtype=torch.float32), []
+    for device in ("cuda", "cpu"):
+        out = tmp_path / device
+        flags = ("--wbits", str(wbits), "--device", device, "--dtype", "float32")
+        assert quantize(source, out, *flags) == 0
+        checkpoint = open_checkpoint(out)
+        scheme = None if wbits == 16 else packed_scheme(checkpoint)
+        error = 0.0
+        for name, linear in model.named_modules():
+            if not name.endswith("proj"):
+                continue
+            if scheme is None:
+                weight = checkpoint[f"{name}.weight"].float()
+            else:
+                weight = read_layer(checkpoint, scheme, name).dequantize().T.contiguous()
+            positions_2_4(weight)
+            error += float((weight - linear.weight).square().sum())
+        found.append(error)
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
 def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
     assert quantize(source, tmp_path / "whole", "--wbits", "4") == 0
     real, calls = Walker.quantize_layer, []
