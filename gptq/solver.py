@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 from marlin_kernel.reference import round_scales
-from marlin_kernel.weight_types import INTEGER_TYPES, WeightType, normalize_group_size
+from marlin_kernel.weight_types import WeightType, normalize_group_size
 
 from . import fused_solver, products, sparsity
 from .distributed import Workers
@@ -299,7 +299,8 @@ def _pruned(
     if options.nearest:
         codes = sparsity.keep_largest(w)
     else:
-        codes = sparsity.prune(w, factor, order, options.blocksize)
+        prune = fused_solver.prune if _fused(w, options) else sparsity.prune
+        codes = prune(w, factor, order, options.blocksize)
     scales, zeros = torch.ones(1, n, device=w.device), torch.zeros(1, n, device=w.device)
     groups = torch.zeros(k, dtype=torch.int64, device=w.device)
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
@@ -321,13 +322,7 @@ def _shrunk(h: Tensor, share: float) -> Tensor:
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:
     """Whether the CUDA kernels do the inner loops, instead of the reference in torch below."""
-    return w.is_cuda and options.fused and fits_kernels(options)
-
-
-def fits_kernels(options: SolverOptions) -> bool:
-    """Whether the CUDA kernels know the method: integer types, without pruning."""
-    known = options.wtype is not None and options.wtype.name in INTEGER_TYPES
-    return known and options.sparsity is None
+    return w.is_cuda and options.fused
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -452,6 +447,7 @@ def _update(
     width = options.blocksize
     if options.sparsity:
         width = -(-width // sparsity.QUAD) * sparsity.QUAD
+        costs = sparsity.pair_costs(u)
     for start in range(0, k, width):
         stop = min(start + width, k)
         errors = torch.empty(stop - start, n, device=w.device)
@@ -482,8 +478,8 @@ def _update(
             if options.sparsity:
                 place = i % sparsity.QUAD
                 if place == 0:
-                    quad = slice(i, i + sparsity.QUAD)
-                    stays = sparsity.choose_pairs(work[quad], u[quad, quad])
+                    quad = work[i : i + sparsity.QUAD]
+                    stays = sparsity.choose_pairs(quad, costs[i // sparsity.QUAD])
                 point.copy_(torch.where(stays[place], point, z))
             torch.sub(point, z, out=error).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])
             _spread(block, triangle, errors, i - start, step)

@@ -9,15 +9,21 @@ extern "C" __attribute__((visibility("default"))) const char* violation() {
 
 #define VISIBLE extern "C" __attribute__((visibility("default")))
 
+// Of the update kernel.
+template <int BLOCK, bool SWEEP, bool PRUNE, int GRID>
+constexpr int storage_bytes() {
+  return sizeof(gptq::UpdateStorage<BLOCK, GRID>);
+}
+
 // sizeof of the storage that a kernel asks for.
 VISIBLE int shared_bytes(int kernel) {
   switch (kernel) {
 #define SEARCH(number, ...) \
   case number:              \
     return sizeof(gptq::SearchStorage<__VA_ARGS__>);
-#define UPDATE(number, block, sweep) \
-  case number:                       \
-    return sizeof(gptq::UpdateStorage<block>);
+#define UPDATE(number, ...) \
+  case number:              \
+    return storage_bytes<__VA_ARGS__>();
 #define PICK(number, threads) \
   case number:                \
     return 0;
@@ -38,11 +44,11 @@ VISIBLE int run(int kernel, unsigned seed, int grid_x, int grid_y, const void* a
     return emu::launch(grid, {gptq::kSearchThreads}, sizeof(gptq::SearchStorage<__VA_ARGS__>), \
                        1, seed, [=] { gptq::search_kernel<__VA_ARGS__>(p); });              \
   }
-#define UPDATE(number, block, sweep)                                                     \
-  case number: {                                                                         \
-    const auto p = *static_cast<const gptq::UpdateProblem*>(arguments);                  \
-    return emu::launch(grid, {gptq::kUpdateThreads}, sizeof(gptq::UpdateStorage<block>), \
-                       1, seed, [=] { gptq::update_kernel<block, sweep>(p); });          \
+#define UPDATE(number, ...)                                                                    \
+  case number: {                                                                               \
+    const auto p = *static_cast<const gptq::UpdateProblem*>(arguments);                        \
+    return emu::launch(grid, {gptq::kUpdateThreads}, storage_bytes<__VA_ARGS__>(), 1, seed,    \
+                       [=] { gptq::update_kernel<__VA_ARGS__>(p); });                          \
   }
 #define PICK(number, threads)                                         \
   case number: {                                                      \
