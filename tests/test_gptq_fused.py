@@ -19,7 +19,7 @@ from emulator.build import STATUS, build, compiler
 from torch import Tensor
 
 from gptq import fused_solver
-from gptq.fused_solver import PICK, Kernel, search_kernel, search_splits, update_kernel
+from gptq.fused_solver import DOTS, PICK, Kernel, search_kernel, search_splits, update_kernel
 from gptq.grid import GridOptions
 from gptq.solver import SolverOptions, solve
 from marlin_kernel import WEIGHT_TYPES
@@ -34,7 +34,7 @@ LIMITS = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_90a": 227 * KIB}
 
 def kernels(limit: int) -> list[Kernel]:
     searches = [search_kernel(g, limit) for g in fused_solver.SEARCH_GROUPS]
-    return [*searches, update_kernel(False, limit), update_kernel(True, limit), PICK]
+    return [*searches, update_kernel(False, limit), update_kernel(True, limit), PICK, DOTS]
 
 
 # ---- compilation ---------------------------------------------------------------------------------
