@@ -1,8 +1,8 @@
 """The solver's inner loops as CUDA kernels (csrc/): the same functions as in `grid` and `solver`.
 
-`search_grid`, `update`, `sweep` and `prune` take and return what `grid.search_grid`,
-`solver._update`, `solver._sweep` and `sparsity.prune` do, for tensors on a GPU. Codes are equal
-except where a weight lies within float32 rounding of the middle between two codes, or two clipping
+`search_grid`, `update`, `sweep`, `prune` and `add_dots` take and return what `grid.search_grid`,
+`sparsity.prune` and the functions of `solver` do, for tensors on a GPU. Codes are equal except
+where a weight lies within float32 rounding of the middle between two codes, or two clipping
 factors, or the removals of two pairs, cost that equally.
 
 Everything is compiled at run time for the device at hand (marlin_kernel.compiler); no CUDA toolkit
@@ -37,10 +37,11 @@ SEARCH_GROUPS = (32, 64, 128)  # group sizes of the search kernel
 WARP = 32
 _BLOCKS = 8  # of inputs, whose products with all others are one: long enough for tensor cores
 _HEADERS = "../../gptq/csrc"  # from marlin_kernel/csrc
-_THREADS = {"search": 256, "update": 128, "pick": 256}
+_THREADS = {"search": 256, "update": 128, "pick": 256, "dots": 256}
 _SEARCH = struct.Struct("<6Qq6i")  # gptq::SearchProblem
 _PICK = struct.Struct("<5Q2i")  # gptq::PickProblem
 _UPDATE = struct.Struct("<7Q4iQ")  # gptq::UpdateProblem
+_DOTS = struct.Struct("<3Q5i")  # gptq::DotsProblem
 GRIDS = {"integers": 0, "e4m3": 1, "e2m1": 2, "reals": 3}  # gptq::Grid
 _KINDS = {"symmetric": 0, "signed": 1, "zero point": 2}  # gptq::GridKind
 
@@ -102,6 +103,7 @@ def _point_dtype(wtype: WeightType | None) -> torch.dtype:
 
 
 PICK = Kernel("pick", (_THREADS["pick"],), 0)
+DOTS = Kernel("dots", (_THREADS["dots"],), 0)
 
 
 def search_splits(tiles: int, candidates: int, multiprocessors: int) -> int:
@@ -452,3 +454,12 @@ def sweep(
                 gradient[stop - outer :].addmm_(h[stop:end, start:stop], own, alpha=-1)
         products.put(operand, slice(outer, end), residual[outer:end] - moves[: end - outer])
     return codes
+
+
+def add_dots(matrix: Tensor, j: int, product: Tensor, codes: Tensor, g: int) -> None:
+    """`solver._add_dots` on a GPU, for contiguous tensors."""
+    (rows, n), groups = product.shape, matrix.shape[1]
+    arguments = _DOTS.pack(
+        product.data_ptr(), codes.data_ptr(), matrix.data_ptr(), rows, n, g, j, groups
+    )
+    _launch(DOTS, (-(-n // _THREADS["dots"]), -(-rows // g)), product, arguments)

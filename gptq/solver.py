@@ -522,11 +522,12 @@ def _polish(
     refit = options.refit if refits(options.wtype) else 0
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
-    sweep = fused_solver.sweep if _fused(w, options) else _sweep
+    fused = _fused(w, options)
+    sweep = fused_solver.sweep if fused else _sweep
     for _ in range(max(refit, 1)):
         if refit:
             with timed("solve.refit"):
-                scales = _refit_scales(w, damped, codes, scales, zeros, groups)
+                scales = _refit_scales(w, damped, codes, scales, zeros, groups, fused)
         with timed("solve.sweep"):
             for _ in range(options.sweeps):
                 codes = sweep(w, damped, codes, scales, zeros, groups, options)
@@ -539,7 +540,13 @@ def refits(wtype: WeightType | None) -> bool:
 
 
 def _refit_scales(
-    w: Tensor, h: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor
+    w: Tensor,
+    h: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    fused: bool = False,
 ) -> Tensor:
     """Least-squares scales for fixed codes, over all groups of an output together.
 
@@ -547,7 +554,9 @@ def _refit_scales(
     (c: codes minus zero points, e: W minus what the scales make of the codes now; the move instead
     of the scales themselves, because float32 would lose the small error of 8 bits in the energy of
     W). A refit is kept per output only where it lowers the error after rounding to fp16.
+    fused: sum on a GPU by its kernel.
     """
+    add_dots = fused_solver.add_dots if fused else _add_dots
     count, n = scales.shape
     if bool((groups[1:] < groups[:-1]).any()):  # moved groups: bring their inputs together
         order = torch.argsort(groups, stable=True)
@@ -557,14 +566,12 @@ def _refit_scales(
     g = int((groups == 0).sum())
     c = codes - zeros.index_select(0, groups)
     a = torch.empty(n, count, count, device=w.device)
-    whole = bool((zeros == zeros.round()).all())  # then the entries of c are small integers
+    whole = bool((zeros == zeros.round()).all())  # then c are integers or e4m3 numbers: few bits
     operand = products.split(c, short=whole)
     for j in range(count):  # A is symmetric: from group j on
         start, stop = j * g, min(j * g + g, k)
-        product = products.multiply(h[start:, start:stop], operand[start:stop])
-        product.mul_(c[start:])  # [K - start, N]
-        a[:, j:, j] = _sum_groups(product, g).T
-        a[:, j, j:] = a[:, j:, j]
+        product = products.multiply(h[start:, start:stop], operand[start:stop])  # [K - start, N]
+        add_dots(a, j, product, c[start:], g)
     residual = w - c * scales.index_select(0, groups)
     r = _sum_groups(products.multiply(h, residual).mul_(c), g).T  # [N, G]
     ridge = a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-6 + 1e-30
@@ -573,6 +580,16 @@ def _refit_scales(
     move = fitted - scales.T
     better = torch.einsum("ng,ngh,nh->n", move, a, move) < 2 * (move * r).sum(1)
     return torch.where(better[:, None], fitted, scales.T).T.contiguous()
+
+
+def _add_dots(matrix: Tensor, j: int, product: Tensor, codes: Tensor, g: int) -> None:
+    """Row and column j of A [N, G, G] (`_refit_scales`) from group j on; uses `product` up.
+
+    product: ``H c_j``, codes: c, float32 [rows, N], of the inputs from group j on; g: of a group.
+    """
+    sums = _sum_groups(product.mul_(codes), g).T
+    matrix[:, j:, j] = sums
+    matrix[:, j, j:] = sums
 
 
 def _sum_groups(values: Tensor, g: int) -> Tensor:

@@ -20,7 +20,7 @@ from emulator.build import STATUS, build, compiler
 from torch import Tensor
 
 from gptq import fused_solver
-from gptq.fused_solver import PICK, Kernel, search_kernel, search_splits, update_kernel
+from gptq.fused_solver import DOTS, PICK, Kernel, search_kernel, search_splits, update_kernel
 from gptq.grid import GridOptions, round_to_float
 from gptq.hessian import Factor
 from gptq.solver import SolverOptions, _sweep, solve
@@ -45,7 +45,7 @@ def kernels(limit: int) -> list[Kernel]:
     pruning = [update_kernel(sweep, limit, prune=True) for sweep in (False, True)]
     alone = update_kernel(False, limit, prune=True, grid="reals")
     floats = [update_kernel(s, limit, grid=g) for s in (False, True) for g in ("e4m3", "e2m1")]
-    return [*searches, *dense, *pruning, alone, *floats, PICK]
+    return [*searches, *dense, *pruning, alone, *floats, PICK, DOTS]
 
 
 # ---- compilation ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // Runs the quantizer's kernels under the emulator. Compiled with -DCASES="SEARCH(0, 32, 64) ...":
 // the number of each kernel and its template arguments.
+#include "../../gptq/csrc/dots.cuh"
 #include "../../gptq/csrc/search.cuh"
 #include "../../gptq/csrc/update.cuh"
 
@@ -27,10 +28,14 @@ VISIBLE int shared_bytes(int kernel) {
 #define PICK(number, threads) \
   case number:                \
     return 0;
+#define DOTS(number, threads) \
+  case number:                \
+    return 0;
     CASES
 #undef SEARCH
 #undef UPDATE
 #undef PICK
+#undef DOTS
   }
   return -1;
 }
@@ -56,10 +61,17 @@ VISIBLE int run(int kernel, unsigned seed, int grid_x, int grid_y, const void* a
     return emu::launch(grid, {threads}, 0, 1, seed,                   \
                        [=] { gptq::pick_kernel<threads>(p); });       \
   }
+#define DOTS(number, threads)                                         \
+  case number: {                                                      \
+    const auto p = *static_cast<const gptq::DotsProblem*>(arguments); \
+    return emu::launch(grid, {threads}, 0, 1, seed,                   \
+                       [=] { gptq::dots_kernel<threads>(p); });       \
+  }
     CASES
 #undef SEARCH
 #undef UPDATE
 #undef PICK
+#undef DOTS
   }
   return -1;
 }
