@@ -135,11 +135,16 @@ class _Function:
                 driver.cuModuleGetFunction(self.module, cubin.symbol.encode()),
                 "cuModuleGetFunction",
             )
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            launch._check(
-                driver.cuFuncSetAttribute(self.handle, limit, kernel.shared_bytes),
-                "cuFuncSetAttribute",
-            )
+            attribute = driver.CUfunction_attribute
+            settings = [
+                (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared_bytes)
+            ]
+            if kernel.shared_bytes:  # as many blocks per multiprocessor as fit
+                settings.append((attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+            for name, value in settings:
+                launch._check(
+                    driver.cuFuncSetAttribute(self.handle, name, value), "cuFuncSetAttribute"
+                )
 
 
 _load_lock = threading.Lock()

@@ -29,7 +29,7 @@ from .grid import (
     search_grid,
     unclipped_scales,
 )
-from .hessian import Factor, factorize, invert_upper
+from .hessian import Factor, factorize, invert_upper, is_finite
 
 _STEP = 32  # rows of a block that change at once when a weight has been rounded
 _STRIPES = 8  # of H, of which only the upper triangle is multiplied
@@ -214,7 +214,7 @@ def solve_columns(
     Raises NumericalError with `name` if weights or Hessian are not finite.
     """
     w = weight.detach().float().T.contiguous()
-    if not bool(torch.isfinite(w).all()):
+    if not is_finite(w):
         raise NumericalError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged")
     k = w.shape[0]
     g = normalize_group_size(options.group_size, k)
@@ -371,7 +371,7 @@ def _target_move(
 def _solve_cholesky(lower: Tensor, right: Tensor) -> Tensor:
     """``(L Lᵀ)⁻¹ B`` [K, R] of lower triangular L; tensor cores multiply by the inverse of L."""
     if not products.on_tensor_cores(lower):
-        return torch.cholesky_solve(right.contiguous(), lower)
+        return torch.cholesky_solve(right, lower)
     inverse = invert_upper(lower.T)  # (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹
     return products.upper_times(inverse, products.transposed_upper_times(inverse, right))
 
