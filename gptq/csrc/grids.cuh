@@ -25,8 +25,9 @@ struct Points<kIntegers> {
   }
 };
 
-// Ties to even, saturating; the numbers of one binade are MANTISSA bits apart, those below the
-// smallest normal number as far as just above it.
+// Ties to even, saturating, zeros with the value's sign (which nearest_integer would lose); the
+// numbers of one binade are MANTISSA bits apart, those below the smallest normal number as far as
+// just above it.
 template <int EXPONENT, int MANTISSA>
 struct FloatPoints {
   using Stored = float;
