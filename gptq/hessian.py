@@ -94,6 +94,11 @@ class Hessian:
         return bool(torch.isfinite(self._sum.diagonal()).all())
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor, not empty, holds neither NaN nor Inf; reads it once."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # NaN wins over all others
+
+
 @dataclass(frozen=True)
 class Factor:
     """``H + damping * mean(diag H) * I = R Rᵀ``.
@@ -231,7 +236,7 @@ def factorize(
     If the factorization fails the damping is doubled (from at least 1e-4) and that is logged.
     Raises NumericalError if H is not finite, or _MAX_RETRIES doublings do not suffice.
     """
-    if not bool(torch.isfinite(h).all()):
+    if not is_finite(h):
         raise NumericalError(
             f"{name}: the Hessian holds NaN or Inf: the activations of the calibration text "
             "overflowed; use --dtype bfloat16 or float32"

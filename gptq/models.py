@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from marlin_kernel.checkpoint import open_checkpoint
 from marlin_kernel.errors import CheckpointError, ConfigError, NumericalError
 
+from .hessian import is_finite
+
 log = logging.getLogger(__name__)
 
 
@@ -328,7 +330,7 @@ class StreamedModel:
         else:
             _assign(layer, lambda name: self.tensor(f"{prefix}.{name}"))
         for name, parameter in layer.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not is_finite(parameter):
                 raise NumericalError(
                     f"{prefix}.{name}: the weights hold NaN or Inf in {self.dtype}; the "
                     "checkpoint is "

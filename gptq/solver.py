@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 from marlin_kernel.reference import round_scales
-from marlin_kernel.weight_types import INTEGER_TYPES, WeightType, normalize_group_size
+from marlin_kernel.weight_types import WeightType, normalize_group_size
 
 from . import fused_solver, products, sparsity
 from .distributed import Workers
@@ -29,7 +29,7 @@ from .grid import (
     search_grid,
     unclipped_scales,
 )
-from .hessian import Factor, factorize, invert_upper
+from .hessian import Factor, factorize, invert_upper, is_finite
 
 _STEP = 32  # rows of a block that change at once when a weight has been rounded
 _STRIPES = 8  # of H, of which only the upper triangle is multiplied
@@ -214,7 +214,7 @@ def solve_columns(
     Raises NumericalError with `name` if weights or Hessian are not finite.
     """
     w = weight.detach().float().T.contiguous()
-    if not bool(torch.isfinite(w).all()):
+    if not is_finite(w):
         raise NumericalError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged")
     k = w.shape[0]
     g = normalize_group_size(options.group_size, k)
@@ -299,7 +299,8 @@ def _pruned(
     if options.nearest:
         codes = sparsity.keep_largest(w)
     else:
-        codes = sparsity.prune(w, factor, order, options.blocksize)
+        prune = fused_solver.prune if _fused(w, options) else sparsity.prune
+        codes = prune(w, factor, order, options.blocksize)
     scales, zeros = torch.ones(1, n, device=w.device), torch.zeros(1, n, device=w.device)
     groups = torch.zeros(k, dtype=torch.int64, device=w.device)
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
@@ -321,13 +322,7 @@ def _shrunk(h: Tensor, share: float) -> Tensor:
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:
     """Whether the CUDA kernels do the inner loops, instead of the reference in torch below."""
-    return w.is_cuda and options.fused and fits_kernels(options)
-
-
-def fits_kernels(options: SolverOptions) -> bool:
-    """Whether the CUDA kernels know the method: integer types, without pruning."""
-    known = options.wtype is not None and options.wtype.name in INTEGER_TYPES
-    return known and options.sparsity is None
+    return w.is_cuda and options.fused
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -376,7 +371,7 @@ def _target_move(
 def _solve_cholesky(lower: Tensor, right: Tensor) -> Tensor:
     """``(L Lᵀ)⁻¹ B`` [K, R] of lower triangular L; tensor cores multiply by the inverse of L."""
     if not products.on_tensor_cores(lower):
-        return torch.cholesky_solve(right.contiguous(), lower)
+        return torch.cholesky_solve(right, lower)
     inverse = invert_upper(lower.T)  # (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹
     return products.upper_times(inverse, products.transposed_upper_times(inverse, right))
 
@@ -452,6 +447,7 @@ def _update(
     width = options.blocksize
     if options.sparsity:
         width = -(-width // sparsity.QUAD) * sparsity.QUAD
+        costs = sparsity.pair_costs(u)
     for start in range(0, k, width):
         stop = min(start + width, k)
         errors = torch.empty(stop - start, n, device=w.device)
@@ -482,8 +478,8 @@ def _update(
             if options.sparsity:
                 place = i % sparsity.QUAD
                 if place == 0:
-                    quad = slice(i, i + sparsity.QUAD)
-                    stays = sparsity.choose_pairs(work[quad], u[quad, quad])
+                    quad = work[i : i + sparsity.QUAD]
+                    stays = sparsity.choose_pairs(quad, costs[i // sparsity.QUAD])
                 point.copy_(torch.where(stays[place], point, z))
             torch.sub(point, z, out=error).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])
             _spread(block, triangle, errors, i - start, step)
@@ -526,11 +522,12 @@ def _polish(
     refit = options.refit if refits(options.wtype) else 0
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
-    sweep = fused_solver.sweep if _fused(w, options) else _sweep
+    fused = _fused(w, options)
+    sweep = fused_solver.sweep if fused else _sweep
     for _ in range(max(refit, 1)):
         if refit:
             with timed("solve.refit"):
-                scales = _refit_scales(w, damped, codes, scales, zeros, groups)
+                scales = _refit_scales(w, damped, codes, scales, zeros, groups, fused)
         with timed("solve.sweep"):
             for _ in range(options.sweeps):
                 codes = sweep(w, damped, codes, scales, zeros, groups, options)
@@ -543,7 +540,13 @@ def refits(wtype: WeightType | None) -> bool:
 
 
 def _refit_scales(
-    w: Tensor, h: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor
+    w: Tensor,
+    h: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    fused: bool = False,
 ) -> Tensor:
     """Least-squares scales for fixed codes, over all groups of an output together.
 
@@ -551,7 +554,9 @@ def _refit_scales(
     (c: codes minus zero points, e: W minus what the scales make of the codes now; the move instead
     of the scales themselves, because float32 would lose the small error of 8 bits in the energy of
     W). A refit is kept per output only where it lowers the error after rounding to fp16.
+    fused: sum on a GPU by its kernel.
     """
+    add_dots = fused_solver.add_dots if fused else _add_dots
     count, n = scales.shape
     if bool((groups[1:] < groups[:-1]).any()):  # moved groups: bring their inputs together
         order = torch.argsort(groups, stable=True)
@@ -561,14 +566,12 @@ def _refit_scales(
     g = int((groups == 0).sum())
     c = codes - zeros.index_select(0, groups)
     a = torch.empty(n, count, count, device=w.device)
-    whole = bool((zeros == zeros.round()).all())  # then the entries of c are small integers
+    whole = bool((zeros == zeros.round()).all())  # then c are integers or e4m3 numbers: few bits
     operand = products.split(c, short=whole)
     for j in range(count):  # A is symmetric: from group j on
         start, stop = j * g, min(j * g + g, k)
-        product = products.multiply(h[start:, start:stop], operand[start:stop])
-        product.mul_(c[start:])  # [K - start, N]
-        a[:, j:, j] = _sum_groups(product, g).T
-        a[:, j, j:] = a[:, j:, j]
+        product = products.multiply(h[start:, start:stop], operand[start:stop])  # [K - start, N]
+        add_dots(a, j, product, c[start:], g)
     residual = w - c * scales.index_select(0, groups)
     r = _sum_groups(products.multiply(h, residual).mul_(c), g).T  # [N, G]
     ridge = a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-6 + 1e-30
@@ -577,6 +580,16 @@ def _refit_scales(
     move = fitted - scales.T
     better = torch.einsum("ng,ngh,nh->n", move, a, move) < 2 * (move * r).sum(1)
     return torch.where(better[:, None], fitted, scales.T).T.contiguous()
+
+
+def _add_dots(matrix: Tensor, j: int, product: Tensor, codes: Tensor, g: int) -> None:
+    """Row and column j of A [N, G, G] (`_refit_scales`) from group j on; uses `product` up.
+
+    product: ``H c_j``, codes: c, float32 [rows, N], of the inputs from group j on; g: of a group.
+    """
+    sums = _sum_groups(product.mul_(codes), g).T
+    matrix[:, j:, j] = sums
+    matrix[:, j, j:] = sums
 
 
 def _sum_groups(values: Tensor, g: int) -> Tensor:

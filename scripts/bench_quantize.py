@@ -51,6 +51,7 @@ from gptq.run import peak_host, reset_peak_host  # noqa: E402
 
 BASE_BYTES = peak_host()  # an interpreter with torch loaded
 
+from gptq import products  # noqa: E402
 from gptq.activations import store_of  # noqa: E402
 from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.distributed import join, leave  # noqa: E402
@@ -239,14 +240,19 @@ def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 # ---- a shape -------------------------------------------------------------------------------------
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def product_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
+) -> float:
     """FLOP/s of a square matrix product, best of five."""
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(6):
         wait(device)
         began = time.perf_counter()
-        a @ a
+        product(a, a)
         wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
@@ -259,13 +265,16 @@ def floor_of_layer(
 
     forward: one pass, with half of the attention's products (causal); hessian: one triangle;
     factor: Cholesky and the triangle's inverse; update: GPTQ's error feedback; clipping: one
-    triangle per factor tried. With asymmetric calibration, two forwards and the target's products.
+    triangle per factor tried; refit: normal equations (products with codes, which take two of three
+    terms) and the gradient; sweep: the gradient again. With asymmetric calibration, two forwards,
+    the target's products, and target: a factor and what it solves.
     """
     sizes = (8192, 4096) if model.device.type == "cuda" else (1024, 1024)
     half = product_rate(model.device, model.dtype, sizes[0])
     single = product_rate(model.device, torch.float32, sizes[1])
+    split = product_rate(model.device, torch.float32, sizes[1], products.multiply)
     prefix = model.layer_name(0)
-    forward = hessian = target = factor = update = clipping = 0.0
+    forward = hessian = target = factor = update = clipping = refit = sweep = solved = 0.0
     starts = 2 if config.signed_scales and config.sym else 1
     for number, stage in enumerate(model.family.stages):
         linears = [model.skeleton.get_submodule(f"{prefix}.{path}") for path in stage]
@@ -274,18 +283,25 @@ def floor_of_layer(
         hessian += tokens * k * k
         adds = model.family.adds_to_residual(number)
         target += 2 * tokens * k * (2 * n if adds else k)
-        factor += 2 * k**3 / 3
+        factor += k**3 / 3 / single + k**3 / 3 / split
         update += k * k * n
+        refit += config.refit * (2 / 3 + 2) * k * k * n
+        sweep += max(config.refit, 1) * config.sweeps * 2 * k * k * n
+        solved += 2 * k * k * n + (2 * k**3 if k < n and not adds else 0)
         clipping += 0 if config.no_clip else k * n * 128 * config.clip_steps * starts
     forward += 2 * tokens * seqlen * model.config.hidden_size
     streams = 2 if config.asymmetric else 1
     return {
         "half_precision_flops_per_second": half,
         "float32_flops_per_second": single,
+        "split_float32_flops_per_second": split,
         "forward": streams * forward / half,
         "hessian": (hessian + (target if config.asymmetric else 0)) / half,
-        "factor": factor / single,
-        "update": update / single,
+        "factor": factor,
+        "target": factor + solved / split if config.asymmetric else 0.0,
+        "update": update / split,
+        "refit": refit / split,
+        "sweep": sweep / split,
         "clipping": clipping / single,
     }
 

@@ -75,4 +75,6 @@ def test_kernels_of_one_layer_more(tmp_path):
     assert result["layers"] == result["layers_of_model"] - 1 == 1
     slowest = [kernel["seconds"] for kernel in result["slowest_kernels"]]
     assert slowest == sorted(slowest, reverse=True) and slowest[0] > 0
+    floor = result["floor_of_a_layer"]
+    assert all(floor[part] > 0 for part in ("factor", "target", "update", "refit", "sweep"))
     assert {"solve.refit", "solve.sweep"} <= result["ranks"][0]["seconds_of_a_layer"].keys()
