@@ -35,16 +35,24 @@ class GridOptions:
     signed: bool = True
 
 
-def quantize_to_codes(w: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
+def quantize_to_codes(
+    w: Tensor, scales: Tensor, zeros: Tensor, levels: int, out: Tensor | None = None
+) -> Tensor:
     """``clamp(round(w / s + z))`` as float codes; broadcasts like its arguments."""
-    return torch.div(w, scales).add_(zeros).round_().clamp_(0, levels - 1)
+    return torch.div(w, scales, out=out).add_(zeros).round_().clamp_(0, levels - 1)
 
 
-def nearest_points(w: Tensor, scales: Tensor, zeros: Tensor, wtype: WeightType) -> Tensor:
-    """float32 points of the grid nearest to weights; broadcasts like its arguments."""
+def nearest_points(
+    w: Tensor, scales: Tensor, zeros: Tensor, wtype: WeightType, out: Tensor | None = None
+) -> Tensor:
+    """float32 points of the grid nearest to weights; broadcasts like its arguments.
+
+    out: where to put them, of the result's shape.
+    """
     if not wtype.is_float:
-        return quantize_to_codes(w, scales, zeros, wtype.levels)
-    return round_to_float(torch.div(w, scales), wtype)
+        return quantize_to_codes(w, scales, zeros, wtype.levels, out)
+    points = round_to_float(torch.div(w, scales), wtype)
+    return points if out is None else out.copy_(points)
 
 
 def round_to_float(values: Tensor, wtype: WeightType) -> Tensor:

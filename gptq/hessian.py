@@ -11,6 +11,7 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 
+from . import products
 from .distributed import Workers
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,11 @@ class Hessian:
         return bool(torch.isfinite(self._sum.diagonal()).all())
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor, not empty, holds neither NaN nor Inf; reads it once."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # NaN wins over all others
+
+
 @dataclass(frozen=True)
 class Factor:
     """``H + damping * mean(diag H) * I = R Rᵀ``.
@@ -154,12 +160,13 @@ def _corner(a: Tensor, b: Tensor, c: Tensor, first: int, last: int) -> Tensor:
     for left in range(first, last, width):
         right = min(left + width, last)
         out = product[:, left - first : right - first]
-        torch.matmul(b[:, :right], c[:right, left:right], out=out)
+        products.multiply(b[:, :right], c[:right, left:right], out=out)
     result = torch.empty_like(product)
     height = max(_STEP_GPU if a.is_cuda else _STEP, a.shape[0] // 8)
+    operand = products.split(product)
     for top in range(0, a.shape[0], height):
         rows = slice(top, top + height)
-        torch.matmul(a[rows, top:], product[top:], out=result[rows])
+        products.multiply(a[rows, top:], operand[top:], out=result[rows])
     return result.neg_()
 
 
@@ -229,7 +236,7 @@ def factorize(
     If the factorization fails the damping is doubled (from at least 1e-4) and that is logged.
     Raises NumericalError if H is not finite, or _MAX_RETRIES doublings do not suffice.
     """
-    if not bool(torch.isfinite(h).all()):
+    if not is_finite(h):
         raise NumericalError(
             f"{name}: the Hessian holds NaN or Inf: the activations of the calibration text "
             "overflowed; use --dtype bfloat16 or float32"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from marlin_kernel.checkpoint import open_checkpoint
 from marlin_kernel.errors import CheckpointError, ConfigError, NumericalError
 
+from .hessian import is_finite
+
 log = logging.getLogger(__name__)
 
 
@@ -328,7 +330,7 @@ class StreamedModel:
         else:
             _assign(layer, lambda name: self.tensor(f"{prefix}.{name}"))
         for name, parameter in layer.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not is_finite(parameter):
                 raise NumericalError(
                     f"{prefix}.{name}: the weights hold NaN or Inf in {self.dtype}; the "
                     "checkpoint is "
@@ -462,7 +464,7 @@ class Stages:
         self._down = family.stages[3][0]
 
     def attention_input(self, hidden: Tensor) -> Tensor:
-        return self.attention_norm(hidden)
+        return _normalize(self.attention_norm, hidden)
 
     def attend(self, normed: Tensor, arguments: dict) -> Tensor:
         """Input of the output projection, from the attention input."""
@@ -473,7 +475,7 @@ class Stages:
         return self.layer.get_submodule(self._output)(attended)
 
     def mlp_input(self, hidden: Tensor) -> Tensor:
-        return self.mlp_norm(hidden)
+        return _normalize(self.mlp_norm, hidden)
 
     def activate(self, normed: Tensor) -> Tensor:
         """Input of the down projection, from the MLP input."""
@@ -487,6 +489,18 @@ class Stages:
         """The whole layer through its cuts; equals ``layer(hidden, **arguments)``."""
         hidden = hidden + self.project(self.attend(self.attention_input(hidden), arguments))
         return hidden + self.descend(self.activate(self.mlp_input(hidden)))
+
+
+def _normalize(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """``norm(hidden)``; RMS norms on a GPU by one kernel that reads and writes 16-bit tensors once.
+
+    The module's own six operations move ten times the bytes; it also rounds once more, before it
+    multiplies by the weight.
+    """
+    eps = getattr(norm, "variance_epsilon", None)
+    if eps is None or not hidden.is_cuda or hidden.dtype not in (torch.float16, torch.bfloat16):
+        return norm(hidden)
+    return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, eps)
 
 
 class _replaced:

@@ -24,7 +24,7 @@ from .activations import disk_folder
 from .config import QuantizeConfig
 from .models import StreamedModel
 from .sequential import STEP_TOKENS
-from .solver import SolverOptions, fits_kernels, refits, solve
+from .solver import SolverOptions, refits, solve
 from .sparsity import check_inputs
 from .storage import quantized_linear, stored_tensors
 
@@ -74,11 +74,7 @@ class Plan:
             ("estimated time", _duration(self.seconds)),
         ]
         if device == "cuda":
-            fused = fits_kernels(config.solver_options())
-            rows.insert(
-                5, ("solver", "CUDA kernels" if fused else f"torch (no kernels for {wtype})")
-            )
-            rows.insert(6, ("peak GPU memory", f"about {_size(self.peak_device_bytes)}"))
+            rows.insert(5, ("peak GPU memory", f"about {_size(self.peak_device_bytes)}"))
         return rows
 
     def _disk(self, config: QuantizeConfig) -> str:

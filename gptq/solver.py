@@ -8,7 +8,7 @@ Everything is held transposed, ``[inputs, outputs]``: one input's weights are on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from marlin_kernel.errors import NumericalError
 from marlin_kernel.reference import round_scales
-from marlin_kernel.weight_types import INTEGER_TYPES, WeightType, normalize_group_size
+from marlin_kernel.weight_types import WeightType, normalize_group_size
 
-from . import fused_solver, sparsity
+from . import fused_solver, products, sparsity
 from .distributed import Workers
 from .grid import (
     GridOptions,
@@ -29,8 +29,9 @@ from .grid import (
     search_grid,
     unclipped_scales,
 )
-from .hessian import Factor, factorize
+from .hessian import Factor, factorize, invert_upper, is_finite
 
+_STEP = 32  # rows of a block that change at once when a weight has been rounded
 _STRIPES = 8  # of H, of which only the upper triangle is multiplied
 
 
@@ -213,7 +214,7 @@ def solve_columns(
     Raises NumericalError with `name` if weights or Hessian are not finite.
     """
     w = weight.detach().float().T.contiguous()
-    if not bool(torch.isfinite(w).all()):
+    if not is_finite(w):
         raise NumericalError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged")
     k = w.shape[0]
     g = normalize_group_size(options.group_size, k)
@@ -276,8 +277,8 @@ def solve_columns(
     del factor
 
     if not options.nearest and (options.refit or options.sweeps):
-        with timed("solve.polish"):
-            points, scales = _polish(w, safe, damping, points, scales, zeros, groups, options)
+        state = points, scales, zeros, groups
+        points, scales = _polish(w, safe, damping, *state, options, timed)
     with timed("solve.measure"):
         measures = _measure(original, w, h, points, scales, zeros, groups, options)
     found = encode_points(points, options.wtype), scales, zeros, groups, measures
@@ -298,7 +299,8 @@ def _pruned(
     if options.nearest:
         codes = sparsity.keep_largest(w)
     else:
-        codes = sparsity.prune(w, factor, order, options.blocksize)
+        prune = fused_solver.prune if _fused(w, options) else sparsity.prune
+        codes = prune(w, factor, order, options.blocksize)
     scales, zeros = torch.ones(1, n, device=w.device), torch.zeros(1, n, device=w.device)
     groups = torch.zeros(k, dtype=torch.int64, device=w.device)
     measures = _measure(original, w, h, codes, scales, zeros, groups, options)
@@ -320,13 +322,7 @@ def _shrunk(h: Tensor, share: float) -> Tensor:
 
 def _fused(w: Tensor, options: SolverOptions) -> bool:
     """Whether the CUDA kernels do the inner loops, instead of the reference in torch below."""
-    return w.is_cuda and options.fused and fits_kernels(options)
-
-
-def fits_kernels(options: SolverOptions) -> bool:
-    """Whether the CUDA kernels know the method: integer types, without pruning."""
-    known = options.wtype is not None and options.wtype.name in INTEGER_TYPES
-    return known and options.sparsity is None
+    return w.is_cuda and options.fused
 
 
 def _offsets(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -363,12 +359,21 @@ def _target_move(
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
     lower = torch.linalg.cholesky(damped)
+    del damped
     if lack is None and shift.shape[0] < w.shape[1]:  # fewer columns to solve for than outputs
-        return torch.cholesky_solve(shift.T.contiguous(), lower) @ w
-    right = lack.T.contiguous() if shift is None else shift.T @ w
+        return products.multiply(_solve_cholesky(lower, shift.T), w)
+    right = lack.T if shift is None else products.multiply(shift.T, w)
     if shift is not None and lack is not None:
         right += lack.T
-    return torch.cholesky_solve(right, lower)
+    return _solve_cholesky(lower, right)
+
+
+def _solve_cholesky(lower: Tensor, right: Tensor) -> Tensor:
+    """``(L Lᵀ)⁻¹ B`` [K, R] of lower triangular L; tensor cores multiply by the inverse of L."""
+    if not products.on_tensor_cores(lower):
+        return torch.cholesky_solve(right, lower)
+    inverse = invert_upper(lower.T)  # (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹
+    return products.upper_times(inverse, products.transposed_upper_times(inverse, right))
 
 
 def _group_factors(factor: Factor, order: Tensor, g: int, name: str) -> Tensor:
@@ -442,13 +447,17 @@ def _update(
     width = options.blocksize
     if options.sparsity:
         width = -(-width // sparsity.QUAD) * sparsity.QUAD
+        costs = sparsity.pair_costs(u)
     for start in range(0, k, width):
         stop = min(start + width, k)
         errors = torch.empty(stop - start, n, device=w.device)
+        block, triangle = work[start:stop], u[start:stop, start:stop]
+        step = width if dynamic else _STEP  # a group must be up to date when its grid is searched
         if not dynamic:
-            block_scales = scales.index_select(0, sequence[start:stop])
-            block_zeros = zeros.index_select(0, sequence[start:stop])
-        for i in range(start, stop):
+            block_scales = scales.index_select(0, sequence[start:stop]).unbind()
+            block_zeros = zeros.index_select(0, sequence[start:stop]).unbind()
+        rows = zip(block.unbind(), points[start:stop].unbind(), errors.unbind(), strict=True)
+        for i, (row, point, error) in enumerate(rows, start):
             if dynamic and i % g == 0:
                 end = min(i + g, k)
                 group = work[i:end]
@@ -465,24 +474,34 @@ def _update(
                 s, z = scales[places[i]], zeros[places[i]]
             else:
                 s, z = block_scales[i - start], block_zeros[i - start]
-            row = work[i]
-            point = nearest_points(row, s, z, wtype)
+            nearest_points(row, s, z, wtype, out=point)
             if options.sparsity:
                 place = i % sparsity.QUAD
                 if place == 0:
-                    quad = slice(i, i + sparsity.QUAD)
-                    stays = sparsity.choose_pairs(work[quad], u[quad, quad])
-                point = torch.where(stays[place], point, z)
-            points[i] = point
-            error = torch.sub(point, z).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])
-            errors[i - start] = error
-            if i + 1 < stop:
-                work[i + 1 : stop].addr_(u[i, i + 1 : stop], error, alpha=-1)
+                    quad = work[i : i + sparsity.QUAD]
+                    stays = sparsity.choose_pairs(quad, costs[i // sparsity.QUAD])
+                point.copy_(torch.where(stays[place], point, z))
+            torch.sub(point, z, out=error).mul_(s).sub_(row).mul_(-1.0 / diagonal[i])
+            _spread(block, triangle, errors, i - start, step)
         if stop < k:
             work[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
     if order is not None:
         points = points.index_select(0, torch.argsort(order))
     return points, scales, zeros
+
+
+def _spread(values: Tensor, matrix: Tensor, errors: Tensor, i: int, step: int) -> None:
+    """Take what the error of row i changes off the rows of its block that are still to come.
+
+    values, errors: [rows, N]; matrix: [rows, rows], of which row i's upper part counts. Rows of the
+    same step change at once, those behind it together for all rows of the step.
+    """
+    first = i - i % step
+    last = min(first + step, values.shape[0])
+    if i + 1 < last:
+        values[i + 1 : last].addr_(matrix[i, i + 1 : last], errors[i], alpha=-1)
+    elif last < values.shape[0]:
+        values[last:].addmm_(matrix[first:last, last:].T, errors[first:last], alpha=-1)
 
 
 def _polish(
@@ -494,6 +513,7 @@ def _polish(
     zeros: Tensor,
     groups: Tensor,
     options: SolverOptions,
+    timed: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Lower ``(Q - W) H (Q - W)ᵀ`` further: alternate scale refits and coordinate sweeps.
 
@@ -502,12 +522,15 @@ def _polish(
     refit = options.refit if refits(options.wtype) else 0
     damped = h.clone()
     damped.diagonal().add_(damping * float(h.diagonal().mean()))
-    sweep = fused_solver.sweep if _fused(w, options) else _sweep
+    fused = _fused(w, options)
+    sweep = fused_solver.sweep if fused else _sweep
     for _ in range(max(refit, 1)):
         if refit:
-            scales = _refit_scales(w, damped, codes, scales, zeros, groups)
-        for _ in range(options.sweeps):
-            codes = sweep(w, damped, codes, scales, zeros, groups, options)
+            with timed("solve.refit"):
+                scales = _refit_scales(w, damped, codes, scales, zeros, groups, fused)
+        with timed("solve.sweep"):
+            for _ in range(options.sweeps):
+                codes = sweep(w, damped, codes, scales, zeros, groups, options)
     return codes, scales
 
 
@@ -517,7 +540,13 @@ def refits(wtype: WeightType | None) -> bool:
 
 
 def _refit_scales(
-    w: Tensor, h: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor
+    w: Tensor,
+    h: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    fused: bool = False,
 ) -> Tensor:
     """Least-squares scales for fixed codes, over all groups of an output together.
 
@@ -525,7 +554,9 @@ def _refit_scales(
     (c: codes minus zero points, e: W minus what the scales make of the codes now; the move instead
     of the scales themselves, because float32 would lose the small error of 8 bits in the energy of
     W). A refit is kept per output only where it lowers the error after rounding to fp16.
+    fused: sum on a GPU by its kernel.
     """
+    add_dots = fused_solver.add_dots if fused else _add_dots
     count, n = scales.shape
     if bool((groups[1:] < groups[:-1]).any()):  # moved groups: bring their inputs together
         order = torch.argsort(groups, stable=True)
@@ -535,19 +566,30 @@ def _refit_scales(
     g = int((groups == 0).sum())
     c = codes - zeros.index_select(0, groups)
     a = torch.empty(n, count, count, device=w.device)
+    whole = bool((zeros == zeros.round()).all())  # then c are integers or e4m3 numbers: few bits
+    operand = products.split(c, short=whole)
     for j in range(count):  # A is symmetric: from group j on
         start, stop = j * g, min(j * g + g, k)
-        product = (h[start:, start:stop] @ c[start:stop]).mul_(c[start:])  # [K - start, N]
-        a[:, j:, j] = _sum_groups(product, g).T
-        a[:, j, j:] = a[:, j:, j]
+        product = products.multiply(h[start:, start:stop], operand[start:stop])  # [K - start, N]
+        add_dots(a, j, product, c[start:], g)
     residual = w - c * scales.index_select(0, groups)
-    r = _sum_groups((h @ residual).mul_(c), g).T  # [N, G]
+    r = _sum_groups(products.multiply(h, residual).mul_(c), g).T  # [N, G]
     ridge = a.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-6 + 1e-30
     move = torch.linalg.solve(a + ridge * torch.eye(count, device=w.device), r.unsqueeze(-1))
     fitted = round_scales(scales.T + move.squeeze(-1))
     move = fitted - scales.T
     better = torch.einsum("ng,ngh,nh->n", move, a, move) < 2 * (move * r).sum(1)
     return torch.where(better[:, None], fitted, scales.T).T.contiguous()
+
+
+def _add_dots(matrix: Tensor, j: int, product: Tensor, codes: Tensor, g: int) -> None:
+    """Row and column j of A [N, G, G] (`_refit_scales`) from group j on; uses `product` up.
+
+    product: ``H c_j``, codes: c, float32 [rows, N], of the inputs from group j on; g: of a group.
+    """
+    sums = _sum_groups(product.mul_(codes), g).T
+    matrix[:, j:, j] = sums
+    matrix[:, j, j:] = sums
 
 
 def _sum_groups(values: Tensor, g: int) -> Tensor:
@@ -566,31 +608,32 @@ def _sweep(
     groups: Tensor,
     options: SolverOptions,
 ) -> Tensor:
-    """One pass of exact coordinate descent over the inputs: each code moves to its best value."""
-    k, n = w.shape
+    """One pass of exact coordinate descent over the inputs: each code moves to its best value.
+
+    The gradient of a block of inputs is taken when the block is reached, from what is left of W by
+    then: a product of H with every input's final value, instead of one for the first values and
+    another one for the moves.
+    """
+    k = w.shape[0]
     s_all, z_all = scales.index_select(0, groups), zeros.index_select(0, groups)
     quantized = (codes - z_all).mul_(s_all)
-    gradient = h @ (w - quantized)
+    residual = w - quantized
     codes = codes.clone()
-    diagonal = h.diagonal().tolist()
+    inverse = h.diagonal().reciprocal().tolist()
     movable = sparsity.movable(codes, z_all) if options.sparsity else None
     for start in range(0, k, options.blocksize):
-        stop = min(start + options.blocksize, k)
-        moves = torch.empty(stop - start, n, device=w.device)
-        block = gradient[start:stop]
-        for i in range(start, stop):
-            old = quantized[i]
-            best = torch.add(old, block[i - start], alpha=1.0 / diagonal[i])
-            code = nearest_points(best, s_all[i], z_all[i], options.wtype)
+        own = slice(start, min(start + options.blocksize, k))
+        gradient = h[own] @ residual
+        moves, triangle = torch.empty_like(gradient), h[own, own]
+        rows = zip(*(t[own].unbind() for t in (quantized, s_all, z_all, codes)), strict=True)
+        for i, (old, s, z, code) in enumerate(rows):
+            best = torch.add(old, gradient[i], alpha=inverse[start + i])
+            nearest_points(best, s, z, options.wtype, out=code)
             if movable is not None:
-                code = torch.where(movable[i], code, z_all[i])
-            codes[i] = code
-            move = code.sub_(z_all[i]).mul_(s_all[i]).sub_(old)
-            moves[i - start] = move
-            if i + 1 < stop:
-                block[i + 1 - start :].addr_(h[i, i + 1 : stop], move, alpha=-1)
-        if stop < k:
-            gradient[stop:].addmm_(h[stop:, start:stop], moves, alpha=-1)
+                code.copy_(torch.where(movable[start + i], code, z))
+            torch.sub(code, z, out=moves[i]).mul_(s).sub_(old)
+            _spread(gradient, triangle, moves, i, _STEP)
+        residual[own] -= moves
     return codes
 
 
@@ -610,7 +653,7 @@ def _measure(
     error = dequantize(codes, scales, zeros, groups)
     moved = (error - original).square_().sum(0)
     error -= target
-    with _tf32(h):
+    with products.tf32():
         loss, energy = _quadratic(error, h) / 2, _quadratic(original, h) / 2
     if options.wtype is None:
         ratio = torch.ones_like(scales)
@@ -639,17 +682,3 @@ def _quadratic(x: Tensor, h: Tensor) -> Tensor:
             product.addmm_(h[start:stop, stop:], x[stop:], alpha=2)
         total += product.mul_(x[start:stop]).sum(0)
     return total
-
-
-@contextlib.contextmanager
-def _tf32(like: Tensor) -> Iterator[None]:
-    """Inside, float32 products on a GPU keep 11 bits of their operands: for reports only."""
-    if not like.is_cuda:
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

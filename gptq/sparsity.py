@@ -21,6 +21,8 @@ SPARSITIES = ("2:4",)
 QUAD = 4  # consecutive inputs that keep two
 # Pairs that are removed.
 _PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+PAIRS = len(_PAIRS)
+TERMS = 3  # of a removal's cost, in x², x y and y²
 
 
 def check_inputs(k: int, name: str) -> None:
@@ -32,33 +34,50 @@ def check_inputs(k: int, name: str) -> None:
         )
 
 
-def choose_pairs(w: Tensor, u: Tensor) -> Tensor:
-    """Which weights of one quad stay, bool [4, N].
+def pair_costs(u: Tensor) -> Tensor:
+    """What removing each pair of every quad costs, float32 [K / 4, PAIRS, TERMS].
 
-    w: float32 [4, N], as updated so far. u: float32 [4, 4], the diagonal block of the upper factor
-    U: uᵀ u is the quad's block of the inverse Hessian of all inputs from this quad on.
-    Removing the pair P costs w_P ((H⁻¹)_PP)⁻¹ w_Pᵀ (optimal brain surgeon, for two weights).
+    u: float32 [K, K], the upper factor U: the diagonal block B of a quad gives the quad's block
+    Bᵀ B of the inverse Hessian of all inputs from this quad on. Removing the pair P costs
+    w_P ((H⁻¹)_PP)⁻¹ w_Pᵀ (optimal brain surgeon, for two weights); for w_P = (x, y) these are the
+    coefficients of x², x y and y².
     """
-    inverse = (u.double().T @ u.double()).tolist()
+    quads = u.unflatten(0, (-1, QUAD)).unflatten(2, (-1, QUAD)).diagonal(dim1=0, dim2=2)
+    blocks = quads.permute(2, 0, 1).double()  # [K / 4, 4, 4]
+    inverse = blocks.mT @ blocks
     costs = []
     for i, j in _PAIRS:
-        a, b, c = inverse[i][i], inverse[i][j], inverse[j][j]
+        a, b, c = inverse[:, i, i], inverse[:, i, j], inverse[:, j, j]
         determinant = a * c - b * b
-        x, y = w[i], w[j]
-        costs.append((x * x * c - x * y * (2 * b) + y * y * a) / determinant)
-    cheapest = torch.stack(costs).argmin(0)
-    stays = torch.ones(len(_PAIRS), QUAD, dtype=torch.bool, device=w.device)
+        costs.append(torch.stack([c, -2 * b, a], 1) / determinant[:, None])
+    return torch.stack(costs, 1).float()
+
+
+def choose_pairs(w: Tensor, costs: Tensor) -> Tensor:
+    """Which weights of one quad stay, bool [4, N]: all but the pair that costs least.
+
+    w: float32 [4, N], as updated so far. costs: float32 [PAIRS, TERMS] (`pair_costs`).
+    """
+    removals = []
+    for (i, j), (first, mixed, second) in zip(_PAIRS, costs, strict=True):
+        removals.append(w[i] * w[i] * first + w[i] * w[j] * mixed + w[j] * w[j] * second)
+    cheapest = torch.stack(removals).argmin(0)
+    stays = torch.ones(PAIRS, QUAD, dtype=torch.bool, device=w.device)
     for row, pair in enumerate(_PAIRS):
         stays[row, list(pair)] = False
     return stays[cheapest].T
 
 
 def keep_largest(w: Tensor) -> Tensor:
-    """w [K, N] with the two smallest magnitudes of every quad set to zero."""
-    k, n = w.shape
-    quads = w.reshape(k // QUAD, QUAD, n)
-    smallest = quads.abs().argsort(dim=1, stable=True)[:, :2]
-    return quads.scatter(1, smallest, 0.0).view(k, n)
+    """w [K, N] with the two smallest magnitudes of every quad set to zero; of equals, the first."""
+    quads = w.unflatten(0, (-1, QUAD))
+    sizes = quads.abs()
+    smaller = torch.zeros_like(quads, dtype=torch.uint8)  # weights of the quad that go before
+    for i, j in _PAIRS:
+        first = sizes[:, i] <= sizes[:, j]
+        smaller[:, j] += first
+        smaller[:, i] += ~first
+    return torch.where(smaller >= 2, quads, 0.0).flatten(0, 1)
 
 
 def quad_order(diagonal: Tensor) -> Tensor:
@@ -88,7 +107,7 @@ def prune(w: Tensor, factor: Factor, order: Tensor | None, blocksize: int) -> Te
     """
     k = w.shape[0]
     work = w.clone() if order is None else w[order]
-    u = factor.u
+    u, costs = factor.u, pair_costs(factor.u)
     diagonal = u.diagonal().tolist()
     width = -(-blocksize // QUAD) * QUAD
     for start in range(0, k, width):
@@ -96,7 +115,7 @@ def prune(w: Tensor, factor: Factor, order: Tensor | None, blocksize: int) -> Te
         errors = torch.empty(stop - start, w.shape[1], device=w.device)
         for i in range(start, stop):
             if i % QUAD == 0:
-                stays = choose_pairs(work[i : i + QUAD], u[i : i + QUAD, i : i + QUAD])
+                stays = choose_pairs(work[i : i + QUAD], costs[i // QUAD])
             error = torch.where(stays[i % QUAD], 0.0, work[i]) / diagonal[i]
             work[i] = torch.where(stays[i % QUAD], work[i], 0.0)
             errors[i - start] = error

@@ -348,14 +348,18 @@ def gather_plan(
     k_padded: int,
     multiprocessors: int = 132,
     *,
-    threads: int = 128,
-    blocks: int = 1,
+    threads: int = 256,
+    blocks: int | None = None,
 ) -> GatherPlan:
     """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
 
-    threads, blocks: up to m = blocks * multiprocessors, small blocks share a token's inputs, so
-    many on each multiprocessor. Of more tokens, larger blocks take several in turn.
+    threads, blocks: up to m = blocks * multiprocessors, blocks share a token's inputs, so many on
+    each multiprocessor (None: what was fastest, docs/kernel-log.md). Of more tokens, larger blocks
+    take several in turn.
     """
+    if blocks is None:
+        limits = ((16, 1), (64, 2), (multiprocessors, 4), (m, 1))
+        blocks = next(number for limit, number in limits if m <= limit)
     slots = blocks * multiprocessors
     parts = max(1, min(slots // m, k_padded // _GATHER_PART))
     rows = 1
@@ -670,30 +674,38 @@ def affordable(config: KernelConfig, m: int, column_tiles: int, multiprocessors:
     return config.workspace(m, column_tiles, multiprocessors)[0] <= MAX_WORKSPACE_FLOATS
 
 
-def tuning_path(gpu: str, weight_type: str = "uint4b8") -> Path:
-    """The tuned table of a type on a GPU (`gpu_key`), which may not exist."""
-    folder = "" if weight_type == "uint4b8" else weight_type
-    return TUNING_DIRECTORY / folder / f"{gpu}.json"
+def tuning_path(gpu: str, weight_type: str = "uint4b8", dtype: str = "float16") -> Path:
+    """The tuned table of a type on a GPU (`gpu_key`), which may not exist.
+
+    dtype: of the activations. That of bfloat16 holds what was timed again, where the other table's
+    choice need not be the fastest: its weights take more instructions.
+    """
+    folder = TUNING_DIRECTORY / ("" if weight_type == "uint4b8" else weight_type)
+    if dtype != WEIGHT_TYPES[weight_type].activations[0]:
+        folder /= dtype
+    return folder / f"{gpu}.json"
 
 
 @functools.cache
 def _tuned_rows(
-    gpu: str, weight_type: str = "uint4b8"
+    gpu: str, weight_type: str = "uint4b8", dtype: str = "float16"
 ) -> dict[tuple[int, int], tuple[tuple[int, KernelConfig], ...]]:
-    path = tuning_path(gpu, weight_type)
-    if not path.is_file():
-        return {}
+    """By (K' / 64, N' / 64): limits of m and their kernels. What `dtype` has no row for follows the
+    type's first dtype of activations."""
     kinds = {"decode": DecodeConfig, "gemm": GemmConfig}
-    table: dict[tuple[int, int], tuple[tuple[int, KernelConfig], ...]] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        choices = [
-            (entry["m"], kinds[entry["kind"]](**entry["config"])) for entry in row["choices"]
-        ]
-        choices.sort(key=lambda choice: choice[0])
-        if choices[-1][0] >= _MANY_TOKENS:
-            choices[-1] = (1 << 62, choices[-1][1])  # also serves all larger m
-        table[row["k"] // TILE_K, row["n"] // TILE_N] = tuple(choices)
-    return table
+    table: dict[tuple[int, int], dict[int, KernelConfig]] = {}
+    for name in dict.fromkeys((WEIGHT_TYPES[weight_type].activations[0], dtype)):
+        path = tuning_path(gpu, weight_type, name)
+        for row in json.loads(path.read_text())["rows"] if path.is_file() else ():
+            choices = table.setdefault((row["k"] // TILE_K, row["n"] // TILE_N), {})
+            for entry in row["choices"]:
+                choices[entry["m"]] = kinds[entry["kind"]](**entry["config"])
+    rows = {}
+    for sizes, choices in table.items():
+        limits = sorted(choices)
+        last = 1 << 62 if limits[-1] >= _MANY_TOKENS else limits[-1]  # also serves all larger m
+        rows[sizes] = tuple((last if m == limits[-1] else m, choices[m]) for m in limits)
+    return rows
 
 
 def act_order_path(gpu: str) -> Path:
@@ -743,16 +755,18 @@ def select_config(
     gpu: str = "h200",
     multiprocessors: int = 132,
     weight_type: str = "uint4b8",
+    dtype: str = "float16",
 ) -> KernelConfig:
     """Choose a kernel for m > 0 tokens and K' / 64 x N' / 64 weight tiles. Pure.
 
     batch_invariant: the order of a row's additions depends on K and N alone, so its bits are the
-    same at every m: one split, scales on the weights. gpu: name of a tuned table.
+    same at every m: one split, scales on the weights. gpu: name of a tuned table. dtype: of the
+    activations.
     Raises ConfigError if no configuration fits, which no size that packing accepts brings about.
     """
     if batch_invariant:
         return _select_invariant(m, k_tiles, column_tiles, multiprocessors)
-    tuned = _tuned_rows(gpu, weight_type).get((k_tiles, column_tiles), ())
+    tuned = _tuned_rows(gpu, weight_type, dtype).get((k_tiles, column_tiles), ())
     for limit, config in tuned:
         if m <= limit and config.fits(m, k_tiles, group_size, weight_type):
             return config
@@ -783,13 +797,19 @@ def select_for_act_order(
     gpu: str = "h200",
     multiprocessors: int = 132,
     weight_type: str = "uint4b8",
+    dtype: str = "float16",
 ) -> KernelConfig:
     """The same for activations that are not in the order of the weights' rows. Pure.
 
     A kernel that gathers them itself where a tuned table has one, else that of `select_config`, for
     gathered ones: a launch in front was faster but for few tokens of few inputs.
     """
-    options = {"gpu": gpu, "multiprocessors": multiprocessors, "weight_type": weight_type}
+    options = {
+        "gpu": gpu,
+        "multiprocessors": multiprocessors,
+        "weight_type": weight_type,
+        "dtype": dtype,
+    }
     problem = (m, k_tiles, column_tiles, group_size)
     plain = select_config(*problem, batch_invariant=batch_invariant, **options)
     if batch_invariant or m > _GATHERED_TOKENS:

@@ -549,6 +549,7 @@ def gemm(
         gpu=_gpu_key(index),
         multiprocessors=multiprocessors(index),
         weight_type=weight_type,
+        dtype=_DTYPES[a.dtype],
     )
     typed = (weight_type, global_scale, perm)
     if batch_invariant and not kernel_configs.affordable(

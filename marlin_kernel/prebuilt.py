@@ -324,16 +324,13 @@ def _sm90_choices(
     family: str, types: KernelTypes, batch_invariant: bool, shapes: tuple[tuple[int, int], ...]
 ) -> tuple[Choice, ...]:
     if family == "sm90":
-        types = replace(types, activation="float16", output="float16")  # these do not matter
-        tuned = [
-            (k_tiles * kernel_configs.TILE_K, column_tiles * kernel_configs.TILE_N)
-            for k_tiles, column_tiles in kernel_configs._tuned_rows(GPU, types.weight_type)
-        ]
+        table = kernel_configs._tuned_rows(GPU, types.weight_type, types.activation)
+        tuned = [(k * kernel_configs.TILE_K, n * kernel_configs.TILE_N) for k, n in table]
     else:
-        types = replace(types, output="float16")
         key = sm90_8bit_configs.tuned_key(eight_bit_types(types))
         tuned = [(k, n) for name, k, n in sm90_8bit_configs._tuned(GPU) if name == key]
     grid = dict.fromkeys((*tuned, *shapes, *GRID))
+    types = replace(types, output="float16")  # it does not matter
     rows = [_sm90_rows(family, types, batch_invariant, k, n) for k, n in grid]
     return tuple(itertools.chain.from_iterable(rows))
 
@@ -375,6 +372,7 @@ def _select_sm90(
         batch_invariant=batch_invariant,
         gpu=GPU,
         weight_type=types.weight_type,
+        dtype=types.activation,
     )
 
 

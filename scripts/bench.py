@@ -116,7 +116,9 @@ def write(report: dict, path: Path | None) -> None:
         path.write_text(json.dumps(report, indent=1))
 
 
-def select(k: int, n: int, m: int, group_size: int, batch_invariant: bool) -> KernelConfig:
+def select(
+    k: int, n: int, m: int, group_size: int, dtype: str, batch_invariant: bool
+) -> KernelConfig:
     """What `launch.gemm` would choose."""
     return kernel_configs.select_config(
         m,
@@ -124,6 +126,7 @@ def select(k: int, n: int, m: int, group_size: int, batch_invariant: bool) -> Ke
         n // kernel_configs.TILE_N,
         group_size,
         batch_invariant=batch_invariant,
+        dtype=dtype,
         gpu=kernel_configs.gpu_key(torch.cuda.get_device_name()),
         multiprocessors=launch.multiprocessors(torch.cuda.current_device()),
     )
@@ -135,7 +138,7 @@ def precompile(
     """Compile in parallel what the launches will ask for."""
     modes = (False, True) if options.batch_invariant else (False,)
     sources = {
-        select(k, n, m, group_size, invariant).source(dtype, group_size)
+        select(k, n, m, group_size, dtype, invariant).source(dtype, group_size)
         for (k, n), m in itertools.product(shapes, tokens)
         for group_size, invariant in itertools.product(options.group_size, modes)
         for dtype in options.dtype
@@ -173,7 +176,7 @@ def bench_shape(
     floors = {pdl: read_floor(weights, pdl) for pdl in (False, True)}
     rows = []
     for m in tokens:
-        config = select(k, n, m, group_size, batch_invariant=False)
+        config = select(k, n, m, group_size, dtype_name, batch_invariant=False)
         a = torch.randn(m, k, device="cuda").to(dtype)
         error = relative_error(config, a, weights, exact)
         count = max(2, weights.copies if m <= 256 else weights.copies // 4)
@@ -201,7 +204,8 @@ def bench_shape(
         if options.batch_invariant:
             calls = [_invariant_call(a, weights, i, out) for i in range(count)]
             row["us_invariant"] = graph_time(calls)
-            row["config_invariant"] = repr(select(k, n, m, group_size, batch_invariant=True))
+            invariant = select(k, n, m, group_size, dtype_name, batch_invariant=True)
+            row["config_invariant"] = repr(invariant)
         if options.sustained:
             launches = [_launch(config, a, weights, i, out, True) for i in range(weights.copies)]
             row["us_sustained"] = sustained(launches, options.sustained)

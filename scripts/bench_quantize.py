@@ -19,7 +19,8 @@ A shape with random weights and tokens on a GPU, from the first to the last laye
 --layers of them), finished layers written to disk. The floor is the counted FLOPs over the rates of
 matrix products measured in the same process. --reference also times one layer's linears with the
 solver in plain torch, and counts where the codes differ. Under torchrun, processes share the work,
-and the one JSON holds the time split and the peak memory of every rank:
+and the one JSON holds the time split and the peak memory of every rank. --profile walks one layer
+more, not counted, and lists the kernels that take longest:
 
     torchrun --nproc-per-node 4 scripts/bench_quantize.py --true-sequential \\
         --from_config configs/bench/llama2-7b.json --config configs/quantize/marlin.yaml
@@ -50,6 +51,7 @@ from gptq.run import peak_host, reset_peak_host  # noqa: E402
 
 BASE_BYTES = peak_host()  # an interpreter with torch loaded
 
+from gptq import products  # noqa: E402
 from gptq.activations import store_of  # noqa: E402
 from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.distributed import join, leave  # noqa: E402
@@ -238,14 +240,19 @@ def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 # ---- a shape -------------------------------------------------------------------------------------
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def product_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
+) -> float:
     """FLOP/s of a square matrix product, best of five."""
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(6):
         wait(device)
         began = time.perf_counter()
-        a @ a
+        product(a, a)
         wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
@@ -258,13 +265,16 @@ def floor_of_layer(
 
     forward: one pass, with half of the attention's products (causal); hessian: one triangle;
     factor: Cholesky and the triangle's inverse; update: GPTQ's error feedback; clipping: one
-    triangle per factor tried. With asymmetric calibration, two forwards and the target's products.
+    triangle per factor tried; refit: normal equations (products with codes, which take two of three
+    terms) and the gradient; sweep: the gradient again. With asymmetric calibration, two forwards,
+    the target's products, and target: a factor and what it solves.
     """
     sizes = (8192, 4096) if model.device.type == "cuda" else (1024, 1024)
     half = product_rate(model.device, model.dtype, sizes[0])
     single = product_rate(model.device, torch.float32, sizes[1])
+    split = product_rate(model.device, torch.float32, sizes[1], products.multiply)
     prefix = model.layer_name(0)
-    forward = hessian = target = factor = update = clipping = 0.0
+    forward = hessian = target = factor = update = clipping = refit = sweep = solved = 0.0
     starts = 2 if config.signed_scales and config.sym else 1
     for number, stage in enumerate(model.family.stages):
         linears = [model.skeleton.get_submodule(f"{prefix}.{path}") for path in stage]
@@ -273,18 +283,25 @@ def floor_of_layer(
         hessian += tokens * k * k
         adds = model.family.adds_to_residual(number)
         target += 2 * tokens * k * (2 * n if adds else k)
-        factor += 2 * k**3 / 3
+        factor += k**3 / 3 / single + k**3 / 3 / split
         update += k * k * n
+        refit += config.refit * (2 / 3 + 2) * k * k * n
+        sweep += max(config.refit, 1) * config.sweeps * 2 * k * k * n
+        solved += 2 * k * k * n + (2 * k**3 if k < n and not adds else 0)
         clipping += 0 if config.no_clip else k * n * 128 * config.clip_steps * starts
     forward += 2 * tokens * seqlen * model.config.hidden_size
     streams = 2 if config.asymmetric else 1
     return {
         "half_precision_flops_per_second": half,
         "float32_flops_per_second": single,
+        "split_float32_flops_per_second": split,
         "forward": streams * forward / half,
         "hessian": (hessian + (target if config.asymmetric else 0)) / half,
-        "factor": factor / single,
-        "update": update / single,
+        "factor": factor,
+        "target": factor + solved / split if config.asymmetric else 0.0,
+        "update": update / split,
+        "refit": refit / split,
+        "sweep": sweep / split,
         "clipping": clipping / single,
     }
 
@@ -353,7 +370,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     dtype = choose_dtype(config, folder, device)
     model = StreamedModel(folder, dtype, device, random_seed=config.seed)
     samples, probe = random_samples(config, args.seqlen, model.config.vocab_size)
-    layers = min(args.layers or model.num_layers, model.num_layers)
+    layers = min(args.layers or model.num_layers, model.num_layers - args.profile)
     tokens = args.nsamples * args.seqlen
     first = workers.rank == 0
 
@@ -405,6 +422,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
             for kind in splits[-1]
         }
         ranks = workers.collect(spent(walker) | {"seconds_of_a_layer": usual})
+        slowest = slowest_kernels(walker, layers) if args.profile else None
     result = {
         "command": command(),
         "commit": circumstances("", args)["commit"],
@@ -424,6 +442,8 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         "relative_errors_of_the_last_layer": errors,
     }  # fmt: skip
     del walker
+    if slowest is not None:
+        result["slowest_kernels"] = slowest
     if first:
         result["floor_of_a_layer"] = floor_of_layer(model, config, tokens, args.seqlen)
         if args.reference:
@@ -434,6 +454,22 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     parts += ["twopass"] if not config.true_sequential else []
     name = "_".join(parts)
     return f"bench_quantize_{name}.json", result if first else None
+
+
+@torch.no_grad()
+def slowest_kernels(walker: Walker, index: int, count: int = 40) -> list[dict[str, Any]]:
+    """Kernels (on a CPU: operators) of quantizing layer `index`: their seconds, longest first."""
+    activities, key = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if walker.model.device.type == "cuda":
+        activities, key = [torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as profile:
+        walker.quantize_layer(index, lambda path: None)
+        wait(walker.model.device)
+    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
+    return [
+        {"name": event.key[:160], "calls": event.count, "seconds": getattr(event, key) / 1e6}
+        for event in events[:count]
+    ]
 
 
 def command() -> str:
@@ -462,6 +498,7 @@ def main() -> None:
         "--layers", type=int, help="only the first ones; of a real model: in process CPU time"
     )
     parser.add_argument("--reference", action="store_true", help="time the solver in torch too")
+    parser.add_argument("--profile", action="store_true", help="list kernels of one layer more")
     parser.add_argument("--scratch", help="folder for the finished layers")
     parser.add_argument("--device", default=None)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
@@ -469,6 +506,8 @@ def main() -> None:
     if (args.model is None) == (args.from_config is None):
         parser.error("give a model, or --from_config CONFIG.json")
     shape = args.from_config is not None
+    if args.profile and not shape:
+        parser.error("--profile goes with --from_config")
     args.nsamples = args.nsamples or (128 if shape else 32)
     args.seqlen = args.seqlen or (2048 if shape else 1024)
     args.groupsize = args.groupsize or (128 if shape else 64)

@@ -13,8 +13,10 @@ where torch offers it (with its search for the fastest algorithm). Our results a
 reference before they are timed. Times are medians over replays of CUDA graphs in which every launch
 uses another copy of the weights, together more than the L2 cache (scripts/gpu_timing.py).
 
-Prints torch.utils.benchmark.Compare tables; stores the Measurements as {mode}-{dtype}-{time}.pkl, a
-list as scripts/plot_bench.py and other tools expect it, and the same as JSON with TFLOP/s.
+Prints torch.utils.benchmark.Compare tables of the times, and the fastest of each family with
+TFLOP/s (of the dense product) and ratios. Stores the Measurements as {mode}-{dtype}-{time}.pkl, a
+list as scripts/plot_bench.py and other tools expect it, and the same as JSON with TFLOP/s. A run
+that is interrupted or fails prints and stores what it has.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +40,10 @@ from torch.utils.benchmark.utils.common import TaskSpec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_timing import ROTATE_BYTES, replay_times  # noqa: E402
+from gpu_timing import ROTATE_BYTES, circumstances, replay_times  # noqa: E402
 
 from marlin_kernel.scaled_mm import reference, scaled_mm, scaled_sparse_mm  # noqa: E402
-from marlin_kernel.sparse import compress_2_4, prune_2_4  # noqa: E402
+from marlin_kernel.sparse import GROUP, compress_2_4, prune_2_4  # noqa: E402
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MODELS = ROOT / "configs" / "bench" / "sparse_models.yaml"
@@ -50,22 +53,42 @@ Problem = tuple[int, int, int]  # M, K, N
 Calls = list[Callable[[], object]]  # one per copy of the weights
 
 
+# Part of a kernel's name -> (table of times, column of the summary) that it belongs to.
+FAMILIES = {
+    "torch_bf16": ("torch", "torch 16 bits"),
+    "torch_fp16": ("torch", "torch 16 bits"),
+    "torch_": ("torch", "torch 8 bits"),
+    "ours_dense": ("dense", "ours dense"),
+    "cusparselt": ("2:4 sparse", "cuSPARSELt"),
+    "ours_sparse": ("2:4 sparse", "ours 2:4"),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one mode. Returns the process exit status."""
     options = parser().parse_args(arguments)
     problems = list(MODES[options.mode](options))
+    wanted = wanted_kernels(options)
+    torn = sorted({k for _, k, _ in problems if k % GROUP})
+    if torn:
+        raise SystemExit(f"K={torn[0]} is no multiple of {GROUP}, which 2:4 sparsity needs")
+    if not torch.cuda.is_available():
+        raise SystemExit("sparse_benchmarks.py times kernels on a CUDA GPU, and torch finds none")
     measurements: list[Measurement] = []
     notes: set[str] = set()
     label = f"{options.mode}-{options.dtype}"
-    for m, k, n in problems:
-        found = list(bench(m, k, n, options, label, notes))
-        measurements += found
-        compare(found, (m, k, n))
-    for note in sorted(notes):
-        print(note)
-    print("\nall problems, us:")
-    Compare(measurements).print()
-    store(measurements, problems, options, sorted(notes))
+    try:
+        for number, (m, k, n) in enumerate(problems, 1):
+            print(f"\n[{number}/{len(problems)}] M={m} K={k} N={n}", flush=True)
+            found = []
+            for measurement in bench(m, k, n, options, wanted, label, notes):
+                found.append(measurement)
+                measurements.append(measurement)
+            print_problem(found)
+    finally:
+        if measurements:
+            print_tables(measurements, sorted(notes))
+            store(measurements, problems, options, sorted(notes))
     return 0
 
 
@@ -73,34 +96,58 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("--dtype", choices=DTYPES, required=True)
-    top.add_argument("--output", type=Path, default=Path("."), help="folder of .pkl and .json")
-    top.add_argument("--replays", type=int, default=7, help="of a graph, per time")
+    top.add_argument("--dtype", choices=DTYPES, required=True, help="of both operands")
+    top.add_argument(
+        "--output", type=Path, default=Path("."), help="folder of .pkl and .json (default: here)"
+    )
+    top.add_argument(
+        "--replays", type=_positive, default=7, help="of a graph, per time (default: 7)"
+    )
     top.add_argument("--only", help="only kernels whose name holds one of these: A,B,...")
     modes = top.add_subparsers(dest="mode", required=True)
-    for name in ("square_bench", "range_bench"):
-        mode = modes.add_parser(name)
-        for flag in ("--dim-start", "--dim-end", "--dim-increment"):
-            mode.add_argument(flag, type=int, required=True)
+    for name, text in (
+        ("square_bench", "M = K = N, over a range"),
+        ("range_bench", "a range for the sizes that are not held constant"),
+    ):
+        mode = modes.add_parser(name, help=text, description=text)
+        mode.add_argument("--dim-start", type=_positive, required=True, help="first size")
+        mode.add_argument("--dim-end", type=_positive, required=True, help="last size, included")
+        mode.add_argument("--dim-increment", type=_positive, required=True, help="between sizes")
         if name == "range_bench":
-            for flag in ("--m-constant", "--n-constant", "--k-constant"):
-                mode.add_argument(flag, type=int)
-    mode = modes.add_parser("model_bench")
+            mode.add_argument("--m-constant", type=_positive, help="tokens")
+            mode.add_argument("--n-constant", type=_positive, help="output features")
+            mode.add_argument("--k-constant", type=_positive, help="input features")
+    text = "layers of models by batch size"
     known = yaml.safe_load(MODELS.read_text())
-    mode.add_argument("--models", nargs="+", choices=known, default=list(known)[:1])
-    mode.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16, 32, 64, 128, 256, 512])
-    mode.add_argument("--tp-sizes", nargs="+", type=int, default=[1])
+    mode = modes.add_parser("model_bench", help=text, description=text)
+    mode.add_argument(
+        "--models", nargs="+", choices=known, default=list(known)[:1], metavar="MODEL",
+        help=f"of {', '.join(known)} (configs/bench/{MODELS.name}; default: the first)",
+    )  # fmt: skip
+    mode.add_argument(
+        "--batch-sizes", nargs="+", type=_positive, default=[1, 16, 32, 64, 128, 256, 512],
+        metavar="M", help="tokens (default: 1 16 32 64 128 256 512)",
+    )  # fmt: skip
+    mode.add_argument(
+        "--tp-sizes", nargs="+", type=_positive, default=[1], metavar="PARTS",
+        help="GPUs that share a layer; its part on one of them is timed (default: 1)",
+    )  # fmt: skip
     return top
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 # ---- problems ----
 
 
 def _dimensions(options: argparse.Namespace) -> range:
-    if options.dim_increment < 1 or options.dim_end < options.dim_start:
+    if options.dim_end < options.dim_start:
         raise SystemExit(
-            f"--dim-start {options.dim_start} --dim-end {options.dim_end} --dim-increment "
-            f"{options.dim_increment} is no range"
+            f"--dim-end {options.dim_end} is less than --dim-start {options.dim_start}; sizes go up"
         )
     return range(options.dim_start, options.dim_end + 1, options.dim_increment)
 
@@ -125,7 +172,10 @@ def model_problems(options: argparse.Namespace) -> Iterator[Problem]:
             for k, n, side in known[model]:
                 size = k if side == "K" else n
                 if size % parts:
-                    raise SystemExit(f"--tp-sizes {parts} does not divide {size} of {model}")
+                    raise SystemExit(
+                        f"--tp-sizes {parts} does not divide {side}={size} of {model}; leave "
+                        "either out"
+                    )
                 k_part, n_part = (k // parts, n) if side == "K" else (k, n // parts)
                 for m in options.batch_sizes:
                     yield m, k_part, n_part
@@ -139,6 +189,36 @@ MODES = {
 
 
 # ---- kernels ----
+
+
+GRANULARITIES = ("tensor", "token-channel")  # one scale; one per token and per output feature
+
+
+def kernel_names(dtype: str) -> list[str]:
+    """All that is timed, in this order."""
+    torch_8_bit = ["int8_int_mm"] if dtype == "int8" else [f"fp8_{g}" for g in GRANULARITIES]
+    names = [f"torch_{name}" for name in ("bf16", "fp16", *torch_8_bit)]
+    for kind in ("dense", "sparse"):
+        for granularity in GRANULARITIES:
+            names += [f"ours_{kind}_{granularity}{bias}" for bias in ("", "_bias")]
+    return [*names, "cusparselt"]
+
+
+def wanted_kernels(options: argparse.Namespace) -> set[str]:
+    """Names that --only leaves. Exits if a part of it leaves none."""
+    names = kernel_names(options.dtype)
+    if options.only is None:
+        return set(names)
+    wanted = set()
+    for part in options.only.split(","):
+        found = {name for name in names if part and part in name}
+        if not found:
+            raise SystemExit(
+                f"--only {options.only}: no kernel's name holds {part!r}; with --dtype "
+                f"{options.dtype} they are {', '.join(names)}"
+            )
+        wanted |= found
+    return wanted
 
 
 def operands(m: int, k: int, n: int, dtype: str) -> tuple[Tensor, Tensor]:
@@ -161,12 +241,12 @@ def own_kernels(a: Tensor, w: Tensor, sparse: bool) -> Iterator[tuple[str, Calls
     """(name, calls, reference) of our product for every granularity, without and with bias."""
     m, n = a.shape[0], w.shape[0]
     weights = copies(*(compress_2_4(w) if sparse else (w,)))
-    one = torch.rand(1, device="cuda") + 0.5
-    both = torch.rand(m, device="cuda") + 0.5, torch.rand(n, device="cuda") + 0.5
-    bias = torch.randn(n, device="cuda").to(OUT)
+    one = torch.rand(1, device=a.device) + 0.5
+    both = torch.rand(m, device=a.device) + 0.5, torch.rand(n, device=a.device) + 0.5
+    bias = torch.randn(n, device=a.device).to(OUT)
     product = scaled_sparse_mm if sparse else scaled_mm
     rows = min(m, 128)
-    for scales, granularity in (((one, one), "tensor"), (both, "token-channel")):
+    for scales, granularity in zip(((one, one), both), GRANULARITIES, strict=True):
         for shift in (None, bias):
             name = f"ours_{'sparse' if sparse else 'dense'}_{granularity}"
             name += "" if shift is None else "_bias"
@@ -190,11 +270,9 @@ def torch_kernels(a: Tensor, w: Tensor, dtype: str) -> Iterator[tuple[str, Calls
     if dtype == "int8":
         yield "torch_int8_int_mm", [partial(torch._int_mm, a, v.t()) for (v,) in weights]
         return
-    ones = {
-        "tensor": (torch.ones((), device="cuda"), torch.ones((), device="cuda")),
-        "token-channel": (torch.rand(m, 1, device="cuda"), torch.rand(1, n, device="cuda")),
-    }
-    for granularity, scales in ones.items():
+    one = torch.ones((), device=a.device)
+    both = torch.rand(m, 1, device=a.device), torch.rand(1, n, device=a.device)
+    for granularity, scales in zip(GRANULARITIES, ((one, one), both), strict=True):
         yield (
             f"torch_fp8_{granularity}",
             [
@@ -215,13 +293,16 @@ def cusparselt_kernel(a: Tensor, w: Tensor) -> Calls:
 
 
 def bench(
-    m: int, k: int, n: int, options: argparse.Namespace, label: str, notes: set[str]
+    m: int,
+    k: int,
+    n: int,
+    options: argparse.Namespace,
+    wanted: set[str],
+    label: str,
+    notes: set[str],
 ) -> Iterator[Measurement]:
     """Measurements of one problem; what a library refuses is noted and left out."""
     a, w = operands(m, k, n, options.dtype)
-
-    def wanted(name: str) -> bool:
-        return not options.only or any(part in name for part in options.only.split(","))
 
     def timed(name: str, calls: Calls) -> Measurement:
         flops = 2 * m * n * k
@@ -229,7 +310,7 @@ def bench(
         return measure(name, used, label, f"MKN=({m}x{k}x{n})", options.replays)
 
     for name, calls in torch_kernels(a, w, options.dtype):
-        if wanted(name):
+        if name in wanted:
             try:
                 calls[0]()
             except RuntimeError as error:
@@ -238,13 +319,13 @@ def bench(
             yield timed(name, calls)
     for sparse in (False, True):
         for name, calls, expected in own_kernels(a, w, sparse):
-            if wanted(name):
+            if name in wanted:
                 out = calls[0]()[: expected.shape[0]].float()
                 error = float((out - expected.float()).norm() / expected.float().norm())
                 if not error < TOLERANCE[options.dtype]:
                     raise RuntimeError(f"{name} {m}x{k}x{n}: relative error {error:.2g}")
                 yield timed(name, calls)
-    if wanted("cusparselt"):
+    if "cusparselt" in wanted:
         try:
             calls = cusparselt_kernel(a, w)
             calls[0]()
@@ -277,15 +358,63 @@ def tflops(measurement: Measurement) -> float:
     return 2 * m * k * n / measurement.median / 1e12
 
 
-def compare(found: list[Measurement], problem: Problem) -> None:
-    m, k, n = problem
-    print(f"\nM={m} K={k} N={n}")
+def print_problem(found: list[Measurement]) -> None:
+    """One problem, fastest first."""
     for measurement in sorted(found, key=lambda x: x.median):
         print(
             f"  {measurement.task_spec.description:32s} {measurement.median * 1e6:9.2f} us "
             f"{tflops(measurement):8.1f} TFLOP/s",
             flush=True,
         )
+
+
+def family(measurement: Measurement) -> tuple[str, str]:
+    """Table of times and column of the summary that a kernel belongs to."""
+    name = measurement.task_spec.description
+    return next(found for part, found in FAMILIES.items() if part in name)
+
+
+def print_tables(measurements: list[Measurement], notes: list[str]) -> None:
+    """Times of all problems, a table for each family of kernels, and the fastest of each."""
+    print()
+    tables: dict[str, list[Measurement]] = {}
+    for measurement in measurements:
+        spec, (title, _) = measurement.task_spec, family(measurement)
+        named = replace(spec, label=f"{spec.label}: {title}")
+        own = Measurement(measurement.number_per_run, measurement.raw_times, named)
+        tables.setdefault(title, []).append(own)
+    for own in tables.values():
+        Compare(own).print()
+    print("fastest of each kind: us (TFLOP/s); x: how many times faster")
+    print("\n".join([*summary(measurements), *notes]))
+
+
+def summary(measurements: list[Measurement]) -> list[str]:
+    """Lines of a table: of each problem the fastest of each kind, us and TFLOP/s.
+
+    The last columns say how many times faster our 2:4 product is than cuSPARSELt and than torch's
+    8-bit one.
+    """
+    best: dict[Problem, dict[str, Measurement]] = {}
+    for measurement in measurements:
+        own, (_, kind) = best.setdefault(size_of(measurement), {}), family(measurement)
+        if kind not in own or measurement.median < own[kind].median:
+            own[kind] = measurement
+    kinds = [kind for _, kind in dict.fromkeys(FAMILIES.values())]
+    kinds = [kind for kind in kinds if any(kind in own for own in best.values())]
+    peers = [kind for kind in ("cuSPARSELt", "torch 8 bits") if {kind, "ours 2:4"} <= {*kinds}]
+    lines = [["M", "K", "N", *kinds, *(f"2:4 x {kind}" for kind in peers)]]
+    for sizes, own in best.items():
+        cells = list(map(str, sizes))
+        for kind in kinds:
+            found = own.get(kind)
+            cells.append(f"{found.median * 1e6:.1f} ({tflops(found):.1f})" if found else "-")
+        for kind in peers:
+            both = own.get(kind), own.get("ours 2:4")
+            cells.append(f"{both[0].median / both[1].median:.2f}" if all(both) else "-")
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.rjust, line, widths)) for line in lines]
 
 
 def store(
@@ -313,12 +442,9 @@ def store(
             }
         )
     facts = {
-        "command": "python scripts/sparse_benchmarks.py " + " ".join(sys.argv[1:]),
+        **circumstances("python scripts/sparse_benchmarks.py", options),
         "mode": options.mode,
         "dtype": options.dtype,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
         "protocol": f"CUDA graphs, rotating weights > {ROTATE_BYTES} bytes, median of "
         f"{options.replays} replays",
         "problems": len(problems),

@@ -3,6 +3,8 @@
     python scripts/tune.py                          # the shapes below, group size 128, float16
     python scripts/tune.py --shapes 4096x4096 --m 1 16
     python scripts/tune.py --type uint8b128         # to tuning/<type>/<gpu>.json
+    python scripts/tune.py --dtype bfloat16 --m 64 256  # to tuning/bfloat16/<gpu>.json; all other
+                                                        # numbers of tokens as for float16
 
 For every shape (K x N) and number of tokens the `--candidates` configurations that
 kernel_configs.estimate ranks first (0: all), and all of the small-batch kernel that fit, are timed,
@@ -38,7 +40,13 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def candidates(
-    m: int, k: int, n: int, group_size: int, limit: int, weight_type: str = "uint4b8"
+    m: int,
+    k: int,
+    n: int,
+    group_size: int,
+    limit: int,
+    weight_type: str = "uint4b8",
+    dtype: str = "float16",
 ) -> list[KernelConfig]:
     """Configurations worth timing: what the library chooses now, and the best by estimate."""
     k_tiles, column_tiles = k // kernel_configs.TILE_K, n // kernel_configs.TILE_N
@@ -60,7 +68,7 @@ def candidates(
         limit = min(limit or 8, 8)
     small = [config for config in fitting if isinstance(config, DecodeConfig)]
     now = kernel_configs.select_config(
-        m, k_tiles, column_tiles, group_size, weight_type=weight_type
+        m, k_tiles, column_tiles, group_size, weight_type=weight_type, dtype=dtype
     )
     return list(dict.fromkeys([now, *(fitting[:limit] if limit else fitting), *small]))
 
@@ -77,18 +85,25 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES.split())
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--type", choices=WEIGHT_TYPES, default="uint4b8")
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16"), help="of activations; default: the type's first"
+    )
     parser.add_argument("--group_size", type=int, help="default: the type's largest")
     parser.add_argument("--candidates", type=int, default=40)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--measurements", type=Path, help="also write every time that was taken")
     options = parser.parse_args()
+    served = WEIGHT_TYPES[options.type].activations
+    options.dtype = options.dtype or served[0]
+    if options.dtype not in served:
+        parser.error(f"--dtype {options.dtype}: {options.type} takes {' or '.join(served)}")
     known = kernel_configs.group_sizes(options.type)
     options.group_size = options.group_size or max(known)
     if options.group_size not in known:
         parser.error(f"--group_size {options.group_size} is not in {known} for {options.type}")
     gpu = torch.cuda.get_device_name()
     key = kernel_configs.gpu_key(gpu)
-    output = options.output or kernel_configs.tuning_path(key, options.type)
+    output = options.output or kernel_configs.tuning_path(key, options.type, options.dtype)
     table, measurements = {}, []
     if output.is_file():  # keep what is not measured again
         for row in json.loads(output.read_text())["rows"]:
@@ -105,12 +120,13 @@ def main() -> None:
 def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) -> list[dict]:
     """The table's choices for one shape: for each limit of m a configuration and its time."""
     weights = RotatingWeights.make(k, n, options.group_size, weight_type=options.type)
-    dtype = activation_dtype(options.type)
+    dtype = getattr(torch, options.dtype)
     choices = []
     for m in options.m:
-        tried = candidates(m, k, n, options.group_size, options.candidates, options.type)
-        precompile(tried, options.group_size, options.type)
-        a = torch.randn(m, k, device="cuda").to(getattr(torch, dtype))
+        types = (options.type, options.dtype)
+        tried = candidates(m, k, n, options.group_size, options.candidates, *types)
+        precompile(tried, options)
+        a = torch.randn(m, k, device="cuda").to(dtype)
         out = a.new_empty(m, n)
         launches = max(2, weights.copies if m <= 256 else weights.copies // 4)
         times = {}
@@ -138,14 +154,9 @@ def _launch(config: KernelConfig, a: torch.Tensor, w: RotatingWeights, i: int, o
     )
 
 
-def activation_dtype(weight_type: str) -> str:
-    """float16, but for types that it does not serve."""
-    return WEIGHT_TYPES[weight_type].activations[0]
-
-
-def precompile(configs: list[KernelConfig], group_size: int, weight_type: str) -> None:
+def precompile(configs: list[KernelConfig], options: argparse.Namespace) -> None:
     """Compile in parallel what the launches will ask for."""
-    types = (activation_dtype(weight_type), group_size, weight_type)
+    types = (options.dtype, options.group_size, options.type)
     sources = {config.source(*types) for config in configs}
     arch = launch.device_arch(torch.cuda.current_device())
     with ThreadPoolExecutor() as pool:
@@ -163,7 +174,7 @@ def write(
         "gpu": gpu,
         "weight_type": options.type,
         "group_size": options.group_size,
-        "dtype": activation_dtype(options.type),
+        "dtype": options.dtype,
         "torch": torch.__version__,
         "driver": _driver_version(),
         "host": platform.machine(),

@@ -101,27 +101,35 @@ def _size_first(path: Path) -> tuple[int, str]:
 
 
 def kernels() -> str:
-    path = RESULTS / "bench_h200_batch_invariant.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| tokens | faster than torch.matmul (FP16) | least | times the read floor | most |",
-        "|---|---|---|---|---|",
+        "| tokens | FP16: faster than torch.matmul | least | times the read floor | most "
+        "| BF16: faster than torch.matmul | least |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for m in sorted({row["m"] for row in content["rows"]}):
-        rows = [row for row in content["rows"] if row["m"] == m]
-        faster = [row["cublas"] / row["us"] for row in rows]
-        floor = [row["us"] / row["floor"] for row in rows]
-        lines.append(
-            f"| {m} | {geometric_mean(faster):.2f}x | {min(faster):.2f}x "
-            f"| {geometric_mean(floor):.2f} | {max(floor):.2f} |"
-        )
-    where = content["circumstances"]
+    measured = {dtype: _bench(dtype) for dtype in ("float16", "bfloat16")}
+    for m in sorted({row["m"] for row in measured["bfloat16"]["rows"]}):
+        faster, floor = {}, []
+        for dtype, content in measured.items():
+            rows = [row for row in content["rows"] if row["m"] == m]
+            faster[dtype] = [row["cublas"] / row["us"] for row in rows]
+            floor = floor or [row["us"] / row["floor"] for row in rows]
+        cells = [f"{geometric_mean(f):.2f}x | {min(f):.2f}x" for f in faster.values()]
+        cells.insert(1, f"{geometric_mean(floor):.2f} | {max(floor):.2f}")
+        lines.append(f"| {m} | {' | '.join(cells)} |")
+    where = [content["circumstances"] for content in measured.values()]
+    commits = " and ".join(dict.fromkeys(w["commit"] for w in where))
     lines.append(
-        f"\n{where['gpu'].split(',')[0]}, torch {where['torch']}, FP16, group size 128, geometric "
-        f"means over eight layer shapes of Llama-2 7B and 70B, at commit {where['commit']}: "
-        f"`python {where['command']}`."
+        f"\n{where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, group size 128, geometric "
+        f"means over eight layer shapes of Llama-2 7B and 70B, at commit {commits}: "
+        + " and ".join(f"`python {w['command']}`" for w in where)
+        + "."
     )
     return "\n".join(lines)
+
+
+def _bench(dtype: str) -> dict:
+    path = RESULTS / f"bench_h200_{dtype}_g128.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -65,3 +65,16 @@ def test_two_processes_print_one_result_with_both_ranks(tmp_path):
         assert {"collective.sum", "collective.gather"} <= usual.keys()
         assert 0 < usual["solve.factor"] < usual["solve"]
     assert result["layers"] == 2 and len(result["seconds_of_each_layer"]) == 2
+
+
+def test_kernels_of_one_layer_more(tmp_path):
+    shape = tmp_path / "shape.json"
+    shape.write_text(tiny_config(Source()).to_json_string())
+    bench(tmp_path, "--from_config", str(shape), "--profile")
+    result = json.loads((tmp_path / "results" / "bench_quantize_shape_fast.json").read_text())
+    assert result["layers"] == result["layers_of_model"] - 1 == 1
+    slowest = [kernel["seconds"] for kernel in result["slowest_kernels"]]
+    assert slowest == sorted(slowest, reverse=True) and slowest[0] > 0
+    floor = result["floor_of_a_layer"]
+    assert all(floor[part] > 0 for part in ("factor", "target", "update", "refit", "sweep"))
+    assert {"solve.refit", "solve.sweep"} <= result["ranks"][0]["seconds_of_a_layer"].keys()

@@ -105,7 +105,7 @@ def test_act_order_on_sm90_gathers_in_kernels_and_before_them() -> None:
     for name, k, n, group_size in (("uint4b8", 4096, 4096, 128), ("uint8b128", 512, 1024, 32)):
         for m in prebuilt.TOKENS:
             config = kernel_configs.select_for_act_order(
-                m, k // 64, n // 64, group_size, weight_type=name
+                m, k // 64, n // 64, group_size, weight_type=name, dtype="bfloat16"
             )
             assert config.source("bfloat16", group_size, name) in sources
             assert config.gathers or kernel_configs.gather_plan(m, k, k).source() in sources
@@ -601,7 +601,7 @@ def test_sm90_launches_as_python_does(
     typed = {"weight_type": name}
     for m in prebuilt.TOKENS:
         config = kernel_configs.select_config(
-            m, k_tiles, column_tiles, g, batch_invariant=batch_invariant, **typed
+            m, k_tiles, column_tiles, g, batch_invariant=batch_invariant, dtype=dtype, **typed
         )
         group_size = -1 if shape.groups == 1 else g
         types = (name, dtype, dtype, m % 3 == 0)  # half sums are not needed, float32 will do

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptq.distributed import Workers
-from gptq.hessian import _STRIPE, Factor, Hessian, factorize, invert_upper
+from gptq.hessian import _STRIPE, Factor, Hessian, factorize, invert_upper, is_finite
 from marlin_kernel import NumericalError
 
 
@@ -136,6 +136,18 @@ def test_one_bad_activation_is_noticed(bad):
     x[2, _STRIPE + 3] = bad
     h.add(x)
     assert not h.finite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_bad_value_anywhere_is_seen(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.full((9, 30), largest, dtype=dtype)
+    assert is_finite(x) and is_finite(-x.T)
+    for place in (0, 137, 269):
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            wrong = x.clone()
+            wrong.view(-1)[place] = bad
+            assert not is_finite(wrong)
 
 
 def check_factor(factor: Factor, h: torch.Tensor) -> None:

@@ -395,3 +395,29 @@ def test_a_shape_is_quantized_from_the_command_line(config_file, tmp_path, monke
         assert message in capsys.readouterr().err
     assert main(["--wbits", "4"]) == 2
     assert "no model; give a checkpoint, or --from_config" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_norms_of_a_gpu_are_those_of_the_modules(llama, dtype):
+    """But for their second rounding, and in one kernel: what makes them fast."""
+    model = StreamedModel(llama, dtype, torch.device("cuda"))
+    stages = Stages(model.layer(0), model.family)
+    draw = torch.Generator("cuda").manual_seed(0)
+    shape = 3, 50, model.config.hidden_size
+    hidden = (torch.randn(shape, device="cuda", generator=draw) * 30).to(dtype)
+    for norm, found in (
+        (stages.attention_norm, stages.attention_input),
+        (stages.mlp_norm, stages.mlp_input),
+    ):
+        norm.weight.data.uniform_(-2, 2, generator=draw)
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            ours = found(hidden)
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+        assert sum(kernel.count for kernel in kernels) == 1
+        wanted = norm(hidden)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, wanted, rtol=3 * torch.finfo(dtype).eps, atol=0)

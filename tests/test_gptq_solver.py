@@ -405,9 +405,11 @@ def test_refit_survives_a_group_that_decodes_to_zero():
     assert not torch.equal(fitted[1:, 1:], start.scales[1:, 1:])
 
 
-def test_sweep_is_coordinate_descent():
+@pytest.mark.parametrize("blocksize", [24, 40, 128])
+def test_sweep_is_coordinate_descent(blocksize):
     """Every input in turn takes the code that is best given all others, checked by trying all."""
     w, h, start, opts = start_of_polish(1)
+    opts = replace(opts, blocksize=blocksize)
     w, codes, groups = w[:, :2].contiguous(), start.codes[:, :2].float(), start.g_idx
     s, z = start.scales[:, :2].contiguous(), start.zeros[:, :2].contiguous()
     found = _sweep(w, h, codes, s, z, groups, opts)

@@ -42,7 +42,7 @@ def test_pairs_cost_least() -> None:
     factor = factorize(h, 0.01, "layer")
     damped = torch.linalg.inv(factor.u.double().T @ factor.u.double())
     w = torch.randn(4, 50)
-    stays = sparsity.choose_pairs(w, factor.u[:4, :4])
+    stays = sparsity.choose_pairs(w, sparsity.pair_costs(factor.u)[0])
     assert bool((stays.sum(0) == 2).all())
     for column in range(w.shape[1]):
         best = torch.inf, None
@@ -73,6 +73,12 @@ def test_joint_solution_is_2_4_and_beats_magnitude(
         positions_2_4(values)  # raises if it is not 2:4
         assert bool((solution.codes[values.T == 0] == 8).all())
     assert loss(joint.weight().T - weight, h) < 0.6 * loss(rounded.weight().T - weight, h)
+
+
+def test_equal_magnitudes_keep_the_last() -> None:
+    w = torch.tensor([[1.0, -2, 0, 3], [-1, 2, 0, 0], [1, 2, 0, 4], [1, 1, 0, -0.5]])
+    kept = torch.tensor([[0.0, 0, 0, 3], [0, 2, 0, 0], [1, 2, 0, 4], [1, 0, 0, 0]])
+    assert torch.equal(sparsity.keep_largest(w), kept)
 
 
 def test_blocksize_has_no_effect() -> None:
@@ -146,6 +152,7 @@ def logits(folder: Path, **options: bool) -> torch.Tensor:
         ("--wbits", "8", "--nearest"),
         ("--wbits", "4", "--no-act-order", "--groupsize", "-1"),
         ("--wbits", "4", "--format", "gptq"),
+        ("--wbits", "4", "--refine", "2"),
     ),
     ids=" ".join,
 )
@@ -181,6 +188,31 @@ def test_pruning_alone_writes_a_plain_checkpoint(flags, source, tmp_path) -> Non
         else:
             assert torch.equal(checkpoint[name], original[name])
     assert bool(logits(tmp_path / "out").isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wbits", (4, 8, 16))
+def test_checkpoints_pruned_on_a_gpu(wbits, source, tmp_path) -> None:
+    """The CUDA solver's checkpoint is 2:4 and as near to the source as that of the CPU."""
+    model, found = load_model(source, dtype=torch.float32), []
+    for device in ("cuda", "cpu"):
+        out = tmp_path / device
+        flags = ("--wbits", str(wbits), "--device", device, "--dtype", "float32")
+        assert quantize(source, out, *flags) == 0
+        checkpoint = open_checkpoint(out)
+        scheme = None if wbits == 16 else packed_scheme(checkpoint)
+        error = 0.0
+        for name, linear in model.named_modules():
+            if not name.endswith("proj"):
+                continue
+            if scheme is None:
+                weight = checkpoint[f"{name}.weight"].float()
+            else:
+                weight = read_layer(checkpoint, scheme, name).dequantize().T.contiguous()
+            positions_2_4(weight)
+            error += float((weight - linear.weight).square().sum())
+        found.append(error)
+    assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
 def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:

@@ -281,13 +281,12 @@ def test_checkpoints_of_every_type(wtype, source, flags, tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "nvfp4"])
-def test_checkpoints_of_other_types_on_a_gpu(name, source, flags, tmp_path, capsys):
+def test_checkpoints_of_other_types_on_a_gpu(name, source, flags, tmp_path):
     found = {}
     for method in ("--nearest", "--no-nearest"):
         out = tmp_path / method
         named = ["--weight_type", name, method, "--save", str(out), "--device", "cuda"]
         assert main([*flags, *named]) == 0
-        assert f"torch (no kernels for {name})" in capsys.readouterr().out
         found[method] = divergence(source, out, "cuda")
     assert found["--no-nearest"] < found["--nearest"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -217,15 +219,39 @@ def test_batch_invariant_choice_orders_additions_by_k_and_n_only() -> None:
 
 
 def test_tuned_rows_name_supported_configurations() -> None:
-    tables = [("uint4b8", path) for path in kernel_configs.TUNING_DIRECTORY.glob("*.json")]
-    for name in WEIGHT_TYPES:
-        tables += [(name, p) for p in (kernel_configs.TUNING_DIRECTORY / name).glob("*.json")]
-    for weight_type, path in tables:
+    for weight_type in WEIGHT_TYPES:
         supported = set(kernel_configs.supported_configs(weight_type))
-        for choices in kernel_configs._tuned_rows(path.stem, weight_type).values():
+        for dtype in WEIGHT_TYPES[weight_type].activations:
+            check_tuned_rows(weight_type, dtype, supported)
+
+
+def check_tuned_rows(weight_type: str, dtype: str, supported: set) -> None:
+    for path in kernel_configs.tuning_path("any", weight_type, dtype).parent.glob("*.json"):
+        for choices in kernel_configs._tuned_rows(path.stem, weight_type, dtype).values():
             limits = [limit for limit, _ in choices]
             assert limits == sorted(limits)
             assert {config for _, config in choices} <= supported
+
+
+def test_rows_of_a_dtype_replace_those_of_another(tmp_path, monkeypatch) -> None:
+    def write(path, choices: dict[int, int]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries = [
+            {"m": m, "kind": "gemm", "config": asdict(GemmConfig(tokens, 1, 4, 1, 1, False))}
+            for m, tokens in choices.items()
+        ]
+        path.write_text(json.dumps({"rows": [{"k": 256, "n": 128, "choices": entries}]}))
+
+    monkeypatch.setattr(kernel_configs, "TUNING_DIRECTORY", tmp_path)
+    write(kernel_configs.tuning_path("some"), {16: 16, 64: 64, 8192: 256})
+    write(kernel_configs.tuning_path("some", dtype="bfloat16"), {64: 32, 256: 128})
+    chosen = {
+        dtype: [kernel_configs.select_config(m, 4, 2, 128, gpu="some", dtype=dtype).tokens for m in
+                (9, 16, 17, 64, 65, 256, 257, 100000)]
+        for dtype in ("float16", "bfloat16")
+    }  # fmt: skip
+    assert chosen["float16"] == [16, 16, 64, 64, 256, 256, 256, 256]
+    assert chosen["bfloat16"] == [16, 16, 32, 32, 128, 128, 256, 256]
 
 
 def test_choice_for_act_order() -> None:

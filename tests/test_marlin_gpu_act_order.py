@@ -78,6 +78,7 @@ class Ordered:
             gpu=launch._gpu_key(0),
             multiprocessors=launch.multiprocessors(0),
             weight_type=self.weight_type,
+            dtype=self.dtype,
         )
 
     def check(self, m: int, a: Tensor, config: KernelConfig | None = None) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.benchmark import Compare, Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import plot_bench  # noqa: E402
 import sparse_benchmarks  # noqa: E402
+
+from marlin_kernel.sparse import prune_2_4  # noqa: E402
 
 
 def problems(*arguments: str) -> list[tuple[int, int, int]]:
@@ -25,7 +28,7 @@ def problems(*arguments: str) -> list[tuple[int, int, int]]:
 def test_square_problems() -> None:
     dims = ("--dim-start", "128", "--dim-end", "512", "--dim-increment", "128")
     assert problems("square_bench", *dims) == [(d, d, d) for d in (128, 256, 384, 512)]
-    with pytest.raises(SystemExit, match="no range"):
+    with pytest.raises(SystemExit, match="--dim-end 8 is less than --dim-start 9"):
         problems("square_bench", "--dim-start", "9", "--dim-end", "8", "--dim-increment", "1")
 
 
@@ -48,21 +51,109 @@ def test_models_are_divided_by_tensor_parallelism() -> None:
         problems(*llama, "--tp-sizes", "7")
 
 
+SQUARE = ("square_bench", "--dim-start", "64", "--dim-end", "64", "--dim-increment", "64")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("--replays", "0", *SQUARE), "'0' is no whole number of at least 1"),
+        (("model_bench", "--batch-sizes", "16", "-1"), "'-1' is no whole number"),
+        (("model_bench", "--models", "nobody/nothing"), "invalid choice: 'nobody/nothing'"),
+        (("range_bench", *SQUARE[1:], "--k-constant", "x"), "'x' is no whole number"),
+    ),
+)
+def test_bad_options_are_named(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit):
+        problems(*arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (("--only", "ours,cuspar5e", *SQUARE), "holds 'cuspar5e'; with --dtype fp8 .*cusparselt"),
+        (("range_bench", *SQUARE[1:], "--k-constant", "30"), "K=30 is no multiple of 4"),
+        (SQUARE, "on a CUDA GPU, and torch finds none"),
+    ),
+)
+def test_what_cannot_run_is_said_before_it_runs(arguments, message, monkeypatch) -> None:
+    monkeypatch.setattr(sparse_benchmarks.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message):
+        sparse_benchmarks.main(["--dtype", "fp8", *arguments])
+
+
+@pytest.mark.parametrize("dtype", sparse_benchmarks.DTYPES)
+def test_names_are_those_of_the_kernels(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(sparse_benchmarks, "ROTATE_BYTES", 1)
+    a = torch.ones(32, 64).to(sparse_benchmarks.DTYPES[dtype])
+    w = prune_2_4(torch.ones(48, 64)).to(sparse_benchmarks.DTYPES[dtype])
+    found = [name for name, _ in sparse_benchmarks.torch_kernels(a, w, dtype)]
+    for sparse in (False, True):
+        for name, calls, expected in sparse_benchmarks.own_kernels(a, w, sparse):
+            found.append(name)
+            assert torch.equal(calls[0](), expected)
+    assert [*found, "cusparselt"] == sparse_benchmarks.kernel_names(dtype)
+    assert all(sparse_benchmarks.family(measurement(name, 16, 1.0)) for name in found)
+    options = sparse_benchmarks.parser().parse_args(
+        ["--dtype", dtype, "--only", "bf16,se_te", *SQUARE]
+    )
+    assert sparse_benchmarks.wanted_kernels(options) == {
+        "torch_bf16", "ours_dense_tensor", "ours_dense_tensor_bias", "ours_sparse_tensor",
+        "ours_sparse_tensor_bias",
+    }  # fmt: skip
+
+
+def measurement(name: str, m: int, seconds: float) -> Measurement:
+    names = {"sub_label": f"MKN=({m}x4096x4096)", "description": name}
+    task = TaskSpec("", "", label="model_bench-fp8", **names)
+    return Measurement(10, [10 * seconds] * 3, task)
+
+
+def run() -> list[Measurement]:
+    """Two kernels and two sizes."""
+    kernels = ("ours_sparse_tensor", 5e-5), ("torch_fp8_tensor", 1e-4)
+    return [measurement(name, m, seconds) for name, seconds in kernels for m in (16, 1024)]
+
+
 @pytest.fixture
 def stored(tmp_path) -> dict[str, Path]:
-    """A run of two kernels and two sizes, as .pkl and .json."""
-    measurements = []
-    for name, speed in (("ours_sparse_tensor", 2.0), ("torch_fp8_tensor", 1.0)):
-        for m in (16, 1024):
-            names = {"sub_label": f"MKN=({m}x4096x4096)", "description": name}
-            task = TaskSpec("", "", label="model_bench-fp8", **names)
-            measurements.append(Measurement(10, [1e-3 / speed] * 3, task))
+    """A run as .pkl and .json."""
     arguments = ["--dtype", "fp8", "--output", str(tmp_path), "model_bench"]
     options = sparse_benchmarks.parser().parse_args(arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_benchmarks.torch.cuda, "get_device_name", lambda: "a GPU")
-        sparse_benchmarks.store(measurements, [(16, 4096, 4096)], options, ["a note"])
+    sparse_benchmarks.store(run(), [(16, 4096, 4096)], options, ["a note"])
     return {path.suffix: path for path in tmp_path.iterdir()}
+
+
+def test_tables_fit_a_screen_and_hold_the_fastest(capsys) -> None:
+    names = sparse_benchmarks.kernel_names("fp8")
+    found = [measurement(name, m, 1e-5 * m) for m in (16, 8192) for name in names]
+    found += [measurement("ours_sparse_tensor", 1024, 5e-5), measurement("cusparselt", 1024, 6e-5)]
+    sparse_benchmarks.print_tables(found, ["a note"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 160
+    assert all(f"model_bench-fp8: {t}" in out for t, _ in sparse_benchmarks.FAMILIES.values())
+    assert out.endswith("a note\n")
+    heads, *rows = sparse_benchmarks.summary(found)
+    assert all(kind in heads for _, kind in sparse_benchmarks.FAMILIES.values())
+    assert heads.endswith("2:4 x cuSPARSELt  2:4 x torch 8 bits")
+    assert rows[2].split() == [
+        "1024", "4096", "4096", "-", "-", "-", "60.0", "(572.7)", "50.0", "(687.2)", "1.20", "-"
+    ]  # fmt: skip
+
+
+def test_a_failing_run_keeps_what_it_has(tmp_path, monkeypatch, capsys) -> None:
+    def bench(m, k, n, options, wanted, label, notes):
+        yield measurement("torch_bf16", m, 1e-4)
+        raise RuntimeError("the second kernel fails")
+
+    monkeypatch.setattr(sparse_benchmarks, "bench", bench)
+    monkeypatch.setattr(sparse_benchmarks.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="the second kernel"):
+        sparse_benchmarks.main(["--dtype", "fp8", "--output", str(tmp_path), *SQUARE])
+    assert "[1/1] M=64 K=64 N=64" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["rows"][0]["kernel"] == "torch_bf16"
 
 
 def test_stored_runs_hold_measurements_and_rates(stored) -> None:
@@ -72,6 +163,9 @@ def test_stored_runs_hold_measurements_and_rates(stored) -> None:
     assert "ours_sparse_tensor" in str(Compare(measurements))
     facts = json.loads(stored[".json"].read_text())
     assert facts["notes"] == ["a note"] and len(facts["rows"]) == 4
+    assert facts["command"].startswith("python scripts/sparse_benchmarks.py")
+    assert {"commit", "torch", "cuda", "gpu"} <= set(facts)
+    assert str(stored[".json"].parent) not in stored[".json"].read_text()
     row = facts["rows"][1]
     assert (row["m"], row["kernel"]) == (1024, "ours_sparse_tensor")
     assert row["us"] == 50.0

@@ -13,8 +13,8 @@ extern "C" __attribute__((visibility("default"))) int run_gather(int threads, in
                                                                  unsigned seed, int grid_x,
                                                                  int grid_y, int shared_bytes,
                                                                  const sm90::GatherProblem* p) {
-  if (threads == 128 && rows == 1)
-    return run<sm90::GatherConfig<128, 1>>(seed, grid_x, grid_y, shared_bytes, *p);
+  if (threads == 256 && rows == 1)
+    return run<sm90::GatherConfig<256, 1>>(seed, grid_x, grid_y, shared_bytes, *p);
   if (threads == 256 && rows == 2)
     return run<sm90::GatherConfig<256, 2>>(seed, grid_x, grid_y, shared_bytes, *p);
   return -1;
