@@ -190,8 +190,7 @@ class GemmConfig:
     the k range, when blocks share a tile of outputs; cluster: those blocks form a cluster and add
     in its shared memory (otherwise in global memory, and split is an argument of the launch); tail:
     only tiles of the last, incomplete round over the multiprocessors are split; warpgroups: that
-    multiply, 2 or 4; multicast: neighbouring blocks of features that form a cluster and fetch each
-    token for all of them (not together with `cluster`).
+    multiply, 2 or 4.
     """
 
     tokens: int
@@ -204,7 +203,6 @@ class GemmConfig:
     cluster: bool = False
     tail: bool = False
     warpgroups: int = 2
-    multicast: int = 1
     gathers: ClassVar[bool] = False  # its activations are in the order of the weights
 
     @property
@@ -216,11 +214,6 @@ class GemmConfig:
         """Column tiles (64 features) of a block."""
         return self.warpgroups * self.m_tiles
 
-    @property
-    def cluster_blocks(self) -> int:
-        """Blocks of a cluster of the launch."""
-        return self.split if self.cluster else self.multicast
-
     def source(self, dtype: str, group_size: int, weight_type: str = "uint4b8") -> KernelSource:
         """dtype: "float16" or "bfloat16"; group_size: one of group_sizes(weight_type)."""
         numbers = (
@@ -229,7 +222,6 @@ class GemmConfig:
             self.warpgroups,
             self.m_tiles,
             self.split if self.cluster else 1,
-            self.multicast,
             self.stages,
             self.blocks_per_sm,
             self.stage_tiles,
@@ -261,19 +253,15 @@ class GemmConfig:
         return self.storage_bytes(group_size, weight_type)
 
     def tiles(self, m: int, column_tiles: int) -> int:
-        """Output tiles of a problem; with multicast those of a whole cluster."""
-        return -(-column_tiles // (self.columns * self.multicast)) * -(-m // self.tokens)
-
-    def _slots(self, multiprocessors: int) -> int:
-        """Blocks (with multicast: clusters) that are resident together, each at a tile."""
-        return resident_clusters(self.multicast, self.blocks_per_sm, multiprocessors)
+        """Output tiles of a problem."""
+        return -(-column_tiles // self.columns) * -(-m // self.tokens)
 
     def whole_tiles(self, m: int, column_tiles: int, multiprocessors: int = 132) -> int:
         """Tiles that are not split; they come first."""
         tiles = self.tiles(m, column_tiles)
         if self.split == 1:
             return tiles
-        slots = self._slots(multiprocessors)
+        slots = multiprocessors * self.blocks_per_sm
         return tiles // slots * slots if self.tail else 0
 
     def grid(
@@ -290,14 +278,13 @@ class GemmConfig:
         items = whole + (self.tiles(m, column_tiles) - whole) * self.split
         if self.cluster:
             return (items, 1, 1)
-        return (min(items, self._slots(multiprocessors)) * self.multicast, 1, 1)
+        return (min(items, multiprocessors * self.blocks_per_sm), 1, 1)
 
     def workspace(self, m: int, column_tiles: int, multiprocessors: int = 132) -> tuple[int, int]:
         """Floats of partial sums and number of counters that a launch needs."""
         if self.split == 1 or self.cluster:
             return 0, 0
         tiles = self.tiles(m, column_tiles) - self.whole_tiles(m, column_tiles, multiprocessors)
-        tiles *= self.multicast
         return tiles * self.split * self.columns * TILE_N * self.tokens, self.warpgroups * tiles
 
     def fits(self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8") -> bool:
@@ -305,8 +292,6 @@ class GemmConfig:
             return False  # a commit and a wait for every 16 k
         if group_size == -1 and (self.tokens, self.m_tiles, self.blocks_per_sm) == (16, 2, 2):
             return False  # the compiler runs out of registers and serialises its products
-        if self.multicast > 1 and (self.cluster or self.tokens % (8 * self.multicast)):
-            return False  # clusters share one thing; each block fetches whole rows of the swizzle
         partial = self.columns * TILE_N * (self.tokens + 4) * 4
         return (
             m > 0
@@ -412,20 +397,6 @@ _WIDE_SHAPES = (  # the same, of four warpgroups
     (32, 1, 5, 1, 2, False),
     (64, 1, 5, 1, 2, False),
 )
-_MULTICAST_SHAPES = (  # the same, and warpgroups, and blocks that share tokens
-    (32, 2, 4, 1, 2, True, 2, (2,)),
-    (32, 1, 5, 1, 2, False, 4, (2,)),
-    (64, 1, 6, 1, 2, True, 2, (2, 4)),
-    (64, 1, 3, 2, 2, False, 2, (2,)),
-    (64, 2, 8, 1, 1, False, 2, (2,)),
-    (64, 1, 5, 1, 2, False, 4, (2, 4)),
-    (128, 1, 6, 1, 1, False, 2, (2, 4)),
-    (128, 1, 8, 1, 1, False, 2, (2,)),
-    (128, 1, 4, 1, 2, False, 2, (2, 4)),
-    (128, 2, 4, 1, 1, False, 2, (2,)),
-    (128, 2, 6, 1, 1, False, 2, (2,)),
-    (256, 1, 4, 1, 1, False, 2, (2,)),
-)
 # 8-bit codes: as many bytes in flight are fewer stages.
 _DECODE_SHAPES_8 = (
     (1, 1, 4, 2, 4),
@@ -462,13 +433,6 @@ _WIDE_SHAPES_8 = (
     (32, 1, 4, 1, 2, False),
     (64, 1, 3, 1, 2, False),
 )
-_MULTICAST_SHAPES_8 = (
-    (64, 1, 4, 2, 1, False, 2, (2,)),
-    (64, 1, 3, 1, 2, False, 4, (2,)),
-    (128, 1, 6, 1, 1, False, 2, (2,)),
-    (128, 2, 4, 1, 1, False, 2, (2,)),
-    (256, 1, 3, 1, 1, False, 2, (2,)),
-)
 # 4-bit codes of other types than uint4b8 may need more registers.
 _DECODE_SHAPES_4 = (*_DECODE_SHAPES, (2, 1, 8, 3, 1))
 # Groups of 16 k scale weights only.
@@ -487,15 +451,12 @@ _INVARIANT_SHAPES = ((32, 4, 2), (64, 4, 2), (128, 3, 1))  # tokens, stages, blo
 def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
     """Every configuration that `select_config` may return for a type."""
     decode_shapes, shapes, wide_shapes = _DECODE_SHAPES, _GEMM_SHAPES, _WIDE_SHAPES
-    shared_shapes = _MULTICAST_SHAPES
     if WEIGHT_TYPES[weight_type].bits == 8:
         decode_shapes, shapes, wide_shapes = _DECODE_SHAPES_8, _GEMM_SHAPES_8, _WIDE_SHAPES_8
-        shared_shapes = _MULTICAST_SHAPES_8
     elif weight_type != "uint4b8":
         decode_shapes = _DECODE_SHAPES_4
     if 16 in group_sizes(weight_type):
         shapes = (*_GEMM_SHAPES_16, *(shape for shape in shapes if not shape[-1]))
-        shared_shapes = tuple(shape for shape in shared_shapes if not shape[5])
     configs: list[KernelConfig] = [
         DecodeConfig(t, wn, wk, split, stages, blocks)
         for t, wn, wk, stages, blocks in decode_shapes
@@ -510,12 +471,6 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
             configs += [
                 GemmConfig(*shape, split, tail=True, warpgroups=groups) for split in _SPLITS
             ]
-    for *shape, groups, multicasts in shared_shapes:
-        for multicast in multicasts:
-            one = GemmConfig(*shape, warpgroups=groups, multicast=multicast)
-            configs += [replace(one, split=split) for split in (1, *_SPLITS)]
-            if one.tokens >= 64:
-                configs += [replace(one, split=split, tail=True) for split in _SPLITS]
     for tokens, stages, blocks in _INVARIANT_SHAPES:
         configs += [GemmConfig(tokens, 1, stages, blocks, 2, False, s) for s in (1, 2, 4)]
     return tuple(dict.fromkeys(configs))
@@ -632,8 +587,8 @@ def _estimate_gemm(
     cycles = _TILE_CYCLES[tokens]
     if tokens <= 64 and not config.scale_sums:
         cycles *= _SCALED_WEIGHTS
-    tiles = config.tiles(m, column_tiles) * config.multicast
-    slots = resident_clusters(config.multicast, resident, multiprocessors) * config.multicast
+    tiles = config.tiles(m, column_tiles)
+    slots = multiprocessors * resident
     blocks, whole_rounds = tiles * config.split, 0
     if config.tail:
         blocks = tiles % slots * config.split
@@ -649,7 +604,7 @@ def _estimate_gemm(
     steps = on_busiest * -(-k_tiles // config.split) + whole_rounds * resident * k_tiles
     compute = steps * columns * cycles / _CLOCK
     weights = k_tiles * column_tiles * _read_bytes(weight_type)
-    activations = tiles // config.multicast * k_tiles * min(m, tokens) * TILE_K * 2
+    activations = tiles * k_tiles * min(m, tokens) * TILE_K * 2
     memory = weights / _DRAM_RATE + activations / _ACTIVATION_RATE
     floats = columns * TILE_N * min(m, tokens)
     reduction = 0.0

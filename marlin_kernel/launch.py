@@ -230,7 +230,7 @@ def plan_for(
                 *(m, k_tiles, column_tiles, group_size, multiprocessors(index), weight_type)
             ),
             config.threads,
-            config.split if isinstance(config, DecodeConfig) else config.cluster_blocks,
+            config.split if isinstance(config, DecodeConfig) or config.cluster else 1,
             config.shared_bytes(m, k_tiles, group_size, weight_type),
             stream,
             _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES,
@@ -417,7 +417,7 @@ def launch_config(
         a, stride = _aligned_rows(a, stride)
         start, end = _TENSOR_MAP_OFFSET, _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES
         plan.arguments[start:end] = _tensor_map(
-            *(a.data_ptr(), _DTYPES[a.dtype], m, k, 2 * stride, config.tokens // config.multicast)
+            a.data_ptr(), _DTYPES[a.dtype], m, k, 2 * stride, config.tokens
         )
     elif config.gathers:
         _ADDRESS.pack_into(plan.arguments, _TENSOR_MAP_OFFSET, perm.data_ptr())

@@ -266,7 +266,6 @@ typedef struct {{
   int family, threads;
   int tile_m, tile_n, tile_k;        /* tokens, features and inputs that a block takes at a time */
   int counters_per_tile, split, cluster, tail; /* cluster: blocks of one */
-  int multicast;                     /* of which so many share tokens */
   int blocks_per_processor;
   int shared_bytes;                  /* without the activations of the small-batch kernel */
   const char* key;                   /* in index.txt */
@@ -411,7 +410,7 @@ def arch_row(arch: str) -> str:
 
 def quantizer_row(arch: str, source: KernelSource) -> str:
     """A row of marlin_kernels: what rounds activations."""
-    numbers = (sm80_path._PREPARE_THREADS, *[0] * 10)
+    numbers = (sm80_path._PREPARE_THREADS, *[0] * 9)
     key = source_key(source, arch)
     return f'  {{MARLIN_FAMILY_QUANTIZE, {", ".join(map(str, numbers))}, "{key}"}},'
 
@@ -420,7 +419,6 @@ def kernel_row(v: Variant, config: Config) -> str:
     """A row of marlin_kernels."""
     t = v.types
     group_size = t.group_size or -1
-    multicast = getattr(config, "multicast", 1)
     if v.family == "sm80":
         family = "SM80"
         tile = (config.tile_m, config.tile_n, config.tile_k)
@@ -439,9 +437,10 @@ def kernel_row(v: Variant, config: Config) -> str:
     else:
         family = "SM90_GEMM"
         tile = (config.tokens, TILE_N * config.columns, TILE_K * config.stage_tiles)
-        rest = (config.warpgroups, config.split, config.cluster_blocks, int(config.tail))
+        cluster = config.split if config.cluster else 1
+        rest = (config.warpgroups, config.split, cluster, int(config.tail))
         shared_bytes = config.storage_bytes(group_size, t.weight_type)
-    numbers = (config.threads, *tile, *rest, multicast, config.blocks_per_sm, shared_bytes)
+    numbers = (config.threads, *tile, *rest, config.blocks_per_sm, shared_bytes)
     key = source_key(v.source(config), v.arch)
     return f'  {{MARLIN_FAMILY_{family}, {", ".join(map(str, numbers))}, "{key}"}},'
 

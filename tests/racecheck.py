@@ -36,10 +36,10 @@ _ARRIVAL = (
     "ptx::mbarrier_arrive(&shared_.empty[stage]);",
 )
 ALL_LANES = {  # header: its text, and what every lane does instead
-    "sm90/gemm.cuh": (  # without multicast
+    "sm90/gemm.cuh": (
         _ARRIVAL,
         (
-            "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * Config::MULTICAST);",
+            "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);",
             "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * kWarpSize);",
         ),
     ),

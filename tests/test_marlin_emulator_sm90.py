@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ pytestmark = pytest.mark.skipif(
 SEEDS = range(3)  # seed % 3: copies land late, at once, at random moments
 
 # Every structural choice: splits of warps and clusters, one and two column tiles per warpgroup,
-# short and long rings, scales on weights and on sums, with and without a feeding warpgroup, tokens
-# shared by two and four blocks.
+# short and long rings, scales on weights and on sums, with and without a feeding warpgroup.
 DECODE_CONFIGS = (
     DecodeConfig(token_tiles=1, warps_n=2, warps_k=2, split=1, stages=3, blocks_per_sm=1),
     DecodeConfig(token_tiles=2, warps_n=2, warps_k=3, split=4, stages=4, blocks_per_sm=1),
@@ -41,22 +39,15 @@ GEMM_CONFIGS = (
     GemmConfig(64, 2, 2, 1, stage_tiles=1, scale_sums=False, split=3, tail=True),
     GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=4),
 )
-MULTICAST_CONFIGS = (
-    GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=True, split=2, multicast=2),
-    GemmConfig(64, 1, 3, 1, stage_tiles=1, scale_sums=False, multicast=4),
-    GemmConfig(64, 2, 2, 1, stage_tiles=1, scale_sums=False, split=2, tail=True, multicast=2),
-    GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, warpgroups=4, multicast=2),
-)
 
 # M, N, K, multiprocessors
 DECODE_SHAPES = ((1, 64, 64, 1), (8, 301, 333, 1), (3, 200, 1088, 1), (15, 130, 448, 1))
 GEMM_SHAPES = ((1, 64, 64, 1), (17, 301, 333, 3), (65, 520, 448, 2), (130, 200, 320, 3))
-MULTICAST_SHAPES = (*GEMM_SHAPES, (150, 1100, 192, 5))  # the last: whole and split tiles
 
 
 def kernels(dtype: torch.dtype) -> list[Kernel]:
     group_sizes = (-1, 32, 64, 128) if dtype == torch.float16 else (-1, 64)
-    configs = (*DECODE_CONFIGS, *GEMM_CONFIGS, *MULTICAST_CONFIGS)
+    configs = (*DECODE_CONFIGS, *GEMM_CONFIGS)
     return [Kernel(config, dtype, g) for config in configs for g in group_sizes]
 
 
@@ -95,8 +86,7 @@ def test_matches_float64(kernel: Kernel) -> None:
     config = kernel.config
     built = library(kernel.dtype, type(config), kernel.group_size)
     ran = 0
-    shapes = DECODE_SHAPES if isinstance(config, DecodeConfig) else GEMM_SHAPES
-    for m, n, k, sms in shapes if config not in MULTICAST_CONFIGS else MULTICAST_SHAPES:
+    for m, n, k, sms in DECODE_SHAPES if isinstance(config, DecodeConfig) else GEMM_SHAPES:
         p = problem(m, n, k, kernel.dtype, kernel.group_size)
         if p.grouped != (kernel.group_size > 0) or not config.fits(
             m, p.k_padded // 64, kernel.group_size
@@ -111,19 +101,6 @@ def test_matches_float64(kernel: Kernel) -> None:
         assert all(torch.equal(results[0], other) for other in results)
         ran += 1
     assert ran >= 2
-
-
-def test_sharing_tokens_changes_no_bit() -> None:
-    """Blocks of a cluster add in the same order as blocks that fetch their own tokens."""
-    shared = [Kernel(c, torch.float16, 64) for c in MULTICAST_CONFIGS if not c.tail]
-    alone = [replace(k, config=replace(k.config, multicast=1)) for k in shared]
-    built = Sm90Library([*shared, *alone])
-    for m, n, k, sms in ((33, 301, 333, 3), (65, 520, 448, 8)):
-        p = problem(m, n, k, torch.float16, 64)
-        for pair in zip(shared, alone, strict=True):
-            (verdict, out), (other, expected) = (run(built, one, p, sms, 2) for one in pair)
-            assert verdict == other == "finished"
-            assert torch.equal(out, expected), pair
 
 
 def test_bf16_weights_from_subnormals_are_the_same() -> None:
@@ -153,11 +130,6 @@ MUTANTS = (
     ),
     Kernel(
         GemmConfig(16, 1, 4, 1, stage_tiles=1, scale_sums=False, split=2, cluster=True),
-        torch.float16,
-        64,
-    ),
-    Kernel(
-        GemmConfig(16, 1, 3, 1, stage_tiles=1, scale_sums=True, split=2, multicast=2),
         torch.float16,
         64,
     ),
@@ -245,31 +217,6 @@ MUTATIONS = {
         "sm90/gemm.cuh",
         "    ptx::cluster_arrive();  // no block may end while others read its sums\n"
         "    ptx::cluster_wait();\n",
-        "",
-    ),
-    "gemm: tokens go to blocks whose barriers are not initialised": (
-        "sm90/gemm.cuh",
-        "      ptx::warp_sync();\n      ptx::cluster_wait();\n",
-        "",
-    ),
-    "gemm: a block releases tokens for itself alone": (
-        "sm90/gemm.cuh",
-        "ptx::mbarrier_arrive_remote(&shared_.empty[stage], lane_);",
-        "ptx::mbarrier_arrive(&shared_.empty[stage]);",
-    ),
-    "gemm: the releases of other blocks are not waited for": (
-        "sm90/gemm.cuh",
-        "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * Config::MULTICAST);",
-        "ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);",
-    ),
-    "gemm: a block ends while others arrive at its barriers": (
-        "sm90/gemm.cuh",
-        "    ptx::warp_sync();\n    ptx::cluster_arrive();\n    ptx::cluster_wait();\n",
-        "",
-    ),
-    "gemm: every block of a cluster adds to the same sums": (
-        "sm90/gemm.cuh",
-        "      found.shared_tile = found.shared_tile * Config::MULTICAST + rank;\n",
         "",
     ),
 }

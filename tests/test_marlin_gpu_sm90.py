@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,34 +160,6 @@ def test_every_configuration(dtype: torch.dtype, group_size: int) -> None:
                 first = weights.run(a, config, bias=True)
                 weights.check(first, a, bias=True)
                 assert torch.equal(first, weights.run(a, config, bias=True)), config
-
-
-SHARING = {  # one split of each kernel whose blocks share tokens
-    config.source("float16", 128).expression: config
-    for config in kernel_configs.supported_configs()
-    if isinstance(config, GemmConfig) and config.multicast > 1 and config.split == 2
-}
-
-
-@pytest.mark.parametrize("config", SHARING.values(), ids=str)
-def test_sharing_tokens_changes_no_bit(config: GemmConfig) -> None:
-    """Edges of tiles and of the shares of a cluster; features that leave blocks without any."""
-    share = config.tokens // config.multicast
-    edges = (1, share - 1, share, share + 1, config.tokens, config.tokens + 1)
-    sizes = [*edges, 2 * config.tokens + share, 9 * config.tokens + 1]
-    for k, n in ((4096, 1024), (4096, 264), (1128, 440), (192, 8)):
-        weights = layer(k, n, 128, torch.float16)
-        for m in sizes:
-            a = tokens(m, k, torch.float16)
-            for tail in (False, True):
-                shared = replace(config, tail=tail)
-                if not shared.fits(m, weights.shape.k_padded // 64, weights.group_size):
-                    continue
-                out = weights.run(a, shared, bias=True)
-                weights.check(out, a, bias=True)
-                if not tail:  # which tiles are the last depends on how many are worked on at once
-                    alone = weights.run(a, replace(shared, multicast=1), bias=True)
-                    assert torch.equal(out, alone), (k, n, m)
 
 
 @pytest.mark.parametrize("stride", [1136, 1144, 1129, 1130])

@@ -455,13 +455,15 @@ static int marlin_lay_out_sm80(const marlin_device* device, const marlin_kernel*
   return 1;
 }
 
-/* Clusters of `blocks` blocks that are resident together, if so many blocks are on a multiprocessor
- * (kernel_configs.resident_clusters). */
-static int marlin_clusters(const marlin_device* device, int blocks, int resident) {
+/* Clusters of a small-batch kernel that are resident together (kernel_configs.resident_clusters).
+ */
+static int marlin_clusters(const marlin_device* device, const marlin_kernel* kernel, int shared) {
+  const int fitting = device->shared_per_processor / (shared + 1024);
+  const int resident = marlin_max(1, marlin_min(kernel->blocks_per_processor, fitting));
   int clusters = 0;
-  if (blocks == 1) return device->multiprocessors * resident;
+  if (kernel->split == 1) return device->multiprocessors * resident;
   for (int i = 0; i < MARLIN_SM90_DOMAINS; ++i)
-    clusters += marlin_sm90_domains[i] * resident / blocks;
+    clusters += marlin_sm90_domains[i] * resident / kernel->split;
   return marlin_max(1, (int)((long long)clusters * device->multiprocessors / 132));
 }
 
@@ -476,32 +478,27 @@ static int marlin_lay_out_sm90(const marlin_device* device, const marlin_kernel*
     const long long shared = kernel->shared_bytes +
                              (long long)m * (marlin_ceil_div(k_tiles, kernel->split) * 64 * 2 + 16);
     if (m > kernel->tile_m || shared > device->shared_per_block) return 0;
-    const int fitting = device->shared_per_processor / ((int)shared + 1024);
-    const int resident = marlin_max(1, marlin_min(kernel->blocks_per_processor, fitting));
     plan->grid_x = (unsigned)kernel->split;
     plan->grid_y = (unsigned)marlin_min(marlin_ceil_div(column_tiles, columns),
-                                        marlin_clusters(device, kernel->split, resident));
+                                        marlin_clusters(device, kernel, (int)shared));
     plan->shared_bytes = (unsigned)shared;
     return 1;
   }
   if (kernel->shared_bytes > device->shared_per_block) return 0;
   if (kernel->split > marlin_ceil_div(k_tiles, kernel->tile_k / 64)) return 0;
-  const int multicast = kernel->multicast; /* blocks that share tokens, and here a tile */
-  const long long tiles = (long long)marlin_ceil_div(column_tiles, columns * multicast) *
-                          marlin_ceil_div(m, kernel->tile_m);
-  const long long slots = marlin_clusters(device, multicast, kernel->blocks_per_processor);
+  const long long tiles =
+      (long long)marlin_ceil_div(column_tiles, columns) * marlin_ceil_div(m, kernel->tile_m);
+  const long long slots = (long long)device->multiprocessors * kernel->blocks_per_processor;
   const long long whole = kernel->split == 1 ? tiles : kernel->tail ? tiles / slots * slots : 0;
   const long long items = whole + (tiles - whole) * kernel->split;
-  if (items > INT_MAX / multicast) return 0;
-  const int adds_in_cluster = kernel->cluster > multicast;
+  if (items > INT_MAX) return 0;
   plan->whole_tiles = (int)whole;
-  plan->grid_x = (unsigned)((adds_in_cluster || items < slots ? items : slots) * multicast);
+  plan->grid_x = (unsigned)(kernel->cluster > 1 || items < slots ? items : slots);
   plan->shared_bytes = (unsigned)kernel->shared_bytes;
-  if (kernel->split > 1 && !adds_in_cluster) {
-    const long long split_tiles = (tiles - whole) * multicast;
+  if (kernel->split > 1 && kernel->cluster == 1) {
     plan->partial_bytes =
-        (size_t)(split_tiles * kernel->split) * kernel->tile_n * kernel->tile_m * 4;
-    plan->counter_bytes = (size_t)(kernel->counters_per_tile * split_tiles) * 4;
+        (size_t)((tiles - whole) * kernel->split) * kernel->tile_n * kernel->tile_m * 4;
+    plan->counter_bytes = (size_t)(kernel->counters_per_tile * (tiles - whole)) * 4;
   }
   return 1;
 }
@@ -509,7 +506,7 @@ static int marlin_lay_out_sm90(const marlin_device* device, const marlin_kernel*
 /* sm90_8bit: sm90_8bit_configs.EightBitConfig. */
 static int marlin_lay_out_sm90_8bit(const marlin_device* device, const marlin_kernel* kernel,
                                     marlin_plan* plan) {
-  const int multicast = kernel->multicast;
+  const int multicast = kernel->cluster / kernel->split; /* blocks that share tokens */
   if (kernel->shared_bytes > device->shared_per_block) return 0;
   if (kernel->split > marlin_ceil_div(plan->k_padded, kernel->tile_k)) return 0;
   const long long tiles =
@@ -1139,6 +1136,7 @@ static marlin_status marlin_tensor_map(const marlin_runtime* rt, const marlin_pl
   const marlin_problem* p = &plan->problem;
   const marlin_kernel* kernel = &marlin_kernels[plan->kernel];
   const int bytes = kernel->family == MARLIN_FAMILY_SM90_8BIT ? 1 : 2; /* of an element */
+  const int shares = bytes == 1 ? kernel->cluster / kernel->split : 1; /* blocks fetch one each */
   const CUtensorMapDataType type = bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : p->activation == MARLIN_FLOAT16
                                        ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -1146,8 +1144,7 @@ static marlin_status marlin_tensor_map(const marlin_runtime* rt, const marlin_pl
   const cuuint64_t sizes[2] = {(cuuint64_t)(bytes == 1 ? plan->k_padded : p->layer.k),
                                (cuuint64_t)p->m};
   const cuuint64_t strides[1] = {(cuuint64_t)x->row_stride * bytes};
-  const cuuint32_t box[2] = {(cuuint32_t)(128 / bytes),
-                             (cuuint32_t)(kernel->tile_m / kernel->multicast)};
+  const cuuint32_t box[2] = {(cuuint32_t)(128 / bytes), (cuuint32_t)(kernel->tile_m / shares)};
   const cuuint32_t steps[2] = {1, 1};
   if (rt->encode == NULL)
     return marlin_fail(MARLIN_DRIVER, "this driver has no cuTensorMapEncodeTiled");

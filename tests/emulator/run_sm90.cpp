@@ -58,12 +58,11 @@ int gemm(unsigned seed, dim3 grid, int shared_bytes, const Arguments& a) {
                               a.k,
                               a.m,
                               sm90::kTileK,
-                              Config::TOKENS / Config::MULTICAST,
+                              Config::TOKENS,
                               true};
   TensorMap map = {};
   memcpy(&map, &matrix, sizeof(matrix));
-  return emu::launch(grid, {Config::THREADS}, shared_bytes,
-                     Config::CLUSTER * Config::MULTICAST, seed,
+  return emu::launch(grid, {Config::THREADS}, shared_bytes, Config::CLUSTER, seed,
                      [=] { sm90::gemm_kernel<Config>(p, map); });
 }
 }  // namespace

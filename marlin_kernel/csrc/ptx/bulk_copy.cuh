@@ -51,17 +51,6 @@ __device__ __forceinline__ void tensor_copy_2d(void* shared, const TensorMap* ma
       : "memory");
 }
 
-// The same into the blocks of the cluster whose bits are set in `blocks`, at the same offset of
-// each; the bytes complete on the barrier at the same offset of each.
-__device__ __forceinline__ void tensor_multicast_2d(void* shared, const TensorMap* map, int column,
-                                                    int row, uint64_t* barrier, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(shared_address(shared)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
-      : "memory");
-}
-
 // prefetch.tensormap: the map will be needed soon.
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");

@@ -25,20 +25,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
-// mbarrier.arrive at the barrier that lies at the offset of `local` in block `rank` of the cluster.
-// Without .release.cluster: nothing that this thread wrote is handed over, and that fence halves the
-// speed of the scaled GEMM (8192 x 8192 x 8192 FP8 2:4 on an H200: 954 us instead of 525).
-__device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* local, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(shared_address(local)),
-      "r"(rank)
-      : "memory");
-}
-
 // mbarrier.arrive.expect_tx: arrive, and let the phase wait for `bytes` more bytes.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(

@@ -12,10 +12,6 @@
 // range. Parts are added in order of k: through the shared memory of a cluster (CLUSTER == split;
 // faster, but clusters do not fit on every multiprocessor), or through global memory by whoever
 // finishes the last part (nothing waits for another block).
-//
-// With MULTICAST the blocks of a cluster work on neighbouring features of the same tokens and k range,
-// and each fetches its share of the tokens for all of them: otherwise every block of features reads
-// all tokens from the L2, which is more than it delivers from about 100 tokens on.
 #pragma once
 
 #include "dequant/operand.cuh"
@@ -74,36 +70,27 @@ struct WorkItem {
   }
 };
 
-// The items of this block. With MULTICAST a cluster takes them together: tiles are those of a
-// cluster, MULTICAST times as wide, and each block works on the column block of its rank.
+// The items of this block.
 template <class Config>
 struct Walk {
   int item, items;
   template <class Problem>
   __device__ __forceinline__ explicit Walk(const Problem& p)
-      : item(static_cast<int>(blockIdx.x) / Config::MULTICAST),
+      : item(static_cast<int>(blockIdx.x)),
         items(p.whole_tiles + (column_blocks(p) * token_blocks(p) - p.whole_tiles) * p.split) {}
   template <class Problem>
   static __device__ __forceinline__ int column_blocks(const Problem& p) {
-    return ceil_div(p.column_tiles, 2 * Config::PAIRS * Config::MULTICAST);
+    return ceil_div(p.column_tiles, 2 * Config::PAIRS);
   }
   template <class Problem>
   static __device__ __forceinline__ int token_blocks(const Problem& p) {
     return ceil_div(p.m, Config::TOKENS);
   }
   __device__ __forceinline__ bool done() const { return item >= items; }
-  __device__ __forceinline__ void next() {
-    item += static_cast<int>(gridDim.x) / Config::MULTICAST;
-  }
+  __device__ __forceinline__ void next() { item += static_cast<int>(gridDim.x); }
   template <class Problem>
   __device__ __forceinline__ WorkItem get(const Problem& p) const {
-    WorkItem found(item, p.whole_tiles, p.split, column_blocks(p), token_blocks(p));
-    if constexpr (Config::MULTICAST > 1) {
-      const int rank = static_cast<int>(ptx::cluster_rank());
-      found.column_block = found.column_block * Config::MULTICAST + rank;
-      found.shared_tile = found.shared_tile * Config::MULTICAST + rank;
-    }
-    return found;
+    return WorkItem(item, p.whole_tiles, p.split, column_blocks(p), token_blocks(p));
   }
 };
 
@@ -144,7 +131,6 @@ class Feeder {
       token = item.token_block * Config::TOKENS;
       column = item.column_block * 2 * Config::PAIRS;
       columns = min(2 * Config::PAIRS, p.column_tiles - column);
-      if constexpr (Config::MULTICAST > 1) columns = max(columns, 0);
     }
     __device__ __forceinline__ void advance(const Problem<Scalar>& p) {
       k_tile += Config::STAGE_TILES;
@@ -168,10 +154,6 @@ class Feeder {
     for (int stage = 0; stage < Config::STAGES && !cursor_.walk.done(); ++stage) {
       if (ptx::elect_one()) fetch_weights(stage);
       cursor_.advance(p_);
-    }
-    if constexpr (Config::MULTICAST > 1) {  // tokens go to other blocks: their barriers must exist
-      ptx::warp_sync();
-      ptx::cluster_wait();
     }
     ptx::wait_for_predecessors();
 #pragma unroll 1
@@ -208,7 +190,7 @@ class Feeder {
 #pragma unroll
     for (int i = 0; i < Config::PAIRS; ++i) {
       const int width = min(2, cursor_.columns - 2 * i);
-      if ((i > 0 || Config::MULTICAST > 1) && width <= 0) break;
+      if (i > 0 && width <= 0) break;
       const long long column = cursor_.column + 2 * i;
       uint8_t* target = shared_.ring.weights[stage][i];
       ptx::bulk_copy(target,
@@ -228,21 +210,8 @@ class Feeder {
 #pragma unroll
     for (int t = 0; t < Config::STAGE_TILES; ++t)
       if (t == 0 || cursor.k_tile + t < cursor.k_end)
-        fetch_box(shared_.ring.tokens[stage][t], (cursor.k_tile + t) * kTileK, cursor.token,
-                  &shared_.full[stage]);
-  }
-
-  // The activations of 64 k and all tokens of the tile; with MULTICAST this block's share of them,
-  // for every block of the cluster.
-  __device__ __forceinline__ void fetch_box(uint8_t* box, int k, int token, uint64_t* full) {
-    if constexpr (Config::MULTICAST == 1) {
-      ptx::tensor_copy_2d(box, map_, k, token, full);
-    } else {
-      constexpr int kShare = Config::TOKENS / Config::MULTICAST;
-      const int rank = static_cast<int>(ptx::cluster_rank());
-      ptx::tensor_multicast_2d(box + rank * (Config::BOX_BYTES / Config::MULTICAST), map_, k,
-                               token + rank * kShare, full, (1 << Config::MULTICAST) - 1);
-    }
+        ptx::tensor_copy_2d(shared_.ring.tokens[stage][t], map_, (cursor.k_tile + t) * kTileK,
+                            cursor.token, &shared_.full[stage]);
   }
 
   const Problem<Scalar>& p_;
@@ -299,7 +268,6 @@ class Consumer {
       scale_ = make_float2(0.f, 0.f);
     }
     width_ = ColumnPair(item.column_block * Config::PAIRS + pair(), p_.column_tiles).width;
-    if constexpr (Config::MULTICAST > 1) width_ = max(width_, 0);
     const int tiles = k_range_of<Config>(item, p_).size();
     open_stage();
     load_words<0, 0, 0>();
@@ -468,13 +436,9 @@ class Consumer {
 
   // Lane 0 speaks for its warp: the warp-wide products that consumed what the lanes read have been
   // issued. (A warp barrier here would say so to racecheck, but makes the compiler serialise
-  // wgmma.) With MULTICAST a lane for each block tells it that its tokens may be overwritten here.
+  // wgmma.)
   __device__ __forceinline__ void release(int stage) {
-    if constexpr (Config::MULTICAST == 1) {
-      if (lane_ == 0) ptx::mbarrier_arrive(&shared_.empty[stage]);
-    } else {
-      if (lane_ < Config::MULTICAST) ptx::mbarrier_arrive_remote(&shared_.empty[stage], lane_);
-    }
+    if (lane_ == 0) ptx::mbarrier_arrive(&shared_.empty[stage]);
   }
 
   // ---- tiles in several parts ----
@@ -718,15 +682,11 @@ __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     ptx::prefetch_tensor_map(&tokens);
     for (int stage = 0; stage < Config::STAGES; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], 1);
-      ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp * Config::MULTICAST);
+      ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);
     }
     ptx::fence_mbarrier_init();
   }
   ptx::block_sync();
-  if constexpr (Config::MULTICAST > 1) {  // the feeding warp waits when weights are under way
-    ptx::cluster_arrive();
-    if (warp != kFeedingWarp) ptx::cluster_wait();
-  }
   ptx::launch_dependents();
   if (warp >= kFeedingWarp) {
     ptx::release_registers<Config::FEEDER_REGISTERS>();
@@ -734,11 +694,6 @@ __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
   } else {
     ptx::acquire_registers<Config::CONSUMER_REGISTERS>();
     Consumer<Config>(problem).run();
-  }
-  if constexpr (Config::MULTICAST > 1) {  // no block may end while others arrive at its barriers
-    ptx::warp_sync();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
   }
 }
 

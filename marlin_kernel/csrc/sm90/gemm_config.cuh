@@ -15,7 +15,6 @@ template <class Weight_,       // of common/weight_types.cuh
           int M_TILES_,        // 64-feature tiles of each warpgroup: 1 or 2
           // blocks of a cluster that share a tile's k range; 1: see Problem::split
           int CLUSTER_,
-          int MULTICAST_,      // blocks of a cluster that work on the same tokens and share them
           int STAGES_,         // of the ring
           int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
           int STAGE_TILES_,    // 64-k tiles of a stage: 1 or 2
@@ -29,7 +28,6 @@ struct GemmConfig {
   static constexpr int WARPGROUPS = WARPGROUPS_;
   static constexpr int M_TILES = M_TILES_;
   static constexpr int CLUSTER = CLUSTER_;
-  static constexpr int MULTICAST = MULTICAST_;
   static constexpr int STAGES = STAGES_;
   static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
   static constexpr bool SCALE_SUMS = SCALE_SUMS_ != 0 && GROUP != 0;
@@ -72,10 +70,7 @@ struct GemmConfig {
   static_assert(STEP_K16 >= 2, "a step is long enough to be worth a commit");
   static_assert(PAIR_BYTES % 16 == 0, "bulk copies go to multiples of 16 bytes");
   static_assert(TOKENS % 8 == 0 && TOKENS <= 256, "tokens are the columns of a wgmma");
-  static_assert(CLUSTER >= 1 && CLUSTER <= 8 && MULTICAST >= 1 && MULTICAST <= 8,
-                "portable clusters have at most 8 blocks");
-  static_assert(CLUSTER == 1 || MULTICAST == 1, "a cluster shares a k range or tokens, not both");
-  static_assert(TOKENS % (8 * MULTICAST) == 0, "each block of a cluster fetches whole atoms");
+  static_assert(CLUSTER >= 1 && CLUSTER <= 8, "portable clusters have at most 8 blocks");
   static_assert(WARPGROUPS == 2 || WARPGROUPS == 4, "pairs of columns are not divided");
   static_assert(BLOCKS_PER_SM * WARPGROUPS <= 4, "no share of registers is defined");
 };

@@ -37,15 +37,16 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   emu::start_transfer({[=] { memcpy(shared, global, bytes); }, int(bytes), barrier});
 }
 
-inline void tensor_multicast_2d(void* shared, const TensorMap* map, int column, int row,
-                                uint64_t* barrier, uint16_t blocks) {
+inline void tensor_copy_2d(void* shared, const TensorMap* map, int column, int row,
+                           uint64_t* barrier) {
   emu::Matrix m;
   memcpy(&m, map, sizeof(m));
   const int bytes = m.box_columns * m.box_rows * 2;
   emu::require(reinterpret_cast<uintptr_t>(shared) % (m.swizzled ? 1024 : 128) == 0,
                "tensor copy: shared alignment");
   emu::check_shared(shared, bytes);
-  const auto land = [=](char* target) {
+  const auto land = [=] {
+    char* target = static_cast<char*>(shared);
     for (int r = 0; r < m.box_rows; r++)
       for (int c = 0; c < m.box_columns; c++) {
         uint16_t element = 0;
@@ -57,16 +58,7 @@ inline void tensor_multicast_2d(void* shared, const TensorMap* map, int column, 
         memcpy(target + at, &element, 2);
       }
   };
-  for (int rank = 0; rank < emu::S.cluster_size; rank++) {
-    if (!(blocks >> rank & 1)) continue;
-    char* target = static_cast<char*>(emu::remote(shared, rank));
-    emu::start_transfer({[=] { land(target); }, bytes,
-                         static_cast<uint64_t*>(emu::remote(barrier, rank))});
-  }
-}
-inline void tensor_copy_2d(void* shared, const TensorMap* map, int column, int row,
-                           uint64_t* barrier) {
-  tensor_multicast_2d(shared, map, column, row, barrier, 1u << emu::cluster_rank());
+  emu::start_transfer({land, bytes, barrier});
 }
 
 inline void prefetch_tensor_map(const TensorMap*) {}

@@ -14,9 +14,6 @@ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
 }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint64_t* barrier) { emu::mbarrier_arrive(barrier, 0); }
-inline void mbarrier_arrive_remote(uint64_t* local, uint32_t rank) {
-  emu::mbarrier_arrive(static_cast<uint64_t*>(emu::remote(local, rank)), 0);
-}
 inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   emu::mbarrier_arrive(barrier, bytes);
 }

@@ -58,5 +58,8 @@ inline void byte_tensor_multicast(void* shared, const TensorMap* map, int column
                                   uint64_t* barrier, uint16_t blocks) {
   emu::start_box(shared, map, column, row, barrier, blocks);
 }
+inline void mbarrier_arrive_remote(uint64_t* local, uint32_t rank) {
+  emu::mbarrier_arrive(static_cast<uint64_t*>(emu::remote(local, rank)), 0);
+}
 
 }  // namespace ptx
