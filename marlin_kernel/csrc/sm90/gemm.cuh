@@ -537,9 +537,9 @@ class Consumer {
     Scalar* out = p_.out + static_cast<long long>(first_token) * p_.n + n;
     ptx::cluster_wait();
     if (writes) {
-      // Several loads are under way together: each takes as long as all.
+      // Where registers allow several loads are under way together: each takes as long as all.
       constexpr int kTurns = ceil_div(Config::TOKENS, kAtOnce * 4);
-      constexpr int kRoom = ceil_div(8, Config::CLUSTER);
+      constexpr int kRoom = Config::CONSUMER_REGISTERS > 128 ? ceil_div(8, Config::CLUSTER) : 1;
       constexpr int kTogether = kTurns < kRoom ? kTurns : kRoom;
 #pragma unroll 1
       for (int first = threadIdx.x / kFeatures * 4; first < tokens;
