@@ -25,6 +25,7 @@ from torch import Tensor
 _FAST = {(8, 0), (9, 0), (10, 0), (10, 3)}  # compute capabilities: TF32 at least 6 times as fast
 _ROWS = 4096  # of a left operand that are split at once
 _SHORT = 256  # inner dimension up to which the terms are one product: the result is written once
+_CHAIN = 1024  # terms of a sum on the tensor cores, which cut sums where float32 rounds them
 _DROPPED = 13  # bits of a float32 mantissa that TF32 lacks
 
 
@@ -151,7 +152,10 @@ def _products(out: Tensor, a: Operand, b: Operand, alpha: float, add: bool) -> T
             lefts, rights = zip(*terms, strict=True)
             terms = [(torch.cat(lefts, 1), torch.cat(rights))]
         for i, (left, right) in enumerate(terms):
-            _tf32_product(out[rows], left, right, alpha, add or i > 0)
+            for first in range(0, max(left.shape[1], 1), _CHAIN):
+                inner = slice(first, first + _CHAIN)
+                more = add or i > 0 or first > 0
+                _tf32_product(out[rows], left[:, inner], right[inner], alpha, more)
     return out
 
 

@@ -632,8 +632,8 @@ def affordable(config: KernelConfig, m: int, column_tiles: int, multiprocessors:
 def tuning_path(gpu: str, weight_type: str = "uint4b8", dtype: str = "float16") -> Path:
     """The tuned table of a type on a GPU (`gpu_key`), which may not exist.
 
-    dtype: of the activations. That of bfloat16 holds what was timed again, where the other table's
-    choice need not be the fastest: its weights take more instructions.
+    dtype: of the activations, float16 or bfloat16. That of bfloat16 holds what was timed again,
+    where the other table's choice need not be the fastest: its weights take more instructions.
     """
     folder = TUNING_DIRECTORY / ("" if weight_type == "uint4b8" else weight_type)
     if dtype != WEIGHT_TYPES[weight_type].activations[0]:
