@@ -357,7 +357,7 @@ def summarized(name: str, runs: dict[int, dict]) -> dict:
 
 
 def table(results: Sequence[dict]) -> str:
-    names = [key for key, value in results[0].items() if isinstance(value, dict)]
+    names = [key for key, v in results[0].items() if isinstance(v, dict) and "tokens" in v]
     timed = any("version" in r for r in results)  # of a peer
     heads = ["recipe", "wiki PPL", "top-1", "C4 PPL", *(f"{n} KL" for n in names)]
     heads += ["seconds", "CPU seconds"] if timed else []

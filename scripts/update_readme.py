@@ -17,7 +17,7 @@ SHOWN = {
     "Marlin": "Marlin's recipe (`configs/quantize/marlin.yaml`)",
     "all but shrinkage": "the default with `--shrinkage 0`",
     "fast": "**the default** (`configs/quantize/fast.yaml`)",
-    "best, shrinkage 0.2": "learned scales (`configs/quantize/best.yaml` with `--shrinkage 0.2`)",
+    "best": "learned scales (`configs/quantize/best.yaml`)",
 }
 
 
@@ -93,6 +93,7 @@ RECIPES = {
     "marlin twopass": "Marlin's recipe as published",
     "marlin offload": "Marlin's recipe in one pass, `--offload_activations`",
     "fast": "the default",
+    "sparse": "2:4 pruning and rounding (`configs/quantize/sparse.yaml`)",
 }
 
 
