@@ -7,8 +7,9 @@
                                                         # numbers of tokens as for float16
 
 For every shape (K x N) and number of tokens the `--candidates` configurations that
-kernel_configs.estimate ranks first (0: all), and all of the small-batch kernel that fit, are timed,
-and the fastest becomes the table's choice. Choices for other numbers of tokens are kept.
+kernel_configs.estimate ranks first (0: all), the present choice, and all of the small-batch kernel
+that fit, are timed, and the fastest becomes the table's choice. Choices for other numbers of tokens
+are kept.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def candidates(
     limit: int,
     weight_type: str = "uint4b8",
     dtype: str = "float16",
+    gpu: str = "h200",
 ) -> list[KernelConfig]:
     """Configurations worth timing: what the library chooses now, and the best by estimate."""
     k_tiles, column_tiles = k // kernel_configs.TILE_K, n // kernel_configs.TILE_N
@@ -68,7 +70,7 @@ def candidates(
         limit = min(limit or 8, 8)
     small = [config for config in fitting if isinstance(config, DecodeConfig)]
     now = kernel_configs.select_config(
-        m, k_tiles, column_tiles, group_size, weight_type=weight_type, dtype=dtype
+        m, k_tiles, column_tiles, group_size, weight_type=weight_type, dtype=dtype, gpu=gpu
     )
     return list(dict.fromkeys([now, *(fitting[:limit] if limit else fitting), *small]))
 
@@ -123,7 +125,7 @@ def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) 
     dtype = getattr(torch, options.dtype)
     choices = []
     for m in options.m:
-        types = (options.type, options.dtype)
+        types = (options.type, options.dtype, kernel_configs.gpu_key(torch.cuda.get_device_name()))
         tried = candidates(m, k, n, options.group_size, options.candidates, *types)
         precompile(tried, options)
         a = torch.randn(m, k, device="cuda").to(dtype)

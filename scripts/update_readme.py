@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from marlin_kernel import WEIGHT_TYPES, kernel_configs  # noqa: E402
+
 RESULTS = ROOT / "docs" / "results"
 SHOWN = {
     "full precision": "full precision",
@@ -133,11 +138,44 @@ def _bench(dtype: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def types() -> str:
+    """Of every weight type with a tuned table, its times against torch.matmul's of `kernels`."""
+    tokens = (1, 4, 16, 64, 256, 1024)
+    lines = [
+        f"| weights, by tokens | {' | '.join(map(str, tokens))} |",
+        "|---" * (len(tokens) + 1) + "|",
+    ]
+    for name, weight_type in WEIGHT_TYPES.items():
+        path = kernel_configs.tuning_path("h200", name, weight_type.activations[0])
+        if name == "uint4b8" or not path.is_file():
+            continue
+        table = json.loads(path.read_text(encoding="utf-8"))
+        dense = {(r["k"], r["n"], r["m"]): r["cublas"] for r in _bench(table["dtype"])["rows"]}
+        cells = [f"{name}, {'one group' if (g := table['group_size']) < 0 else f'groups of {g}'}"]
+        cells[0] += ", BF16" if weight_type.activations[0] == "bfloat16" else ""
+        for m in tokens:
+            times = [
+                (dense[row["k"], row["n"], m], choice["us"])
+                for row in table["rows"]
+                for choice in row["choices"]
+                if choice["m"] == m and choice["us"] and (row["k"], row["n"], m) in dense
+            ]
+            faster = [matmul / us for matmul, us in times]
+            cells.append(f"{geometric_mean(faster):.2f}x ({min(faster):.2f}x)" if faster else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(
+        "\nFaster than torch.matmul (least), geometric means over the same shapes: the tuned "
+        "tables' times (`python scripts/tune.py --type NAME`) against torch.matmul's of the table above."
+    )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "quantize": quantize,
     "large": large,
     "kernels": kernels,
+    "types": types,
 }
 
 
