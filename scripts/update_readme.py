@@ -165,7 +165,8 @@ def types() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         "\nFaster than torch.matmul (least), geometric means over the same shapes: the tuned "
-        "tables' times (`python scripts/tune.py --type NAME`) against torch.matmul's of the table above."
+        "tables' times (`python scripts/tune.py --type NAME`) against torch.matmul's of the table "
+        "above."
     )
     return "\n".join(lines)
 
