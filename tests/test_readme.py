@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def test_tables_are_generated(tmp_path: Path) -> None:
     for name in ("README.md", "scripts", "docs"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / name)
-    subprocess.run(["python3", str(tmp_path / "scripts" / "update_readme.py")], check=True)
+    script = tmp_path / "scripts" / "update_readme.py"
+    subprocess.run([sys.executable, str(script)], check=True)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
 
 
