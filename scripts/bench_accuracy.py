@@ -320,7 +320,7 @@ def tasks(args: argparse.Namespace, recipe: dict) -> list[Task]:
         changes = dict(changes)
         base = load_recipe(ROOT / "configs" / "quantize" / f"{changes.pop('recipe')}.yaml")
         count, seeds = changes.pop("rows", recipe["rows"]), changes.pop("seeds", 1)
-        config = resolve({**base, "groupsize": recipe["groupsize"], **changes}, {})
+        config = resolve({**base, "groupsize": recipe["groupsize"]}, changes)
         found += [Task(name, replace(config, seed=seed), count, seed) for seed in range(seeds)]
     return sorted(found, key=lambda task: task.seed)
 
