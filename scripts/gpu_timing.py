@@ -40,11 +40,12 @@ def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
             return "unknown"
 
     query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    gpus = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     commit = os.environ.get("BENCH_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD")
     words = [word.rpartition("/")[2] if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "command": " ".join([script, *words]),
-        "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "gpu": "; ".join(dict.fromkeys(gpus.splitlines())),  # equal ones once
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit,

@@ -9,7 +9,6 @@ L2 cache (scripts/gpu_timing.py). Results of all configurations must agree befor
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from functools import partial
@@ -26,6 +25,7 @@ from gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
 from marlin_kernel import scaled_configs, scaled_mm  # noqa: E402
 from marlin_kernel.scaled_configs import ScaledConfig  # noqa: E402
 from marlin_kernel.sparse import compress_2_4, prune_2_4  # noqa: E402
+from scripts.command_line import command, make_parser, require_gpu  # noqa: E402
 
 SHAPES = (
     *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),
@@ -82,10 +82,15 @@ def time_configs(
 
 def main() -> int:
     """Write the table. Returns the process exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=2.0)
-    parser.add_argument("--output", type=Path, default=None)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--limit", type=float, default=2.0, help="time what is estimated within LIMIT of the best"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the table (default: this GPU's of marlin_kernel/tuning/scaled)"
+    )
     options = parser.parse_args()
+    require_gpu("scripts/tune_scaled.py", capability=(9, 0))
     gpu = scaled_mm._gpu_name(0)
     rows = []
     for k, n in SHAPES:
@@ -106,7 +111,8 @@ def main() -> int:
     path = options.output or scaled_configs.TUNING_DIRECTORY / f"{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{"gpu": "{gpu}", "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+    head = {"gpu": gpu, "torch": torch.__version__, "command": command("scripts/tune_scaled.py")}
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
     print(f"{len(rows)} rows in {path}")
     return 0
 

@@ -8,7 +8,6 @@ result is compared with float32 before it is timed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from functools import partial
@@ -28,6 +27,7 @@ from marlin_kernel.sparse import positions_2_4, prune_2_4  # noqa: E402
 from marlin_kernel.sparse_format import pack_codes, pack_positions  # noqa: E402
 from marlin_kernel.sparse_marlin import SparseConfig  # noqa: E402
 from marlin_kernel.weight_types import weight_type  # noqa: E402
+from scripts.command_line import command, make_parser, positive, require_gpu  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TYPES = {4: "uint4b8", 8: "uint8b128"}
@@ -83,12 +83,21 @@ def time_configs(
 
 def main() -> int:
     """Write the table. Returns the process exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=2.0)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8))
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--output", type=Path, default=None)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--limit", type=float, default=2.0, help="time what is estimated within LIMIT of the best"
+    )
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8), help="of a weight"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, nargs="+", metavar="M", default=TOKENS, help="numbers of tokens"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the table (default: this GPU's of marlin_kernel/tuning/sparse)"
+    )
     options = parser.parse_args()
+    require_gpu("scripts/tune_sparse.py", capability=(9, 0))
     gpu = torch.cuda.get_device_name(0).removeprefix("NVIDIA ").lower()
     rows = []
     for bits in options.bits:
@@ -112,7 +121,8 @@ def main() -> int:
     path = options.output or sparse_marlin.TUNING_DIRECTORY / f"{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{"gpu": "{gpu}", "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+    head = {"gpu": gpu, "torch": torch.__version__, "command": command("scripts/tune_sparse.py")}
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
     print(f"{len(rows)} rows in {path}")
     return 0
 

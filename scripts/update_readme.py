@@ -1,4 +1,8 @@
-"""Write the tables of the README from docs/results/*.json, so that no number is typed by hand."""
+"""Write the tables of the README from docs/results, so that no number is typed by hand.
+
+python scripts/update_readme.py             # what stands between <!-- table: NAME --> marks
+python scripts/update_readme.py --check     # changes nothing; exits with 1 if a table is stale
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from marlin_kernel import WEIGHT_TYPES, kernel_configs  # noqa: E402
+from scripts.command_line import make_parser  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 SHOWN = {
@@ -180,17 +185,25 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> None:
+def main() -> int:
+    """Write the README. Returns the process exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args()
     path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
+    before = text = path.read_text(encoding="utf-8")
     for name, make in TABLES.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         table = make()
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
         if count != 1:
             raise SystemExit(f"README.md has {count} places for the table {name!r}, expected 1")
+    if options.check:
+        print("README.md " + ("is up to date" if text == before else "has stale tables"))
+        return int(text != before)
     path.write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,15 +1,20 @@
-"""Benchmark scripts without a GPU: tables, peers' files, and generation with a tiny model."""
+"""Benchmark scripts without a GPU: options, tables, plots, and generation with a tiny model."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import math
-import subprocess
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from scripts import command_line
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -69,17 +74,172 @@ def test_models_are_summed_over_their_linears(script, capsys):
     assert "Toy float16 group 128 M=1: 10.0 us a layer, 2.00x" in capsys.readouterr().out
 
 
-def test_plot(script, tmp_path):
+MADE_WITH_A_PARSER = {
+    path.stem for path in SCRIPTS.glob("*.py") if "make_parser(" in path.read_text()
+}
+NEED_A_GPU = {
+    "bench": [],
+    "bench_generate": [],
+    "bench_types": [],
+    "bench_w4a8": [],
+    "benchmark_marlin": [],
+    "sparse_benchmarks": ["--dtype", "int8", "model_bench"],
+    "tune": [],
+    "tune_scaled": [],
+    "tune_sparse": [],
+    "tune_w4a8": [],
+}
+
+
+def every_parser(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its modes."""
+    yield top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+@pytest.mark.parametrize("name", sorted(MADE_WITH_A_PARSER - {"command_line"}))
+def test_help_explains_every_option_and_default(name, script, monkeypatch):
+    """As does the script's docstring, which shows how it is called."""
+    seen = []
+
+    def parse(parser, *arguments) -> None:
+        seen.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    with pytest.raises(SystemExit):
+        script(name).main()
+    shown = seen[0].format_help()
+    assert f"python scripts/{name}.py" in shown and str(SCRIPTS.parent) not in shown
+    for parser in every_parser(seen[0]):
+        for action in parser._actions:
+            text = parser._get_formatter()._expand_help(action) if action.help else None
+            assert text, f"{name}: {action.dest} has no help"
+            assert "default:" in text or action.default in (None, False, math.inf, "==SUPPRESS==")
+
+
+@pytest.mark.parametrize("name", NEED_A_GPU)
+def test_without_a_gpu_one_sentence_says_so(name, script, monkeypatch):
+    module = script(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [name, *NEED_A_GPU[name]])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    sentence = rf"scripts/{name}\.py times kernels on a CUDA GPU, and torch finds none(; .*)?"
+    assert re.fullmatch(sentence, str(stopped.value))
+
+
+def test_other_gpus_are_told_where_to_go(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    command_line.require_gpu("scripts/x.py")
+    with pytest.raises(SystemExit, match=r"for compute capability 9\.0, and this GPU has 8\.6; "):
+        command_line.require_gpu("scripts/x.py", capability=(9, 0))
+
+
+def test_shapes_and_numbers_that_are_none():
+    assert command_line.shape("4096x12288") == (4096, 12288)
+    for text in ("4096", "4096x", "axb", "1x2x3", "-1x4"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no K x N such as 4096x12288"):
+            command_line.shape(text)
+    assert command_line.positive("16") == 16
+    for text in ("0", "-1", "1.5", "two"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no whole number of at least 1"):
+            command_line.positive(text)
+
+
+def test_the_command_to_note_holds_no_folders_of_this_machine(monkeypatch):
+    words = "/home/me/model.gguf --c4 data/c4.txt --text code=/home/me/code --only".split()
+    monkeypatch.setattr(sys, "argv", ["x", *words, "fast;best"])
+    assert command_line.command("scripts/x.py") == (
+        "python scripts/x.py model.gguf --c4 data/c4.txt --text code=code --only 'fast;best'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("uint4b8", "expected weight type-activation-group size, such as"),
+        ("uint5-int8-0", "expected weight type-activation-group size, such as"),
+        ("uint4b8-int8-48", "group_size=48 is not in"),
+        ("nvfp4-int8-16", "nvfp4 is not multiplied with int8 activations"),
+        ("uint4b8-float16-128", "activation='float16' is not one of int8, float8_e4m3fn"),
+    ],
+)
+def test_pairs_of_8_bit_activations_that_do_not_exist(text, rule, script):
+    with pytest.raises(argparse.ArgumentTypeError, match=rule):
+        script("tune_w4a8").parse_types(text)
+    assert script("tune_w4a8").parse_types("uint4b8-int8-0").group_size == 0
+
+
+def test_tuned_tables_say_how_they_were_made(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--m", "1"])
+    options = argparse.Namespace(type="uint4b8", dtype="float16", group_size=128)
+    choice = {"m": 1, "us": 2.0, "kind": "decode", "config": {}}
+    file = tmp_path / "table.json"
+    script("tune").write(file, "A GPU", options, {(64, 128): {1: choice}})
+    table = json.loads(file.read_text())
+    assert table["command"] == "python scripts/tune.py --m 1"
+    assert table["rows"] == [{"k": 64, "n": 128, "choices": [choice]}]
+    rows = {(1,): {"types": "a", "us": 2.0}}
+    script("tune_w4a8").write_rows(file, "gpu", rows)
+    table = json.loads(file.read_text())
+    assert table["command"] == "python scripts/tune_w4a8.py --m 1"
+    assert table["rows"] == [{"types": "a", "us": 2.0}]
+    ways = [{"k": 64, "n": 128, "m": 1, "ways": {"front": 2.0, "other": 3.0}}]
+    script("bench_types").write_table(file, ways)
+    table = json.loads(file.read_text())
+    assert table["command"] == "python scripts/bench_types.py --m 1"
+    assert table["rows"][0]["choices"] == [{"m": 1, "us": 2.0, "config": None}]
+
+
+def test_plots_of_stored_runs(script, tmp_path, capsys):
+    """Every kind that a benchmark writes, with its circumstances below."""
     pytest.importorskip("matplotlib")
-    script("bench_tables").plot([row(), row(m=2)], tmp_path / "plot.svg", "a GPU")
-    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    plot_bench = script("plot_bench")
+    facts = {"gpu": "A GPU, 1 MHz", "torch": "2.99", "commit": "abc1234", "command": "x.py --m 1"}
+    marlin = [
+        {"k": 64, "n": n, "m": m, "what": what, "speedup": 1.5}
+        for n in (64, 128)
+        for m in (0, 1)
+        for what in ("torch.matmul", "a", "b")
+    ]
+    for name, rows, upwards, lines in (
+        ("bench", [row(), row(m=2), row(m=1, dtype="bfloat16")], "speed-up", [1, 1]),
+        ("marlin", marlin, "speed-up", [2, 2]),
+        ("sparse", [{"m": m, "k": 4, "n": 4, "kernel": "a", "tflops": 1.0} for m in (1, 2)],
+         "TFLOP/s", [1]),
+    ):  # fmt: skip
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"circumstances": facts, "rows": rows}))
+        upwards_of, found = plot_bench.panels(rows)
+        assert upwards_of.startswith(upwards) and [len(p.lines) for p in found] == lines
+        arguments = [str(file), "--output", str(tmp_path / "plots"), "--format", "svg"]
+        assert plot_bench.main(arguments) == 0
+        text = Path(capsys.readouterr().out.strip()).read_text()
+        assert "<svg" in text and "A GPU, torch 2.99, commit abc1234: x.py --m 1" in text
+    assert plot_bench.caption(facts) == plot_bench.caption({"circumstances": facts})
 
 
-@pytest.mark.parametrize("name", ["bench.py", "bench_generate.py", "tune.py"])
-def test_options_are_explained(name):
-    command = [sys.executable, str(SCRIPTS / name), "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "--output" in shown and "--group_size" in shown
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.json", None, "No such file"),
+        ("run.txt", "", "is neither .pkl nor .json"),
+        ("run.json", "{}", "holds no rows of a benchmark"),
+        ("run.json", '{"rows": [{"k": 1}]}', "rows with k are of no benchmark that is plotted"),
+        ("run.json", "{", "Expecting property name"),
+        ("run.pkl", "x", "error:"),
+    ],
+)
+def test_what_cannot_be_plotted_is_said(name, content, message, script, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert script("plot_bench").main([str(tmp_path / name), "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_generation(script, tmp_path, capsys):
