@@ -362,7 +362,7 @@ def summarized(name: str, runs: dict[int, dict]) -> dict:
 
 
 def table(results: Sequence[dict]) -> str:
-    names = [key for key, v in results[0].items() if isinstance(v, dict) and "tokens" in v]
+    names = [key for key, v in results[0].items() if isinstance(v, dict) and "perplexity" in v]
     timed = any("version" in r for r in results)  # of a peer
     heads = ["recipe", "wiki PPL", "top-1", "C4 PPL", *(f"{n} KL" for n in names)]
     heads += ["seconds", "CPU seconds"] if timed else []
@@ -434,7 +434,8 @@ def section(path: Path) -> str:
     )
     return (
         f"{table(results)}\n\n{facts['model']}, group size {facts.get('groupsize', 64)} unless "
-        f"said, {facts['calibration']}{layers}; {where.get('gpu', 'CPU')}, torch {where['torch']}"
+        f"said, {facts['calibration']}{layers}; {where.get('gpu', 'CPU')}, torch {where['torch']}, "
+        f"transformers {where['transformers']}, commit {facts['commit']}"
         + (f"; predictions: {counts}" if counts else "")
         + f": `{facts['command']}`."
     )
@@ -462,8 +463,8 @@ def seconds_table(facts: dict) -> str:
         )
     return "\n".join(lines) + (
         f"\n\n{facts['model']}, group size {facts['groupsize']}, {facts['calibration']}; one "
-        f"thread each, torch {where['torch']}, transformers {where['transformers']}; layers timed: "
-        f"{facts['layers']}: `{facts['command']}`."
+        f"thread each, torch {where['torch']}, transformers {where['transformers']}, commit "
+        f"{facts['commit']}; layers timed: {facts['layers']}: `{facts['command']}`."
     )
 
 

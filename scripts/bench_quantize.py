@@ -71,7 +71,7 @@ from gptq.run import (  # noqa: E402
 from gptq.sequential import Walker  # noqa: E402
 from gptq.solver import solve  # noqa: E402
 from gptq.storage import BackgroundWriter, FinishedLayers  # noqa: E402
-from scripts.command_line import make_parser, positive  # noqa: E402
+from scripts.command_line import command, make_parser, positive  # noqa: E402
 from scripts.gpu_timing import circumstances  # noqa: E402
 
 # ---- a real model --------------------------------------------------------------------------------
@@ -167,9 +167,7 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     floor = 2 * forward + plain
     floor_full = 2 * forward + full
     result = {
-        "command": f"python scripts/bench_quantize.py {Path(args.model).name} --dataset "
-        f"{Path(args.dataset).name} --nsamples {args.nsamples} --seqlen {args.seqlen} "
-        f"--groupsize {args.groupsize} --config {Path(args.config).name}",
+        "command": noted_command(),
         "commit": circumstances("", args)["commit"],
         "environment": report["environment"] | environment(device),
         "settings": config.fingerprint(),
@@ -218,7 +216,7 @@ def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if config.asymmetric:
         full = hessian_seconds(model, len(samples), args.seqlen, layers, True, now)
     result = {
-        "command": command(),
+        "command": noted_command(),
         "commit": circumstances("", args)["commit"],
         "environment": environment(model.device),
         "settings": config.fingerprint(),
@@ -425,7 +423,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         ranks = workers.collect(spent(walker) | {"seconds_of_a_layer": usual})
         slowest = slowest_kernels(walker, layers) if args.profile else None
     result = {
-        "command": command(),
+        "command": noted_command(),
         "commit": circumstances("", args)["commit"],
         "environment": environment(device),
         "settings": config.fingerprint(),
@@ -473,13 +471,8 @@ def slowest_kernels(walker: Walker, index: int, count: int = 40) -> list[dict[st
     ]
 
 
-def command() -> str:
-    """This run's command line without folders of this machine."""
-    words = list(sys.argv[1:])
-    for flag in ("--out", "--scratch"):
-        if flag in words:
-            del words[words.index(flag) : words.index(flag) + 2]
-    return " ".join(["python scripts/bench_quantize.py", *words])
+def noted_command() -> str:
+    return command("scripts/bench_quantize.py", without=("--out", "--scratch"))
 
 
 def main() -> None:

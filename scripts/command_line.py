@@ -46,14 +46,22 @@ def require_gpu(script: str, capability: tuple[int, int] | None = None, hint: st
         )
 
 
-def command(script: str) -> str:
-    """This run's command line with files by name, without the folders of this machine."""
+def command(script: str, without: Sequence[str] = ()) -> str:
+    """This run's command line with files by name, without the folders of this machine.
+
+    without: options, each with a value, that are left out.
+    """
+    words = sys.argv[1:]
+    for option in without:
+        if option in words:
+            start = words.index(option)
+            words = words[:start] + words[start + 2 :]
 
     def by_name(word: str) -> str:
         name, equals, path = word.rpartition("=")
         return name + equals + (path.rpartition("/")[2] if path.startswith("/") else path)
 
-    return shlex.join(["python", script, *map(by_name, sys.argv[1:])])
+    return shlex.join(["python", script, *map(by_name, words)])
 
 
 def positive(text: str) -> int:
