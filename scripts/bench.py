@@ -2,7 +2,7 @@
 
     python scripts/bench.py                                 # configs/bench/anchors.yaml
     python scripts/bench.py --dtype float16 bfloat16 --group_size 32 64 128 -1 --m 1 16
-    python scripts/bench.py --peers FILE.csv                # beside other kernels' times
+    python scripts/bench.py --peers docs/results/h200_peers.csv    # beside other kernels
     python scripts/bench.py --batch_invariant               # what that option costs
     python scripts/bench.py --overhead                      # host time of eager calls
 
