@@ -393,7 +393,7 @@ def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
     """The JSON file with all results so far."""
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
-        "command": command("scripts/bench_accuracy.py"),
+        "command": command("scripts/bench_accuracy.py", without=("--out",)),
         "commit": commit(),
         "environment": environment(choose_device(QuantizeConfig(device=args.device))),
         "model": args.name or Path(args.model).name,

@@ -172,7 +172,7 @@ def main() -> None:
     fast = count * own["solver_per_layer"]
     best = fast + count * own["refine_per_layer"] + own["refine_norms"]
     result = {
-        "command": command("scripts/bench_peers.py"),
+        "command": command("scripts/bench_peers.py", without=("--out",)),
         "commit": commit(),
         "environment": environment(CPU),
         "model": Path(args.model).name,

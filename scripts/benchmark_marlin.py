@@ -10,11 +10,11 @@ sizes. MODEL/TPn takes the shard of one of n GPUs: N / n of layers split by colu
 split by rows. Options given as --limit-... keep only the values listed. --others: what is not in
 the type table, dense and 2:4 products of 8-bit operands and 2:4 sparse 4- and 8-bit weights.
 
-Every result is compared with float64 before it is timed. Times are torch.utils.benchmark's
-blocked_autorange over replays of a CUDA graph, in which every launch reads another copy of the
-weights (--rotate-mb in all, so that none comes from the L2 cache); with --no-graph calls are timed
-as a program makes them. Speed-ups are over torch.matmul with FP16 weights, the faster of [K, N] and
-[N, K] transposed.
+Every result is compared with float64 before it is timed; a wrong one ends the run, and --json holds
+what was measured until then. Times are torch.utils.benchmark's blocked_autorange over replays of a
+CUDA graph, in which every launch reads another copy of the weights (--rotate-mb in all, so that
+none comes from the L2 cache); with --no-graph calls are timed as a program makes them. Speed-ups
+are over torch.matmul with FP16 weights, the faster of [K, N] and [N, K] transposed.
 """
 
 from __future__ import annotations
@@ -125,10 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = circumstances("scripts/benchmark_marlin.py", options)
     report = {"circumstances": facts, "rows": [], "skipped": []}
     for shape in shapes:
-        bench_shape(shape, cases, options, report)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1))
+        try:
+            bench_shape(shape, cases, options, report)
+        finally:  # a sweep takes hours: what stops it leaves what was measured
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(report, indent=1))
     for line in dict.fromkeys(report["skipped"]):
         print(f"skipped: {line}")
     if options.plot:

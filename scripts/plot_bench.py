@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.command_line import make_parser
 
 NAMES = ("m", "k", "n")
+STYLES = ("-", "--", ":", "-.")
 SPEED_UP, RATE = "speed-up over torch.matmul", "TFLOP/s"
 
 
@@ -115,10 +116,10 @@ def _of_sparse(rows: list[Mapping[str, Any]]) -> list[Panel]:
 def caption(content: Mapping[str, Any]) -> str:
     """Device, versions, commit and command of a stored run."""
     facts = content.get("circumstances", content)
-    parts = [facts["gpu"].split(",")[0]] if facts.get("gpu") else []
+    parts = [facts["gpu"].split(",")[0]] if facts.get("gpu", "unknown") != "unknown" else []
     parts += [f"{name} {facts[name]}" for name in ("torch", "cuda", "commit") if facts.get(name)]
     command = facts.get("command", "")
-    return ", ".join(parts) + (f": {command}" if command else "")
+    return ": ".join(part for part in (", ".join(parts), command) if part)
 
 
 def draw(content: Mapping[str, Any], path: Path, chosen: list[Panel] | None = None) -> None:
@@ -132,13 +133,19 @@ def draw(content: Mapping[str, Any], path: Path, chosen: list[Panel] | None = No
 
     upwards, found = panels(content["rows"])
     found = chosen or found
-    width = 6.5 * len(found)
+    names = list(dict.fromkeys(name for panel in found for name in panel.lines))
+    beside = 0 if len(names) <= 12 else -(-len(names) // 40)  # columns of a legend of its own
+    width = 6.5 * len(found) + 2.5 * beside
     figure, all_axes = pyplot.subplots(
         1, len(found), figsize=(width, 5), squeeze=False, sharey=True, layout="constrained"
     )
+    drawn = {}
     for axes, panel in zip(all_axes[0], found, strict=True):
         for name, points in panel.lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
+            number = names.index(name)
+            style = {"color": f"C{number % 10}", "linestyle": STYLES[number // 10 % len(STYLES)]}
+            points = zip(*sorted(points), strict=True)
+            (drawn[name],) = axes.plot(*points, **style, marker="o", markersize=3)
         axes.set_xscale("log", base=2)
         sizes = sorted({x for points in panel.lines.values() for x, _ in points})
         if len(sizes) <= 16:
@@ -148,7 +155,12 @@ def draw(content: Mapping[str, Any], path: Path, chosen: list[Panel] | None = No
         if upwards == SPEED_UP:
             axes.axhline(1.0, color="black", linewidth=0.8)
     all_axes[0][0].set_ylabel(upwards)
-    all_axes[0][-1].legend(fontsize=7, title="K x N" if "cublas" in content["rows"][0] else None)
+    lines = [drawn[name] for name in names]
+    if beside:
+        figure.legend(lines, names, loc="outside right upper", fontsize=5, ncols=beside)
+    else:
+        title = "K x N" if "cublas" in content["rows"][0] else None
+        all_axes[0][-1].legend(lines, names, fontsize=7, title=title)
     text = textwrap.fill(caption(content), int(15 * width))
     figure.supxlabel(text.replace("$", r"\$"), fontsize=6)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)

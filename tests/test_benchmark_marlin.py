@@ -109,14 +109,19 @@ def test_sweep_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
             assert r["error"] < script.ERROR_LIMITS["bfloat16"] and r["speedup"] > 0
 
 
-def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave what was measured before them."""
     multiply = script.Product.__call__
     monkeypatch.setattr(
         script.Product, "__call__", lambda *a: multiply(*a).mul_(1.01), raising=True
     )
+    output = tmp_path / "results.json"
     arguments = [*SMALL, "--device", "cpu", "--batch-sizes", "2", "--types", "uint4b8"]
+    arguments += ["--limit-group-size", "64", "--min-run-time", "0.001", "--json", str(output)]
     with pytest.raises(ArithmeticError, match="M=2, K=576, N=576: error 0.01"):
-        script.main([*arguments, "--limit-group-size", "64", "--min-run-time", "0.001"])
+        script.main(arguments)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["what"], row["m"]) == ("torch.matmul", 2)
 
 
 # ---- what a GPU's kernels are called with, checked by plain multiplication ----
