@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
 import math
 import sys
 import time
@@ -55,7 +54,7 @@ from marlin_kernel.layout import permute_columns
 from marlin_kernel.packing import pack
 from marlin_kernel.weight_types import weight_type
 from scripts import plot_bench
-from scripts.command_line import make_parser, positive, require_gpu, shape
+from scripts.command_line import make_parser, positive, require_gpu, shape, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -137,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
 
 def write(report: dict, path: Path | None) -> None:
     if path:
-        path.write_text(json.dumps(report, indent=1))
+        write_json(path, report)
 
 
 def select(

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import statistics
 import sys
 import time
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from marlin_kernel import Layer, QuantizedLinear, hf, weight_type
-from scripts.command_line import make_parser, positive, require_gpu
+from scripts.command_line import make_parser, positive, require_gpu, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ROOT / "configs" / "bench" / "generate.yaml"
@@ -81,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def write(report: dict[str, Any], path: Path | None) -> None:
     """Write what has been measured so far."""
     if path:
-        path.write_text(json.dumps(report, indent=1))
+        write_json(path, report)
 
 
 def set_up_torch(config: PretrainedConfig, options: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ from marlin_kernel.layout import packed_shape
 from marlin_kernel.packing import pack
 from marlin_kernel.repack import repack, unpack_source
 from marlin_kernel.sm80_layout import KernelTensors
-from scripts.command_line import command, make_parser, require_gpu
+from scripts.command_line import command, make_parser, require_gpu, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))
@@ -403,7 +403,7 @@ def main() -> None:
         write_table(options.table, rows)
     if options.json:
         result = {"circumstances": circumstances("scripts/bench_types.py", options), "rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ torch._scaled_mm row-wise with and without fast accumulation, torch._int_mm.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import sys
 from functools import partial
@@ -49,7 +48,7 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
 )
 from marlin_kernel.sm90_8bit_layout import Records, stored_tensors  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
-from scripts.command_line import make_parser, positive, require_gpu, shape  # noqa: E402
+from scripts.command_line import make_parser, positive, require_gpu, shape, write_json  # noqa: E402
 
 DEFAULT_TYPES = ("uint4b8-int8-0", "uint4b8-int8-128", "uint4b8-float8_e4m3fn-128")
 DENSE = {"int8": "int_mm", "float8_e4m3fn": "scaled_mm"}
@@ -260,8 +259,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
             if options.output:
                 facts = circumstances("scripts/bench_w4a8.py", options)
-                text = json.dumps({"circumstances": facts, "rows": rows}, indent=1)
-                options.output.write_text(text + "\n")
+                write_json(options.output, {"circumstances": facts, "rows": rows})
     summarize(rows)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import re
 import sys
@@ -63,7 +62,7 @@ from marlin_kernel.validity import (
 )
 from marlin_kernel.weight_types import WEIGHT_TYPES
 from scripts import plot_bench
-from scripts.command_line import make_parser, positive, require_gpu
+from scripts.command_line import make_parser, positive, require_gpu, write_json
 from scripts.gpu_timing import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench_shape(shape, cases, options, report)
         finally:  # a sweep takes hours: what stops it leaves what was measured
             if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(report, indent=1))
+                write_json(options.json, report)
     for line in dict.fromkeys(report["skipped"]):
         print(f"skipped: {line}")
     if options.plot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -44,6 +45,12 @@ def require_gpu(script: str, capability: tuple[int, int] | None = None, hint: st
             f"{script} times kernels for compute capability {wanted}, and this GPU has {own}; "
             "scripts/benchmark_marlin.py times those that serve it"
         )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, and the folders that lead to it: no run ends for lack of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def command(script: str, without: Sequence[str] = ()) -> str:

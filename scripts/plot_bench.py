@@ -163,6 +163,7 @@ def draw(content: Mapping[str, Any], path: Path, chosen: list[Panel] | None = No
         all_axes[0][-1].legend(lines, names, fontsize=7, title=title)
     text = textwrap.fill(caption(content), int(15 * width))
     figure.supxlabel(text.replace("$", r"\$"), fontsize=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
@@ -185,7 +186,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.output.mkdir(parents=True, exist_ok=True)
     for chosen in [[panel] for panel in found] if upwards == RATE else [found]:
         title = f"-{chosen[0].title.replace(' ', '-').replace('=', '')}" if upwards == RATE else ""
         path = options.output / f"{options.file.stem}{title}.{options.format}"

@@ -32,7 +32,7 @@ from gpu_timing import RotatingWeights, graph_time
 from marlin_kernel import WEIGHT_TYPES, kernel_configs, launch
 from marlin_kernel.compiler import CompileError, compile_kernel
 from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
-from scripts.command_line import command, make_parser, positive, require_gpu, shape
+from scripts.command_line import command, make_parser, positive, require_gpu, shape, write_json
 
 SHAPES = (
     "4096x12288 4096x4096 4096x22016 11008x4096 "  # Llama-2-7B, fused
@@ -130,7 +130,7 @@ def main() -> None:
         choices.update((choice["m"], choice) for choice in tune_shape(k, n, options, measurements))
         write(output, gpu, options, table)
     if options.measurements:
-        options.measurements.write_text(json.dumps(measurements))
+        write_json(options.measurements, measurements)
 
 
 def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) -> list[dict]:

@@ -158,6 +158,11 @@ def test_the_command_to_note_holds_no_folders_of_this_machine(monkeypatch):
     )
 
 
+def test_results_make_their_folders(tmp_path):
+    command_line.write_json(tmp_path / "new" / "folder" / "x.json", {"a": [1]})
+    assert json.loads((tmp_path / "new" / "folder" / "x.json").read_text()) == {"a": [1]}
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
@@ -246,7 +251,7 @@ def test_generation(script, tmp_path, capsys):
     bench = script("bench_generate")
     command = "--size tiny --device cpu --dtype bfloat16 --variants eager --context 8 "
     command += "--new_tokens 3 --repeats 1 --prefill 16 --batch 1 2 --models plain packed unfused"
-    output = tmp_path / "generate.json"
+    output = tmp_path / "new" / "generate.json"
     report = bench.main([*command.split(), "--output", str(output)])
     assert [(r["model"], r["batch"]) for r in report["rows"]] == [
         (model, batch) for model in ("plain", "packed", "unfused") for batch in (1, 2)
