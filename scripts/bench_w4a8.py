@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from gpu_timing import ROTATE_BYTES, circumstances, graph_time  # noqa: E402
 from tune_w4a8 import (  # noqa: E402
     DTYPES,
+    KEYS,
     SHAPES,
     TOKENS,
     parse_types,
     random_tokens,
-    read_rows,
     rotating_records,
 )
 
@@ -49,6 +49,7 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
 from marlin_kernel.sm90_8bit_layout import Records, stored_tensors  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu, shape, write_json  # noqa: E402
+from scripts.tuned_tables import read_rows  # noqa: E402
 
 DEFAULT_TYPES = ("uint4b8-int8-0", "uint4b8-int8-128", "uint4b8-float8_e4m3fn-128")
 DENSE = {"int8": "int_mm", "float8_e4m3fn": "scaled_mm"}
@@ -118,7 +119,7 @@ def compare_tuned(gpu: str, path: Path) -> list[dict]:
                 dense[(columns[row["kernel"]], *entry)] = float(list(row.values())[6])
     peers = read_peers(path)
     rows = []
-    for (key, k, n, m), row in read_rows(TUNING_DIRECTORY / f"{gpu}.json").items():
+    for (key, k, n, m), row in read_rows(TUNING_DIRECTORY / f"{gpu}.json", *KEYS).items():
         weight, activation, group_size = key.split()
         names = {"weight_type": weight, "activation": activation, "group_size": group_size}
         found = {"x_peer": peers[entry][1]} if (entry := (activation, k, n, m)) in peers else {}

@@ -12,7 +12,6 @@ tried; their results must agree before they are timed. The table is written afte
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -48,7 +47,8 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
 from marlin_kernel.sm90_8bit_layout import Records, records  # noqa: E402
 from marlin_kernel.validity import Combination, violated_rule  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
-from scripts.command_line import command, make_parser, positive, require_gpu, shape  # noqa: E402
+from scripts.command_line import make_parser, positive, require_gpu, shape  # noqa: E402
+from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 SHAPES = (
     *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),
@@ -60,6 +60,7 @@ TYPES = (
     *("uint4b8-float8_e4m3fn-0", "uint4-int8-128", "uint8b128-int8-0"),
     "float8_e4m3fn-float8_e4m3fn-0",
 )
+KEYS = ("types", "k", "n", "m")  # of a row
 DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 TOLERANCE = 1e-3  # between configurations, relative to the norm; integer sums must be equal
 
@@ -161,19 +162,6 @@ def compile_candidates(chosen: list[EightBitTypes], shapes, tokens, count: int) 
             raise cubin
 
 
-def read_rows(path: Path) -> dict[tuple, dict]:
-    """Rows of an earlier table."""
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return {(row["types"], row["k"], row["n"], row["m"]): row for row in rows}
-
-
-def write_rows(path: Path, gpu: str, rows: dict[tuple, dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
-    head = {"gpu": gpu, "torch": torch.__version__, "command": command("scripts/tune_w4a8.py")}
-    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
-
-
 def main() -> int:
     """Write the table. Returns the process exit status."""
     parser = make_parser(__doc__)
@@ -205,7 +193,7 @@ def main() -> int:
     require_gpu("scripts/tune_w4a8.py", capability=(9, 0))
     gpu = scaled_mm._gpu_name(0)
     path = options.output or TUNING_DIRECTORY / f"{gpu}.json"
-    rows = read_rows(path)
+    rows = read_rows(path, *KEYS)
     shapes, chosen = options.shapes, options.types
     start = time.time()
     compile_candidates(chosen, shapes, options.m, options.candidates)
@@ -233,7 +221,8 @@ def main() -> int:
                     )
                 del held
                 torch.cuda.empty_cache()
-                write_rows(path, gpu, rows)
+                ordered = dict(sorted(rows.items()))
+                write_rows(path, gpu, "scripts/tune_w4a8.py", ordered)
     print(f"{len(rows)} rows in {path.name} after {time.time() - start:.0f} s")
     return 0
 

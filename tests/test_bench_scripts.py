@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import command_line
+from scripts import command_line, tuned_tables
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -188,8 +188,7 @@ def test_tuned_tables_say_how_they_were_made(script, tmp_path, monkeypatch):
     table = json.loads(file.read_text())
     assert table["command"] == "python scripts/tune.py --m 1"
     assert table["rows"] == [{"k": 64, "n": 128, "choices": [choice]}]
-    rows = {(1,): {"types": "a", "us": 2.0}}
-    script("tune_w4a8").write_rows(file, "gpu", rows)
+    tuned_tables.write_rows(file, "gpu", "scripts/tune_w4a8.py", {(1,): {"types": "a", "us": 2.0}})
     table = json.loads(file.read_text())
     assert table["command"] == "python scripts/tune_w4a8.py --m 1"
     assert table["rows"] == [{"types": "a", "us": 2.0}]
@@ -198,6 +197,44 @@ def test_tuned_tables_say_how_they_were_made(script, tmp_path, monkeypatch):
     table = json.loads(file.read_text())
     assert table["command"] == "python scripts/bench_types.py --m 1"
     assert table["rows"][0]["choices"] == [{"m": 1, "us": 2.0, "config": None}]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tune_sparse", ("bits", 4)), ("tune_scaled", ("sparse", True))]
+)
+def test_tuning_keeps_what_it_does_not_measure(name, kind, script, tmp_path, monkeypatch):
+    """And what it has measured, when it is stopped."""
+    module, file = script(name), tmp_path / "table.json"
+    other = dict([kind], k=9, n=9, m=1, config={}, us=9.0)
+    same = other | {"k": 64, "n": 128}
+    file.write_text(json.dumps({"gpu": "x", "rows": [other, same]}))
+    weights = (torch.ones(4), torch.ones(4), torch.ones(4))
+    times = iter([{"best": 2.0, "other": 3.0}])
+
+    def time_configs(*_):
+        found = next(times, None)
+        if found is None:
+            raise KeyboardInterrupt
+        return found
+
+    configs = module.sparse_marlin if name == "tune_sparse" else module.scaled_configs
+    monkeypatch.setattr(configs, "as_row", lambda config: {"name": config})
+    for attribute, value in {
+        "require_gpu": lambda *_, **__: None,
+        "SHAPES": [(64, 128), (128, 128)],
+        "TOKENS": (1,),
+        "random_weight": lambda *_: weights,
+        "rotating_weights": lambda *_: [weights],
+        "ROTATE_BYTES": 1,
+        "time_configs": time_configs,
+    }.items():
+        monkeypatch.setattr(module, attribute, value, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA X")
+    monkeypatch.setattr(sys, "argv", [name, "--output", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert rows == [other, same | {"config": {"name": "best"}, "us": 2.0}]
 
 
 def test_plots_of_stored_runs(script, tmp_path, capsys):
