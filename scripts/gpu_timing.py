@@ -49,11 +49,17 @@ def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit,
-        "options": {
-            name: value.name if isinstance(value, Path) else value
-            for name, value in vars(options).items()
-        },
+        "options": {name: _plain(value) for name, value in vars(options).items()},
     }
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON holds it; files by name."""
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> float:

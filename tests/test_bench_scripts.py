@@ -237,6 +237,125 @@ def test_tuning_keeps_what_it_does_not_measure(name, kind, script, tmp_path, mon
     assert rows == [other, same | {"config": {"name": "best"}, "us": 2.0}]
 
 
+def test_results_of_8_bit_activations_are_stored(script, tmp_path, monkeypatch):
+    """With peers and options beside them, shape by shape, few tokens first."""
+    module, order = script("bench_w4a8"), []
+
+    def measure(types, held, m, k, n, dense):
+        order.append((types.activation, m, k, n, dense))
+        return {"weight_type": types.weight_type, "activation": types.activation, "group_size": 0,
+                "k": k, "n": n, "m": m, "us": 2.0, "x_dense": 1.5}  # fmt: skip
+
+    fake(module, monkeypatch, dense_times=lambda m, k, n: {"int_mm": m},
+         rotating_records=lambda *_: [], measure=measure)  # fmt: skip
+    peers, output = tmp_path / "peers.csv", tmp_path / "new" / "w4a8.json"
+    peers.write_text("kernel,dtype,group_size,K,N,M,us\nother,w4a8-int8,-1,4096,4096,1,3.0\n")
+    command = "x --types uint4b8-int8-0 --shapes 4096x4096 64x128 --m 128 1 --peers"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(peers), "--output", str(output)])
+    module.main()
+    sizes = [(m, *shape) for m in (1, 128) for shape in ((4096, 4096), (64, 128))]
+    assert order == [("int8", m, k, n, {"int_mm": m}) for m, k, n in sizes]
+    stored = json.loads(output.read_text())
+    assert stored["rows"][0]["x_peer"] == 1.5 and "x_peer" not in stored["rows"][1]
+    assert "uint4b8" in str(stored["circumstances"]["options"]["types"])
+
+
+def fake(module, monkeypatch, **values) -> None:
+    """Let a script run without a GPU: what would touch it is replaced."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for attribute, value in {"require_gpu": lambda *_, **__: None, **values}.items():
+        monkeypatch.setattr(module, attribute, value)
+
+
+def test_w4a16_benchmark_honours_its_options(script, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    module, asked = script("bench"), []
+
+    def bench_shape(k, n, tokens, dtype, group_size, options):
+        asked.append((k, n, tuple(tokens), dtype, group_size))
+        return [row(m=m, k=k, n=n, dtype=dtype, group_size=group_size) for m in tokens]
+
+    fake(module, monkeypatch, precompile=lambda *_: None, bench_shape=bench_shape)
+    peers, output, plot = (tmp_path / name for name in ("p.csv", "new/b.json", "new/b.svg"))
+    peers.write_text(CSV)
+    options = "--shapes 4096x4096 64x128 --m 128 1 --group_size 128 -1 --dtype float16 bfloat16"
+    files = ["--peers", str(peers), "--output", str(output), "--plot", str(plot)]
+    module.main([*options.split(), *files])
+    kinds = [(d, g) for d in ("float16", "bfloat16") for g in (128, -1)]
+    shapes = [(4096, 4096), (64, 128)]
+    assert asked == [(*s, m, *kind) for m in ((1,), (128,)) for kind in kinds for s in shapes]
+    stored = json.loads(output.read_text())
+    assert [r["us_peer"] for r in stored["rows"] if "us_peer" in r] == [6.75, 6.0] * 2
+    assert stored["circumstances"]["options"]["shapes"] == [[4096, 4096], [64, 128]]
+    assert "bfloat16, group size -1" in plot.read_text()
+
+    asked.clear()
+    module.main(["--config", str(SCRIPTS.parent / "configs" / "bench" / "models.yaml")])
+    assert len(asked) == 20 and {tokens for _, _, tokens, _, _ in asked} == {(16,)}
+    printed = capsys.readouterr().out
+    assert "Llama65B float16 group 128 M=16: 20.0 us a layer, 2.00x of torch.matmul" in printed
+    assert "Falcon180B" in printed
+
+
+def test_tuner_keeps_other_entries(script, tmp_path, monkeypatch, capsys):
+    module, file = script("tune"), tmp_path / "new" / "table.json"
+    asked = []
+
+    def tune_shape(k, n, options, measurements):
+        asked.append((k, n, options.type, options.dtype, options.group_size, options.candidates))
+        measurements.append([k, n])
+        return [{"m": m, "us": 1.0} for m in options.m]
+
+    fake(module, monkeypatch, tune_shape=tune_shape)
+    common = ["tune", "--output", str(file), "--shapes"]
+    for words in ("64x128 64x64 --m 1 4", "64x128 --m 4 16 --type nvfp4 --candidates 0"):
+        monkeypatch.setattr(sys, "argv", [*common, *words.split()])
+        module.main()
+    assert asked[0] == (64, 128, "uint4b8", "float16", 128, 40)
+    assert asked[-1] == (64, 128, "nvfp4", "float16", 16, 0)
+    found = {(r["k"], r["n"]): [c["m"] for c in r["choices"]] for r in
+             json.loads(file.read_text())["rows"]}  # fmt: skip
+    assert found == {(64, 128): [1, 4, 16], (64, 64): [1, 4]}
+    for words, message in (
+        ("--type mxfp4 --dtype float16", "--dtype float16: mxfp4 takes bfloat16"),
+        ("--group_size 48", "--group_size 48 is not in"),
+        ("--m 0", "'0' is no whole number of at least 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tune", *words.split()])
+        with pytest.raises(SystemExit):
+            module.main()
+        assert message in capsys.readouterr().err
+
+
+def test_types_benchmark_honours_its_options(script, tmp_path, monkeypatch):
+    module, output = script("bench_types"), tmp_path / "new" / "types.json"
+    asked = []
+
+    def measure(case, k, n, path):
+        asked.append((case[0], path))
+        return [{"weight_type": case[0], "us": 1.0}]
+
+    baseline, repacking = [{"weight_type": "torch.matmul", "us": 2.0}], [{"what": "repack"}]
+    ordered = [{"k": 1, "n": 1, "ways": {"front": 1.0}}]
+    fake(module, monkeypatch, measure=measure, baseline=lambda *_: list(baseline),
+         repacking=lambda: list(repacking), act_order=lambda: list(ordered))  # fmt: skip
+    words = ["x", "--types", "uint4", "nvfp4", "--paths", "sm90", "sm80", "--json", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    module.main()
+    assert {path for _, path in asked} == {"sm80", "sm90"}
+    assert {name for name, _ in asked} == {"uint4", "nvfp4"}
+    assert json.loads(output.read_text())["rows"][-1] == {"what": "repack"}
+    asked.clear()
+    table = tmp_path / "table.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--act_order", "--table", str(table)])
+    module.main()
+    assert not asked and json.loads(table.read_text())["rows"] == []
+    monkeypatch.setattr(sys, "argv", ["x", "--table", str(table)])
+    with pytest.raises(SystemExit):
+        module.main()
+
+
 def test_plots_of_stored_runs(script, tmp_path, capsys):
     """Every kind that a benchmark writes, with its circumstances below."""
     pytest.importorskip("matplotlib")
