@@ -1,4 +1,9 @@
-# make demo: quantize a real model and compare it. make test: run the tests. Neither needs a GPU or a hub.
+# make demo     quantize a real model, save, load, and compare it with the original
+# make test     run the tests; TESTS=tests/test_readme.py: only those
+# make lint     check style and format
+# make clean    remove the environment (.venv) and out/
+#
+# None needs a GPU or a model hub.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,14 +13,12 @@ BIN    := $(VENV)/bin
 GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 ifeq ($(GPU),)
 CONSTRAINTS := -c configs/constraints-cpu.txt
-TORCH       := torch
 else
 CONSTRAINTS :=
-TORCH       := torch
 endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: help demo test lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +27,7 @@ help:
 $(VENV)/base: pyproject.toml configs/constraints-cpu.txt
 	@echo "setting up $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) $(TORCH) $(CONSTRAINTS)
+	@$(PIP) torch $(CONSTRAINTS)
 	@$(PIP) -e .[gguf] $(CONSTRAINTS)
 	@touch $@
 

@@ -2,7 +2,7 @@
 
     python scripts/bench.py                                 # configs/bench/anchors.yaml
     python scripts/bench.py --dtype float16 bfloat16 --group_size 32 64 128 -1 --m 1 16
-    python scripts/bench.py --peers FILE.csv                # beside other kernels' times
+    python scripts/bench.py --peers docs/results/h200_peers.csv    # beside other kernels
     python scripts/bench.py --batch_invariant               # what that option costs
     python scripts/bench.py --overhead                      # host time of eager calls
 
@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
 import math
 import sys
 import time
@@ -39,7 +38,6 @@ import yaml
 from bench_tables import (
     HEADER,
     add_peers,
-    plot,
     print_models,
     print_row,
     read_peers,
@@ -55,6 +53,8 @@ from marlin_kernel.kernel_configs import KernelConfig
 from marlin_kernel.layout import permute_columns
 from marlin_kernel.packing import pack
 from marlin_kernel.weight_types import weight_type
+from scripts import plot_bench
+from scripts.command_line import make_parser, positive, require_gpu, shape, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,10 +62,11 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    require_gpu("scripts/bench.py", capability=(9, 0))
     config = yaml.safe_load(options.config.read_text())
     models = {} if options.shapes else config.get("models", {})
-    shapes = options.shapes or config.get("shapes") or sum(models.values(), [])
-    shapes = [tuple(map(int, shape.split("x"))) for shape in dict.fromkeys(shapes)]
+    shapes = config.get("shapes") or sum(models.values(), [])
+    shapes = list(dict.fromkeys(options.shapes or map(shape, shapes)))
     tokens = sorted(options.m or config["tokens"])
     peers = read_peers(options.peers) if options.peers else {}
     report = {"circumstances": circumstances("scripts/bench.py", options), "rows": []}
@@ -88,32 +89,54 @@ def main(arguments: list[str] | None = None) -> None:
         report["summary"] = summarize(rows)
         print_models(models, rows)
     write(report, options.output)
-    if options.plot:
-        plot(rows, options.plot, torch.cuda.get_device_name())
+    if options.plot and rows:
+        plot_bench.draw(report, options.plot)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/bench/anchors.yaml")
-    parser.add_argument("--shapes", nargs="+", help="K x N, instead of the configuration's")
-    parser.add_argument("--m", nargs="+", type=int, help="tokens, instead of the configuration's")
-    parser.add_argument("--group_size", nargs="+", type=int, default=[128])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16"])
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "configs/bench/anchors.yaml",
+        help="YAML: shapes or models, and tokens",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape,
+        metavar="KxN",
+        help="as 4096x12288, instead of the configuration's",
+    )
+    parser.add_argument("--m", nargs="+", type=positive, help="tokens, likewise")
+    parser.add_argument(
+        "--group_size", nargs="+", type=int, default=[128], help="of 32, 64, 128; -1: one group"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float16"], help="of activations"
+    )
     parser.add_argument(
         "--batch_invariant", action="store_true", help="also time batch-invariant products"
     )
     parser.add_argument("--overhead", action="store_true", help="only the host time of eager calls")
     parser.add_argument("--no_baseline", action="store_true", help="skip torch.matmul")
-    parser.add_argument("--sustained", type=float, default=0.0, help="seconds per entry")
-    parser.add_argument("--peers", type=Path, help="CSV: kernel,dtype,group_size,K,N,M,us")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument(
+        "--sustained", type=float, default=0.0, metavar="S", help="also S seconds per entry"
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        help="times of other kernels, as docs/results/h200_peers.csv: "
+        "kernel,dtype,group_size,K,N,M,us",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for rows and circumstances")
     parser.add_argument("--plot", type=Path, help="PNG or SVG file (needs matplotlib)")
     return parser
 
 
 def write(report: dict, path: Path | None) -> None:
     if path:
-        path.write_text(json.dumps(report, indent=1))
+        write_json(path, report)
 
 
 def select(

@@ -60,6 +60,7 @@ from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_model, load_tokenizer  # noqa: E402
 from marlin_kernel.layer import Layer  # noqa: E402
 from scripts import peers  # noqa: E402
+from scripts.command_line import command, make_parser, positive  # noqa: E402
 
 HELDOUT_ROWS = 64  # calibration rows whose documents are never evaluated
 WINDOW = 2048
@@ -314,7 +315,11 @@ def tasks(args: argparse.Namespace, recipe: dict) -> list[Task]:
     """All runs, the first seed of every variant before the others."""
     chosen = recipe["variants"]
     if args.only:
-        chosen = {name.strip(): chosen[name.strip()] for name in args.only.split(";")}
+        names = [name.strip() for name in args.only.split(";")]
+        unknown = [name for name in names if name not in chosen]
+        if unknown:
+            raise SystemExit(f"--only {unknown[0]!r} is none of: {'; '.join(chosen)}")
+        chosen = {name: chosen[name] for name in names}
     found = []
     for name, changes in chosen.items():
         changes = dict(changes)
@@ -357,7 +362,7 @@ def summarized(name: str, runs: dict[int, dict]) -> dict:
 
 
 def table(results: Sequence[dict]) -> str:
-    names = [key for key, v in results[0].items() if isinstance(v, dict) and "tokens" in v]
+    names = [key for key, v in results[0].items() if isinstance(v, dict) and "perplexity" in v]
     timed = any("version" in r for r in results)  # of a peer
     heads = ["recipe", "wiki PPL", "top-1", "C4 PPL", *(f"{n} KL" for n in names)]
     heads += ["seconds", "CPU seconds"] if timed else []
@@ -388,9 +393,7 @@ def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
     """The JSON file with all results so far."""
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
-        "command": f"python scripts/bench_accuracy.py {Path(args.model).name} "
-        f"--c4 {args.c4.name} --wiki {args.wiki.name}"
-        + (f' --only "{args.only}" --peers {" ".join(args.peers)}' if args.peers else ""),
+        "command": command("scripts/bench_accuracy.py", without=("--out",)),
         "commit": commit(),
         "environment": environment(choose_device(QuantizeConfig(device=args.device))),
         "model": args.name or Path(args.model).name,
@@ -431,7 +434,8 @@ def section(path: Path) -> str:
     )
     return (
         f"{table(results)}\n\n{facts['model']}, group size {facts.get('groupsize', 64)} unless "
-        f"said, {facts['calibration']}{layers}; {where.get('gpu', 'CPU')}, torch {where['torch']}"
+        f"said, {facts['calibration']}{layers}; {where.get('gpu', 'CPU')}, torch {where['torch']}, "
+        f"transformers {where['transformers']}, commit {facts['commit']}"
         + (f"; predictions: {counts}" if counts else "")
         + f": `{facts['command']}`."
     )
@@ -459,8 +463,8 @@ def seconds_table(facts: dict) -> str:
         )
     return "\n".join(lines) + (
         f"\n\n{facts['model']}, group size {facts['groupsize']}, {facts['calibration']}; one "
-        f"thread each, torch {where['torch']}, transformers {where['transformers']}; layers timed: "
-        f"{facts['layers']}: `{facts['command']}`."
+        f"thread each, torch {where['torch']}, transformers {where['transformers']}, commit "
+        f"{facts['commit']}; layers timed: {facts['layers']}: `{facts['command']}`."
     )
 
 
@@ -477,37 +481,53 @@ def write_tables() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("model", nargs="?", help="folder, hub name or GGUF file")
     parser.add_argument("--c4", type=Path, help="web text, one document per line")
     parser.add_argument("--wiki", type=Path, help="WikiText-2 test as one string")
     parser.add_argument(
-        "--text", action="append", default=[], type=lambda s: tuple(s.split("=", 1)),
+        "--text", action="append", default=[], type=_domain,
         metavar="NAME=FILE", help="one more domain to evaluate (may be repeated)",
     )  # fmt: skip
-    parser.add_argument("--variants", type=Path, default=ROOT / "configs/bench/accuracy.yaml")
-    parser.add_argument("--only", help="names of variants, separated by ;")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the device")
-    parser.add_argument("--limit", type=float, default=math.inf, help="start no run after seconds")
-    parser.add_argument("--windows", type=int, help="evaluate at most so many windows of each text")
-    parser.add_argument("--window", type=int, default=WINDOW, help="tokens of a window")
-    parser.add_argument("--layers", type=int, help="quantize only so many layers (default: all)")
-    parser.add_argument("--name", help="of the model, in the tables")
-    parser.add_argument("--stem", default="accuracy", help="of the files written")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument(
+        "--variants", type=Path, default=ROOT / "configs/bench/accuracy.yaml",
+        help="YAML: names of variants, with recipe and settings of each",
+    )  # fmt: skip
+    parser.add_argument("--only", help="names of variants, separated by ; (default: all)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time on the device")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, metavar="S", help="start no run after S seconds"
+    )
+    parser.add_argument(
+        "--windows", type=positive, help="evaluate at most so many windows of each text"
+    )
+    parser.add_argument("--window", type=positive, default=WINDOW, help="tokens of a window")
+    parser.add_argument(
+        "--layers", type=positive, help="quantize only the first so many layers (default: all)"
+    )
+    parser.add_argument("--name", help="of the model, in the tables (default: that of its file)")
+    parser.add_argument("--stem", default="accuracy", help="name of the JSON file")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="its folder")
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other variants")
     parser.add_argument(
         "--peers", nargs="+", default=[], metavar="NAME",
         help=f"other quantizers, of those installed: {', '.join(peers.PEERS)}",
     )  # fmt: skip
-    parser.add_argument("--peer_python", default=sys.executable, help="interpreter that has them")
+    parser.add_argument(
+        "--peer_python",
+        default=sys.executable,
+        help="interpreter that has them (default: this one)",
+    )
     args = parser.parse_args()
     if args.model is None:
         write_tables()
         return
     if args.c4 is None or args.wiki is None:
         parser.error("a MODEL needs --c4 and --wiki")
+    for file in (args.c4, args.wiki, args.variants, *(Path(path) for _, path in args.text)):
+        if not file.exists():
+            parser.error(f"{file} does not exist")
 
     began = time.perf_counter()
     recipe = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
@@ -558,6 +578,14 @@ def main() -> None:
     if args.out.resolve() == ROOT / "docs" / "results":
         write_tables()
     print(f"\n{args.out / args.stem}.json")
+
+
+def _domain(text: str) -> tuple[str, str]:
+    """(name, file) of NAME=FILE, as a type of argparse."""
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, file
 
 
 def _loaded() -> bool:

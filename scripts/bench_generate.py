@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import statistics
 import sys
 import time
@@ -43,8 +42,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from marlin_kernel import Layer, QuantizedLinear, hf, weight_type
+from scripts.command_line import make_parser, positive, require_gpu, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = ROOT / "configs" / "bench" / "generate.yaml"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 MODELS = ("plain", "packed", "unfused")
 VARIANTS = ("eager", "graph", "compile", "compile_graph")
@@ -55,7 +56,9 @@ SCALE = 0.02 / 4.6  # weights of standard deviation 0.02 from codes spread evenl
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser().parse_args(arguments)
-    sizes = yaml.safe_load((ROOT / "configs/bench/generate.yaml").read_text())[options.size]
+    if torch.device(options.device).type == "cuda":
+        require_gpu("scripts/bench_generate.py")
+    sizes = yaml.safe_load(SIZES.read_text())[options.size]
     if options.layers:
         sizes["num_hidden_layers"] = options.layers
     config = AutoConfig.for_model(**sizes)
@@ -77,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def write(report: dict[str, Any], path: Path | None) -> None:
     """Write what has been measured so far."""
     if path:
-        path.write_text(json.dumps(report, indent=1))
+        write_json(path, report)
 
 
 def set_up_torch(config: PretrainedConfig, options: argparse.Namespace) -> None:
@@ -96,17 +99,28 @@ def set_up_torch(config: PretrainedConfig, options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument(
-        "--size", default="llama2-7b", help="an entry of configs/bench/generate.yaml"
+        "--size",
+        choices=yaml.safe_load(SIZES.read_text()),
+        default="llama2-7b",
+        help="an entry of configs/bench/generate.yaml",
     )
     parser.add_argument("--layers", type=int, help="decoder layers, instead of the size's own")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["plain", "packed"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:3]))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=["plain", "packed"],
+        help="unfused: packed, but q, k, v and gate, up each by itself",
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:3]), help="see above"
+    )
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 16], help="sequences")
     parser.add_argument("--context", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new_tokens", type=int, default=64, help="decode steps of one run")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens; 0: do not time prefill")
     parser.add_argument(
         "--attention",
@@ -120,15 +134,15 @@ def parser() -> argparse.ArgumentParser:
         default=False,
         help="torch.compile's kernels start while their predecessors end",
     )
-    parser.add_argument("--group_size", type=int, default=128)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--group_size", type=int, default=128, help="of packed weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument(
         "--profile",
         action="store_true",
         help="list the kernels of a decode step; slows the launches of what is timed after it",
     )
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file for rows and circumstances")
     return parser
 
 

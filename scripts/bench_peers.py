@@ -13,7 +13,6 @@ bench_accuracy.py makes the table of docs/accuracy.md from it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -37,6 +36,7 @@ from marlin_kernel.hf import load_tokenizer  # noqa: E402
 from marlin_kernel.weight_types import weight_type  # noqa: E402
 from scripts import peers  # noqa: E402
 from scripts.bench_accuracy import calibration, commit, texts  # noqa: E402
+from scripts.command_line import command, make_parser, positive  # noqa: E402
 
 CPU = torch.device("cpu")
 ITERATIONS = 200  # of AutoRound, its default
@@ -132,16 +132,26 @@ def autoround(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("model", help="folder, hub name or GGUF file")
     parser.add_argument("--c4", type=Path, required=True, help="web text, one document per line")
-    parser.add_argument("--config", default=str(ROOT / "configs/quantize/best.yaml"))
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--row_length", type=int, default=1024)
-    parser.add_argument("--groupsize", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2, help="how many of the first ones to time")
-    parser.add_argument("--peer_python", default=sys.executable, help="interpreter with AutoRound")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument(
+        "--config", default=str(ROOT / "configs/quantize/best.yaml"), help="our recipe"
+    )
+    parser.add_argument("--rows", type=positive, default=32, help="calibration rows")
+    parser.add_argument("--row_length", type=positive, default=1024, help="tokens of a row")
+    parser.add_argument("--groupsize", type=int, default=64, help="inputs that share a scale")
+    parser.add_argument(
+        "--layers", type=positive, default=2, help="how many of the first ones to time"
+    )
+    parser.add_argument(
+        "--peer_python",
+        default=sys.executable,
+        help="interpreter with AutoRound (default: this one)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "results", help="folder of the JSON file"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(peers.version("autoround", args.peer_python), flush=True)
@@ -162,7 +172,7 @@ def main() -> None:
     fast = count * own["solver_per_layer"]
     best = fast + count * own["refine_per_layer"] + own["refine_norms"]
     result = {
-        "command": f"python scripts/bench_peers.py {Path(args.model).name} --c4 {args.c4.name}",
+        "command": command("scripts/bench_peers.py", without=("--out",)),
         "commit": commit(),
         "environment": environment(CPU),
         "model": Path(args.model).name,

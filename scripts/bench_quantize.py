@@ -71,6 +71,7 @@ from gptq.run import (  # noqa: E402
 from gptq.sequential import Walker  # noqa: E402
 from gptq.solver import solve  # noqa: E402
 from gptq.storage import BackgroundWriter, FinishedLayers  # noqa: E402
+from scripts.command_line import command, make_parser, positive  # noqa: E402
 from scripts.gpu_timing import circumstances  # noqa: E402
 
 # ---- a real model --------------------------------------------------------------------------------
@@ -166,9 +167,7 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     floor = 2 * forward + plain
     floor_full = 2 * forward + full
     result = {
-        "command": f"python scripts/bench_quantize.py {Path(args.model).name} --dataset "
-        f"{Path(args.dataset).name} --nsamples {args.nsamples} --seqlen {args.seqlen} "
-        f"--groupsize {args.groupsize} --config {Path(args.config).name}",
+        "command": noted_command(),
         "commit": circumstances("", args)["commit"],
         "environment": report["environment"] | environment(device),
         "settings": config.fingerprint(),
@@ -217,7 +216,7 @@ def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if config.asymmetric:
         full = hessian_seconds(model, len(samples), args.seqlen, layers, True, now)
     result = {
-        "command": command(),
+        "command": noted_command(),
         "commit": circumstances("", args)["commit"],
         "environment": environment(model.device),
         "settings": config.fingerprint(),
@@ -424,7 +423,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         ranks = workers.collect(spent(walker) | {"seconds_of_a_layer": usual})
         slowest = slowest_kernels(walker, layers) if args.profile else None
     result = {
-        "command": command(),
+        "command": noted_command(),
         "commit": circumstances("", args)["commit"],
         "environment": environment(device),
         "settings": config.fingerprint(),
@@ -472,36 +471,36 @@ def slowest_kernels(walker: Walker, index: int, count: int = 40) -> list[dict[st
     ]
 
 
-def command() -> str:
-    """This run's command line without folders of this machine."""
-    words = list(sys.argv[1:])
-    for flag in ("--out", "--scratch"):
-        if flag in words:
-            del words[words.index(flag) : words.index(flag) + 2]
-    return " ".join(["python scripts/bench_quantize.py", *words])
+def noted_command() -> str:
+    return command("scripts/bench_quantize.py", without=("--out", "--scratch"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("model", nargs="?", help="folder, hub name or GGUF file")
-    parser.add_argument("--from_config", help="shape to quantize with random weights")
-    parser.add_argument("--config", default=str(ROOT / "configs/quantize/fast.yaml"))
-    parser.add_argument("--dataset", default="pydoc")
-    parser.add_argument("--nsamples", type=int, help="default: 32, with --from_config 128")
-    parser.add_argument("--seqlen", type=int, help="default: 1024, with --from_config 2048")
+    parser.add_argument("--from_config", help="config.json of a shape to fill with random weights")
+    parser.add_argument("--config", default=str(ROOT / "configs/quantize/fast.yaml"), help="recipe")
+    parser.add_argument("--dataset", default="pydoc", help="calibration text of a real model")
+    parser.add_argument("--nsamples", type=positive, help="default: 32, with --from_config 128")
+    parser.add_argument("--seqlen", type=positive, help="default: 1024, with --from_config 2048")
     parser.add_argument("--groupsize", type=int, help="default: 64, with --from_config 128")
-    parser.add_argument("--true-sequential", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument(
-        "--offload_activations", nargs="?", const="host", metavar="WHERE", help="host, disk, folder"
+        "--true-sequential", action=argparse.BooleanOptionalAction, help="instead of the recipe's"
     )
     parser.add_argument(
-        "--layers", type=int, help="only the first ones; of a real model: in process CPU time"
+        "--offload_activations", nargs="?", const="host", metavar="WHERE",
+        help="host (if nothing is said), disk or a folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=positive, help="only the first ones; of a real model: in process CPU time"
     )
     parser.add_argument("--reference", action="store_true", help="time the solver in torch too")
     parser.add_argument("--profile", action="store_true", help="list kernels of one layer more")
-    parser.add_argument("--scratch", help="folder for the finished layers")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--scratch", help="folder for the finished layers (default: the system's)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "results", help="folder of the JSON file"
+    )
     args = parser.parse_args()
     if (args.model is None) == (args.from_config is None):
         parser.error("give a model, or --from_config CONFIG.json")

@@ -1,4 +1,4 @@
-"""Tables and plots of scripts/bench.py's rows, and the peers' entries that they are compared with.
+"""Tables of scripts/bench.py's rows, and the peers' entries that they are compared with.
 
 A row is a dictionary: k, n, m, dtype, group_size; microseconds `us`, `us_alone`, `floor`,
 `floor_pdl`, `cublas` and, if asked for, `us_invariant`, `us_sustained`, `us_peer`; `peer`,
@@ -131,35 +131,3 @@ def add_peers(rows: Sequence[Row], peers: dict[Entry, tuple[str, float]]) -> Non
         found = peers.get((row["group_size"], row["k"], row["n"], row["m"]))
         if found:
             row["peer"], row["us_peer"] = found
-
-
-# ---- plots ---------------------------------------------------------------------------------------
-
-
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Speed-up over torch.matmul against the number of tokens, one line per shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    lines = dict.fromkeys((r["k"], r["n"], r["dtype"], r["group_size"]) for r in rows)
-    several = len({line[2:] for line in lines}) > 1
-    for line in lines:
-        mine = [r for r in rows if (r["k"], r["n"], r["dtype"], r["group_size"]) == line]
-        mine.sort(key=lambda r: r["m"])
-        axes.plot(
-            [r["m"] for r in mine],
-            [r["cublas"] / r["us"] for r in mine],
-            marker="o",
-            label=f"{line[0]} x {line[1]}" + (f", {line[2]}, group {line[3]}" if several else ""),
-        )
-    axes.set_xscale("log", base=2)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("tokens (M)")
-    axes.set_ylabel("speed-up over torch.matmul")
-    axes.legend(fontsize=8)
-    axes.set_title(title)
-    figure.tight_layout()
-    figure.savefig(path)

@@ -18,7 +18,6 @@ on Hopper have a benchmark of their own: scripts/bench_w4a8.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +48,7 @@ from marlin_kernel.layout import packed_shape
 from marlin_kernel.packing import pack
 from marlin_kernel.repack import repack, unpack_source
 from marlin_kernel.sm80_layout import KernelTensors
+from scripts.command_line import command, make_parser, require_gpu, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))
@@ -322,8 +322,12 @@ def write_table(path: Path, rows: list[dict]) -> None:
     for (k, n), choices in sorted(table.items()):
         text = ",\n   ".join(map(json.dumps, choices))
         lines.append(f' {{"k": {k}, "n": {n}, "choices": [\n   {text}]}}')
-    command = "scripts/bench_types.py --act_order"
-    head = {"command": command, "weight_type": "uint4b8", "group_size": 128, "dtype": "float16"}
+    head = {
+        "command": command("scripts/bench_types.py"),
+        "weight_type": "uint4b8",
+        "group_size": 128,
+        "dtype": "float16",
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n")
 
@@ -368,13 +372,21 @@ def report(what: str, measured: list[dict], rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write rows and circumstances here")
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["sm80"])
-    parser.add_argument("--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights")
+    parser = make_parser(__doc__)
+    parser.add_argument("--json", type=Path, help="JSON file for rows and circumstances")
+    parser.add_argument(
+        "--paths", nargs="+", choices=PATHS, default=["sm80"], help="kernels: see above"
+    )
+    parser.add_argument(
+        "--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights (default: all)"
+    )
     parser.add_argument("--act_order", action="store_true", help="only that: see above")
     parser.add_argument("--table", type=Path, help="write the fastest ways of act-order here")
     options = parser.parse_args()
+    if options.table and not options.act_order:
+        parser.error("--table goes with --act_order")
+    hopper = options.act_order or "sm90" in options.paths
+    require_gpu("scripts/bench_types.py", capability=(9, 0) if hopper else None)
     rows = act_order() if options.act_order else []
     for k, n in () if options.act_order else SHAPES:
         report(f"{k} x {n} torch.matmul", baseline(k, n), rows)
@@ -391,7 +403,7 @@ def main() -> None:
         write_table(options.table, rows)
     if options.json:
         result = {"circumstances": circumstances("scripts/bench_types.py", options), "rows": rows}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

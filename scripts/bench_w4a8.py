@@ -1,9 +1,9 @@
 """Benchmark packed weights with 8-bit activations on Hopper against dense FP8 and INT8 products.
 
-    python scripts/bench_w4a8.py --output docs/results/w4a8_h200.json
-    python scripts/bench_w4a8.py --peers FILE.csv            # beside other kernels' times
+    python scripts/bench_w4a8.py --output w4a8_h200.json
+    python scripts/bench_w4a8.py --peers docs/results/h200_peers.csv    # beside other kernels
     python scripts/bench_w4a8.py --types uint4b8-int8-0 --m 1 1024
-    python scripts/bench_w4a8.py --peers FILE.csv --tuned h200    # times of the table; needs no GPU
+    python scripts/bench_w4a8.py --peers docs/results/h200_peers.csv --tuned h200    # needs no GPU
 
 Protocol of scripts/gpu_timing.py: graphs that rotate over copies of the weights. Results are
 checked against float32 before they are timed. `us` is the product of quantized activations,
@@ -13,9 +13,7 @@ torch._scaled_mm row-wise with and without fast accumulation, torch._int_mm.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import math
 import sys
 from functools import partial
@@ -30,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from gpu_timing import ROTATE_BYTES, circumstances, graph_time  # noqa: E402
 from tune_w4a8 import (  # noqa: E402
     DTYPES,
+    KEYS,
     SHAPES,
     TOKENS,
     parse_types,
     random_tokens,
-    read_rows,
     rotating_records,
 )
 
@@ -50,6 +48,8 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
 )
 from marlin_kernel.sm90_8bit_layout import Records, stored_tensors  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
+from scripts.command_line import make_parser, positive, require_gpu, shape, write_json  # noqa: E402
+from scripts.tuned_tables import read_rows  # noqa: E402
 
 DEFAULT_TYPES = ("uint4b8-int8-0", "uint4b8-int8-128", "uint4b8-float8_e4m3fn-128")
 DENSE = {"int8": "int_mm", "float8_e4m3fn": "scaled_mm"}
@@ -119,7 +119,7 @@ def compare_tuned(gpu: str, path: Path) -> list[dict]:
                 dense[(columns[row["kernel"]], *entry)] = float(list(row.values())[6])
     peers = read_peers(path)
     rows = []
-    for (key, k, n, m), row in read_rows(TUNING_DIRECTORY / f"{gpu}.json").items():
+    for (key, k, n, m), row in read_rows(TUNING_DIRECTORY / f"{gpu}.json", *KEYS).items():
         weight, activation, group_size = key.split()
         names = {"weight_type": weight, "activation": activation, "group_size": group_size}
         found = {"x_peer": peers[entry][1]} if (entry := (activation, k, n, m)) in peers else {}
@@ -201,30 +201,52 @@ def summarize(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--types", nargs="+", default=DEFAULT_TYPES, help="weight-activation-group")
-    parser.add_argument("--shapes", nargs="+", help="K x N, as 4096x4096")
-    parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--peers", type=Path, help="CSV: kernel,dtype,group_size,K,N,M,us")
-    parser.add_argument("--tuned", metavar="GPU", help="compare this tuned table, measure nothing")
-    parser.add_argument("--output", type=Path, help="write rows and circumstances here")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        type=parse_types,
+        metavar="TYPES",
+        default=list(map(parse_types, DEFAULT_TYPES)),
+        help=f"weight-activation-group (0: one group; default: {' '.join(DEFAULT_TYPES)})",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape,
+        metavar="KxN",
+        default=SHAPES,
+        help="default: the fused linears of Llama-2-7B and 70B",
+    )
+    parser.add_argument("--m", nargs="+", type=positive, default=TOKENS, help="numbers of tokens")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        help="times of other kernels, as docs/results/h200_peers.csv: "
+        "kernel,dtype,group_size,K,N,M,us",
+    )
+    parser.add_argument(
+        "--tuned", metavar="GPU", help="compare this tuned table, as h200; measure nothing"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for rows and circumstances")
     options = parser.parse_args()
-    shapes = SHAPES
-    if options.shapes:
-        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     if options.tuned:
         if not options.peers:
             parser.error("--tuned: there is nothing to compare with; name a CSV file by --peers")
+        if not (TUNING_DIRECTORY / f"{options.tuned}.json").is_file():
+            known = ", ".join(sorted(path.stem for path in TUNING_DIRECTORY.glob("*.json")))
+            parser.error(f"--tuned {options.tuned}: there is no such table; choose from {known}")
         summarize(compare_tuned(options.tuned, options.peers))
         return
+    require_gpu("scripts/bench_w4a8.py", capability=(9, 0))
     peers = read_peers(options.peers) if options.peers else {}
     rows: list[dict] = []
     # Few tokens first: minutes of large products leave the chip hot, and its clock low.
     for part in ([m for m in options.m if m <= 64], [m for m in options.m if m > 64]):
-        for k, n in shapes if part else ():
+        for k, n in options.shapes if part else ():
             dense = {m: dense_times(m, k, n) for m in part}
             torch.cuda.empty_cache()
-            for types in map(parse_types, options.types):
+            for types in options.types:
                 held = rotating_records(types, k, n)
                 for m in part:
                     row = measure(types, held, m, k, n, dense[m])
@@ -238,8 +260,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
             if options.output:
                 facts = circumstances("scripts/bench_w4a8.py", options)
-                text = json.dumps({"circumstances": facts, "rows": rows}, indent=1)
-                options.output.write_text(text + "\n")
+                write_json(options.output, {"circumstances": facts, "rows": rows})
     summarize(rows)
 
 

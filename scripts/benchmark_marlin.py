@@ -7,24 +7,22 @@
 Sweeps weight types x activations x group sizes x act-order x k_full x reductions (every valid
 combination of marlin_kernel/validity.py that a kernel serves on this GPU) x layer shapes x batch
 sizes. MODEL/TPn takes the shard of one of n GPUs: N / n of layers split by columns, K / n of layers
-split by rows. Options given as --limit-... keep only the values listed. --others adds what is not
-in the type table: dense and 2:4 products of 8-bit operands, 2:4 sparse 4- and 8-bit weights.
+split by rows. Options given as --limit-... keep only the values listed. --others: what is not in
+the type table, dense and 2:4 products of 8-bit operands and 2:4 sparse 4- and 8-bit weights.
 
-Every result is compared with float64 before it is timed. Times are torch.utils.benchmark's
-blocked_autorange over replays of a CUDA graph, in which every launch reads another copy of the
-weights (--rotate-mb in all, so that none comes from the L2 cache); with --no-graph calls are timed
-as a program makes them. Speed-ups are over torch.matmul with FP16 weights, the faster of [K, N] and
-[N, K] transposed.
+Every result is compared with float64 before it is timed; a wrong one ends the run, and --json holds
+what was measured until then. Times are torch.utils.benchmark's blocked_autorange over replays of a
+CUDA graph, in which every launch reads another copy of the weights (--rotate-mb in all, so that
+none comes from the L2 cache); with --no-graph calls are timed as a program makes them. Speed-ups
+are over torch.matmul with FP16 weights, the faster of [K, N] and [N, K] transposed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +61,9 @@ from marlin_kernel.validity import (
     violated_rule,
 )
 from marlin_kernel.weight_types import WEIGHT_TYPES
+from scripts import plot_bench
+from scripts.command_line import make_parser, positive, require_gpu, write_json
+from scripts.gpu_timing import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "configs" / "bench" / "marlin.yaml"
@@ -80,6 +81,9 @@ OTHERS = {
     "2:4 float16-u4b8-float16-g128": (torch.float16, "uint4b8"),
     "2:4 float16-u8b128-float16-g128": (torch.float16, "uint8b128"),
 }
+# Options that choose from the type table, and so leave out what is not in it
+NARROWING = ("types", "activations", "limit_group_size", "limit_num_bits", "limit_act_order")
+NARROWING += ("limit_k_full",)
 BASELINE, REPACK = "torch.matmul", "repack"
 
 
@@ -111,52 +115,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for shape in shapes:
             print(f"{shape.name}: K={shape.k} N={shape.n}, M={options.batch_sizes}")
         print("\n".join([*map(str, cases), *options.others]))
-        print(f"{len(shapes)} shapes x {len(options.batch_sizes)} batch sizes x {len(cases)} types")
+        kinds = len(cases) + len(options.others)
+        sizes = f"{len(shapes)} shapes x {len(options.batch_sizes)} batch sizes"
+        print(f"{sizes} x {kinds} kinds of product")
         return 0
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device; --dry-run lists what would be timed", file=sys.stderr)
-        return 2
-    report = {"circumstances": circumstances(), "rows": [], "skipped": []}
+    if options.device == "cuda":
+        require_gpu("scripts/benchmark_marlin.py", hint="; --dry-run lists what it would time")
+    facts = circumstances("scripts/benchmark_marlin.py", options)
+    report = {"circumstances": facts, "rows": [], "skipped": []}
     for shape in shapes:
-        bench_shape(shape, cases, options, report)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1))
+        try:
+            bench_shape(shape, cases, options, report)
+        finally:  # a sweep takes hours: what stops it leaves what was measured
+            if options.json:
+                write_json(options.json, report)
     for line in dict.fromkeys(report["skipped"]):
         print(f"skipped: {line}")
     if options.plot:
-        plot(report["rows"], options.plot)
+        plot_bench.draw(report, options.plot)
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     flag = {"type": int, "choices": (0, 1), "nargs": "+"}
-    parser.add_argument("--models", nargs="+", default=["Llama-2-7B"], help="NAME or NAME/TPn")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    models = ", ".join(yaml.safe_load(MODELS.read_text())["models"])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["Llama-2-7B"],
+        help=f"NAME or NAME/TPn; names: {models} (default: Llama-2-7B)",
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=positive, metavar="M", default=BATCH_SIZES, help="tokens"
+    )
     parser.add_argument("--limit-k", nargs="+", type=int, help="inputs")
     parser.add_argument("--limit-n", nargs="+", type=int, help="outputs")
     parser.add_argument("--limit-group-size", nargs="+", type=int, help="-1: one group")
     parser.add_argument("--limit-num-bits", nargs="+", type=int, help="bits of a weight")
-    parser.add_argument("--limit-act-order", **flag)
-    parser.add_argument("--limit-k-full", **flag)
-    parser.add_argument("--types", nargs="+", choices=WEIGHT_TYPES, default=list(WEIGHT_TYPES))
-    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
-    parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=["float16"])
-    parser.add_argument("--reductions", nargs="+", choices=REDUCTIONS, default=list(REDUCTIONS))
-    parser.add_argument("--others", nargs="*", choices=OTHERS, default=[], help="outside the table")
+    parser.add_argument("--limit-act-order", **flag, help="1: inputs belong to groups by an index")
+    parser.add_argument("--limit-k-full", **flag, help="0: a shard of K that cuts groups anywhere")
+    of = {
+        "types": (WEIGHT_TYPES, "weights"),
+        "activations": (ACTIVATIONS, "activations"),
+        "outputs": (OUTPUTS, "results of 8-bit activations; other results are as activations"),
+        "reductions": (REDUCTIONS, "sums that blocks exchange"),
+    }
+    for name, (known, text) in of.items():
+        default = ["float16"] if name == "outputs" else list(known)
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=known, metavar="TYPE", default=default,
+            help=f"of {text}: {' '.join(known)} (default: "
+            + ("all)" if len(default) == len(known) else f"{' '.join(default)})"),
+        )  # fmt: skip
+    parser.add_argument(
+        "--others", nargs="*", choices=OTHERS, metavar="NAME",
+        help="outside the table (default: all, none with --types, --activations or a --limit on "
+        "them): " + ", ".join(f"{name!r}" for name in OTHERS),
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write every row to this file")
     parser.add_argument("--plot", type=Path, help="PNG or SVG file (needs matplotlib)")
     parser.add_argument("--dry-run", action="store_true", help="list the cases and stop")
     parser.add_argument("--min-run-time", type=float, default=0.1, help="seconds per case")
     parser.add_argument(
-        "--rotate-mb", type=int, default=400, help="copies of the weights, together"
+        "--rotate-mb", type=positive, default=400, help="megabytes of copies of the weights"
     )
     parser.add_argument("--no-graph", action="store_true", help="time calls, not graph replays")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    return parser.parse_args(arguments)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where")
+    options = parser.parse_args(arguments)
+    if options.others is None:
+        chosen = any(getattr(options, name) != parser.get_default(name) for name in NARROWING)
+        options.others = [] if chosen else list(OTHERS)
+    return options
 
 
 # ---- what to time --------------------------------------------------------------------------------
@@ -557,55 +587,6 @@ def row(
         "speedup": None if baseline is None else baseline.median * 1e6 / us,
         "tflops": 2 * m * shape.k * shape.n / us * 1e-6,
         "error": None if math.isnan(error) else error,
-    }
-
-
-# ---- output --------------------------------------------------------------------------------------
-
-
-def plot(rows: Sequence[dict], path: Path) -> None:
-    """Speed-up over torch.matmul against M, one panel per shape, one line per combination."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [r for r in rows if r["m"] and r["what"] != BASELINE]
-    sizes = list(dict.fromkeys((r["k"], r["n"]) for r in rows))
-    figure, panels = pyplot.subplots(
-        1, max(1, len(sizes)), figsize=(5 * max(1, len(sizes)), 4.5), squeeze=False, sharey=True
-    )
-    for axes, (k, n) in zip(panels[0], sizes, strict=False):
-        mine = [r for r in rows if (r["k"], r["n"]) == (k, n)]
-        for name in dict.fromkeys(r["what"] for r in mine):
-            line = [(r["m"], r["speedup"]) for r in mine if r["what"] == name]
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
-        axes.set_xscale("log", base=2)
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_title(f"K={k} N={n}")
-        axes.set_xlabel("tokens (M)")
-    panels[0][0].set_ylabel("speed-up over torch.matmul in FP16")
-    panels[0][-1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def circumstances() -> dict:
-    """What the numbers depend on."""
-
-    def output_of(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-        except OSError:
-            return "unknown"
-
-    query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    return {
-        "command": "scripts/benchmark_marlin.py " + " ".join(sys.argv[1:]),
-        "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
     }
 
 

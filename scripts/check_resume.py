@@ -12,7 +12,6 @@ gptq/llama2.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from marlin_kernel.checkpoint_files import verify_tensors  # noqa: E402
+from scripts.command_line import make_parser, positive  # noqa: E402
 
 POLL = 0.005  # seconds
 
@@ -95,12 +95,14 @@ def different(one: Path, other: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--from_config", required=True, help="shape of the model")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--killed_after", type=int, default=1, help="finished layers")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--scratch", help="folder for the checkpoints")
+    parser = make_parser(__doc__)
+    parser.add_argument("--from_config", required=True, help="config.json: the model's shape")
+    parser.add_argument(
+        "--layers", type=positive, default=3, help="of the shape that are quantized"
+    )
+    parser.add_argument("--killed_after", type=positive, default=1, help="finished layers")
+    parser.add_argument("--processes", type=positive, default=1, help="that share the run")
+    parser.add_argument("--scratch", help="folder for the checkpoints (default: the system's)")
     args, flags = parser.parse_known_args()
     if not 0 < args.killed_after < args.layers:
         parser.error(f"--killed_after {args.killed_after} must lie in 1..{args.layers - 1}")

@@ -62,6 +62,7 @@ from marlin_kernel.scaled_configs import STAGE_K
 from marlin_kernel.sm80_configs import KernelTypes
 from marlin_kernel.validity import ACTIVATIONS
 from marlin_kernel.weight_types import WEIGHT_TYPES, WeightType
+from scripts.command_line import make_parser, positive
 
 ROOT = Path(__file__).resolve().parent.parent
 SELECTOR = "kernel_selector.h"
@@ -98,14 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("archs", help='compute capabilities: "7.5,8.0,8.6,8.9,9.0,12.0"')
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "kernels")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "kernels", help="folder")
     parser.add_argument("--compile", action="store_true", help="build cubins")
     parser.add_argument(
-        "--sample", type=int, metavar="N", help="compile N kernels drawn at random, keep none"
+        "--sample", type=positive, metavar="N", help="compile N kernels drawn at random, keep none"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one per core)")
@@ -113,9 +112,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--complete", action="store_true", help="also kernels that are hardly ever selected"
     )
-    parser.add_argument("--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights")
-    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, help="only these")
-    parser.add_argument("--group_sizes", nargs="+", type=int, help="only these (-1: one group)")
+    parser.add_argument(
+        "--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights (default: all)"
+    )
+    parser.add_argument(
+        "--activations", nargs="+", choices=ACTIVATIONS, help="only these (default: all)"
+    )
+    parser.add_argument(
+        "--group_sizes", nargs="+", type=int, help="only these; -1: one group (default: all)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -40,19 +40,26 @@ def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
             return "unknown"
 
     query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    gpus = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     commit = os.environ.get("BENCH_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD")
     words = [word.rpartition("/")[2] if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "command": " ".join([script, *words]),
-        "gpu": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "gpu": "; ".join(dict.fromkeys(gpus.splitlines())),  # equal ones once
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit,
-        "options": {
-            name: value.name if isinstance(value, Path) else value
-            for name, value in vars(options).items()
-        },
+        "options": {name: _plain(value) for name, value in vars(options).items()},
     }
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON holds it; files by name."""
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> float:

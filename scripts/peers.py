@@ -247,8 +247,10 @@ def work(name: str, place: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=PEERS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=PEERS, help="the quantizer")
     parser.add_argument("--check", action="store_true", help="print the version and end")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="do the job written there")
     args = parser.parse_args()

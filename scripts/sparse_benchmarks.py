@@ -44,6 +44,7 @@ from gpu_timing import ROTATE_BYTES, circumstances, replay_times  # noqa: E402
 
 from marlin_kernel.scaled_mm import reference, scaled_mm, scaled_sparse_mm  # noqa: E402
 from marlin_kernel.sparse import GROUP, compress_2_4, prune_2_4  # noqa: E402
+from scripts.command_line import make_parser, positive, require_gpu  # noqa: E402
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MODELS = ROOT / "configs" / "bench" / "sparse_models.yaml"
@@ -72,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     torn = sorted({k for _, k, _ in problems if k % GROUP})
     if torn:
         raise SystemExit(f"K={torn[0]} is no multiple of {GROUP}, which 2:4 sparsity needs")
-    if not torch.cuda.is_available():
-        raise SystemExit("sparse_benchmarks.py times kernels on a CUDA GPU, and torch finds none")
+    require_gpu("scripts/sparse_benchmarks.py", capability=(9, 0))
     measurements: list[Measurement] = []
     notes: set[str] = set()
     label = f"{options.mode}-{options.dtype}"
@@ -93,30 +93,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = make_parser(__doc__)
     top.add_argument("--dtype", choices=DTYPES, required=True, help="of both operands")
+    top.add_argument("--output", type=Path, default=Path("."), help="folder of .pkl and .json")
     top.add_argument(
-        "--output", type=Path, default=Path("."), help="folder of .pkl and .json (default: here)"
-    )
-    top.add_argument(
-        "--replays", type=_positive, default=7, help="of a graph, per time (default: 7)"
+        "--replays", type=positive, default=7, help="of a graph, of which the median counts"
     )
     top.add_argument("--only", help="only kernels whose name holds one of these: A,B,...")
-    modes = top.add_subparsers(dest="mode", required=True)
+    modes = top.add_subparsers(dest="mode", required=True, help="what is swept")
     for name, text in (
         ("square_bench", "M = K = N, over a range"),
         ("range_bench", "a range for the sizes that are not held constant"),
     ):
         mode = modes.add_parser(name, help=text, description=text)
-        mode.add_argument("--dim-start", type=_positive, required=True, help="first size")
-        mode.add_argument("--dim-end", type=_positive, required=True, help="last size, included")
-        mode.add_argument("--dim-increment", type=_positive, required=True, help="between sizes")
+        mode.add_argument("--dim-start", type=positive, required=True, help="first size")
+        mode.add_argument("--dim-end", type=positive, required=True, help="last size, included")
+        mode.add_argument("--dim-increment", type=positive, required=True, help="between sizes")
         if name == "range_bench":
-            mode.add_argument("--m-constant", type=_positive, help="tokens")
-            mode.add_argument("--n-constant", type=_positive, help="output features")
-            mode.add_argument("--k-constant", type=_positive, help="input features")
+            mode.add_argument("--m-constant", type=positive, help="tokens")
+            mode.add_argument("--n-constant", type=positive, help="output features")
+            mode.add_argument("--k-constant", type=positive, help="input features")
     text = "layers of models by batch size"
     known = yaml.safe_load(MODELS.read_text())
     mode = modes.add_parser("model_bench", help=text, description=text)
@@ -125,20 +121,14 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(known)} (configs/bench/{MODELS.name}; default: the first)",
     )  # fmt: skip
     mode.add_argument(
-        "--batch-sizes", nargs="+", type=_positive, default=[1, 16, 32, 64, 128, 256, 512],
+        "--batch-sizes", nargs="+", type=positive, default=[1, 16, 32, 64, 128, 256, 512],
         metavar="M", help="tokens (default: 1 16 32 64 128 256 512)",
     )  # fmt: skip
     mode.add_argument(
-        "--tp-sizes", nargs="+", type=_positive, default=[1], metavar="PARTS",
+        "--tp-sizes", nargs="+", type=positive, default=[1], metavar="PARTS",
         help="GPUs that share a layer; its part on one of them is timed (default: 1)",
     )  # fmt: skip
     return top
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 # ---- problems ----

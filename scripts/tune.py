@@ -32,6 +32,7 @@ from gpu_timing import RotatingWeights, graph_time
 from marlin_kernel import WEIGHT_TYPES, kernel_configs, launch
 from marlin_kernel.compiler import CompileError, compile_kernel
 from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
+from scripts.command_line import command, make_parser, positive, require_gpu, shape, write_json
 
 SHAPES = (
     "4096x12288 4096x4096 4096x22016 11008x4096 "  # Llama-2-7B, fused
@@ -83,16 +84,29 @@ def _plausible(config: KernelConfig, m: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES.split())
-    parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--type", choices=WEIGHT_TYPES, default="uint4b8")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape,
+        metavar="KxN",
+        default=list(map(shape, SHAPES.split())),
+        help="default: the fused linears of Llama-2-7B and 70B",
+    )
+    parser.add_argument("--m", nargs="+", type=positive, default=TOKENS, help="numbers of tokens")
+    parser.add_argument(
+        "--type", choices=WEIGHT_TYPES, default="uint4b8", help="of weights (default: uint4b8)"
+    )
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16"), help="of activations; default: the type's first"
     )
     parser.add_argument("--group_size", type=int, help="default: the type's largest")
-    parser.add_argument("--candidates", type=int, default=40)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--candidates", type=int, default=40, help="timed for each entry; 0: all that fit"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the table (default: this GPU's of marlin_kernel/tuning)"
+    )
     parser.add_argument("--measurements", type=Path, help="also write every time that was taken")
     options = parser.parse_args()
     served = WEIGHT_TYPES[options.type].activations
@@ -103,6 +117,7 @@ def main() -> None:
     options.group_size = options.group_size or max(known)
     if options.group_size not in known:
         parser.error(f"--group_size {options.group_size} is not in {known} for {options.type}")
+    require_gpu("scripts/tune.py", capability=(9, 0))
     gpu = torch.cuda.get_device_name()
     key = kernel_configs.gpu_key(gpu)
     output = options.output or kernel_configs.tuning_path(key, options.type, options.dtype)
@@ -110,13 +125,12 @@ def main() -> None:
     if output.is_file():  # keep what is not measured again
         for row in json.loads(output.read_text())["rows"]:
             table[row["k"], row["n"]] = {choice["m"]: choice for choice in row["choices"]}
-    for shape in options.shapes:
-        k, n = map(int, shape.split("x"))
+    for k, n in options.shapes:
         choices = table.setdefault((k, n), {})
         choices.update((choice["m"], choice) for choice in tune_shape(k, n, options, measurements))
         write(output, gpu, options, table)
     if options.measurements:
-        options.measurements.write_text(json.dumps(measurements))
+        write_json(options.measurements, measurements)
 
 
 def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) -> list[dict]:
@@ -181,7 +195,7 @@ def write(
         "driver": _driver_version(),
         "host": platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "scripts/tune.py",
+        "command": command("scripts/tune.py"),
     }
     lines = []
     for (k, n), by_tokens in sorted(table.items()):

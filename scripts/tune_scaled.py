@@ -5,12 +5,11 @@
 
 FP8 operands, BF16 results, one scale per token and feature; weights rotate so that none is in the
 L2 cache (scripts/gpu_timing.py). Results of all configurations must agree before they are timed.
+The table is written after every shape; rows that are not measured again stay.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,8 @@ from gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
 from marlin_kernel import scaled_configs, scaled_mm  # noqa: E402
 from marlin_kernel.scaled_configs import ScaledConfig  # noqa: E402
 from marlin_kernel.sparse import compress_2_4, prune_2_4  # noqa: E402
+from scripts.command_line import make_parser, require_gpu  # noqa: E402
+from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 SHAPES = (
     *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),
@@ -82,31 +83,33 @@ def time_configs(
 
 def main() -> int:
     """Write the table. Returns the process exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=2.0)
-    parser.add_argument("--output", type=Path, default=None)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--limit", type=float, default=2.0, help="time what is estimated within LIMIT of the best"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the table (default: this GPU's of marlin_kernel/tuning/scaled)"
+    )
     options = parser.parse_args()
+    require_gpu("scripts/tune_scaled.py", capability=(9, 0))
     gpu = scaled_mm._gpu_name(0)
-    rows = []
+    path = options.output or scaled_configs.TUNING_DIRECTORY / f"{gpu}.json"
+    rows = read_rows(path, "sparse", "k", "n", "m")
     for k, n in SHAPES:
         for sparse in (True, False):
             weights = rotating_weights(k, n, sparse)
             for m in TOKENS:
                 times = time_configs(weights, m, k, n, options.limit)
                 best = min(times, key=times.get)
-                rows.append(
-                    {
-                        **{"sparse": sparse, "k": k, "n": n, "m": m},
-                        "config": scaled_configs.as_row(best),
-                        "us": round(times[best], 2),
-                    }
-                )
-                print(sparse, k, n, m, *scaled_configs.as_row(best).values(), rows[-1]["us"])
+                us = round(times[best], 2)
+                rows[sparse, k, n, m] = {
+                    **{"sparse": sparse, "k": k, "n": n, "m": m},
+                    "config": scaled_configs.as_row(best),
+                    "us": us,
+                }
+                print(sparse, k, n, m, *scaled_configs.as_row(best).values(), us, flush=True)
             del weights
-    path = options.output or scaled_configs.TUNING_DIRECTORY / f"{gpu}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{"gpu": "{gpu}", "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+            write_rows(path, gpu, "scripts/tune_scaled.py", rows)
     print(f"{len(rows)} rows in {path}")
     return 0
 

@@ -3,13 +3,12 @@
     python scripts/tune_sparse.py               # the shapes and token counts below, 4 and 8 bits
 
 FP16, group size 128; weights rotate so that none is in the L2 cache (scripts/gpu_timing.py). A
-result is compared with float32 before it is timed.
+result is compared with float32 before it is timed. The table is written after every shape; rows
+that are not measured again stay.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,8 @@ from marlin_kernel.sparse import positions_2_4, prune_2_4  # noqa: E402
 from marlin_kernel.sparse_format import pack_codes, pack_positions  # noqa: E402
 from marlin_kernel.sparse_marlin import SparseConfig  # noqa: E402
 from marlin_kernel.weight_types import weight_type  # noqa: E402
+from scripts.command_line import make_parser, positive, require_gpu  # noqa: E402
+from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TYPES = {4: "uint4b8", 8: "uint8b128"}
@@ -83,14 +84,24 @@ def time_configs(
 
 def main() -> int:
     """Write the table. Returns the process exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=2.0)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8))
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--output", type=Path, default=None)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--limit", type=float, default=2.0, help="time what is estimated within LIMIT of the best"
+    )
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8), help="of a weight"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, nargs="+", metavar="M", default=TOKENS, help="numbers of tokens"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the table (default: this GPU's of marlin_kernel/tuning/sparse)"
+    )
     options = parser.parse_args()
+    require_gpu("scripts/tune_sparse.py", capability=(9, 0))
     gpu = torch.cuda.get_device_name(0).removeprefix("NVIDIA ").lower()
-    rows = []
+    path = options.output or sparse_marlin.TUNING_DIRECTORY / f"{gpu}.json"
+    rows = read_rows(path, "bits", "k", "n", "m")
     for bits in options.bits:
         for k, n in SHAPES:
             weights, scales, dense = random_weight(k, n, bits)
@@ -99,20 +110,15 @@ def main() -> int:
             for m in options.tokens:
                 times = time_configs(rotating, scales, dense, m, bits, options.limit)
                 best = min(times, key=times.get)
-                rows.append(
-                    {
-                        **{"bits": bits, "k": k, "n": n, "m": m},
-                        "config": sparse_marlin.as_row(best),
-                        "us": round(times[best], 2),
-                    }
-                )
-                chosen = sparse_marlin.as_row(best).values()
-                print(bits, k, n, m, *chosen, rows[-1]["us"], flush=True)
+                us = round(times[best], 2)
+                rows[bits, k, n, m] = {
+                    **{"bits": bits, "k": k, "n": n, "m": m},
+                    "config": sparse_marlin.as_row(best),
+                    "us": us,
+                }
+                print(bits, k, n, m, *sparse_marlin.as_row(best).values(), us, flush=True)
             del rotating
-    path = options.output or sparse_marlin.TUNING_DIRECTORY / f"{gpu}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{"gpu": "{gpu}", "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+            write_rows(path, gpu, "scripts/tune_sparse.py", rows)
     print(f"{len(rows)} rows in {path}")
     return 0
 

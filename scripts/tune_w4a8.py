@@ -12,7 +12,6 @@ tried; their results must agree before they are timed. The table is written afte
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -46,7 +45,10 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
     tuned_key,
 )
 from marlin_kernel.sm90_8bit_layout import Records, records  # noqa: E402
+from marlin_kernel.validity import Combination, violated_rule  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
+from scripts.command_line import make_parser, positive, require_gpu, shape  # noqa: E402
+from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 SHAPES = (
     *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),
@@ -58,14 +60,26 @@ TYPES = (
     *("uint4b8-float8_e4m3fn-0", "uint4-int8-128", "uint8b128-int8-0"),
     "float8_e4m3fn-float8_e4m3fn-0",
 )
+KEYS = ("types", "k", "n", "m")  # of a row
 DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 TOLERANCE = 1e-3  # between configurations, relative to the norm; integer sums must be equal
 
 
 def parse_types(text: str) -> EightBitTypes:
-    """Types of "weight type-activation-group size" (0: one group)."""
-    name, activation, group_size = text.rsplit("-", 2)
-    return EightBitTypes(name, activation, "float16", int(group_size))
+    """Types of "weight type-activation-group size" (0: one group), as a type of argparse."""
+    try:
+        name, activation, size = text.rsplit("-", 2)
+        found = EightBitTypes(name, activation, "float16", int(size))
+        rule = violated_rule(
+            Combination(WEIGHT_TYPES[name], activation, group_size=int(size) or -1)
+        )
+    except (KeyError, ValueError):
+        rule = "expected weight type-activation-group size, such as uint4b8-int8-128"
+    if rule is None and activation not in DTYPES:
+        rule = f"activation={activation!r} is not one of {', '.join(DTYPES)}"
+    if rule is not None:
+        raise argparse.ArgumentTypeError(f"{text!r}: {rule}")
+    return found
 
 
 def random_records(types: EightBitTypes, k: int, n: int) -> Records:
@@ -148,35 +162,39 @@ def compile_candidates(chosen: list[EightBitTypes], shapes, tokens, count: int) 
             raise cubin
 
 
-def read_rows(path: Path) -> dict[tuple, dict]:
-    """Rows of an earlier table."""
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return {(row["types"], row["k"], row["n"], row["m"]): row for row in rows}
-
-
-def write_rows(path: Path, gpu: str, rows: dict[tuple, dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
-    path.write_text(f'{{"gpu": "{gpu}", "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
-
-
 def main() -> int:
     """Write the table. Returns the process exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--types", nargs="+", default=TYPES, help="weight-activation-group")
-    parser.add_argument("--shapes", nargs="+", help="K x N, as 4096x4096")
-    parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--candidates", type=int, default=16)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        type=parse_types,
+        metavar="TYPES",
+        default=list(map(parse_types, TYPES)),
+        help=f"weight-activation-group (0: one group; default: {' '.join(TYPES)})",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape,
+        metavar="KxN",
+        default=SHAPES,
+        help="default: the fused linears of Llama-2-7B and 70B",
+    )
+    parser.add_argument("--m", nargs="+", type=positive, default=TOKENS, help="numbers of tokens")
+    parser.add_argument("--candidates", type=int, default=16, help="timed for each entry")
     parser.add_argument("--verbose", action="store_true", help="print every candidate's time")
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the table (default: this GPU's of marlin_kernel/tuning/sm90_8bit)",
+    )
     options = parser.parse_args()
+    require_gpu("scripts/tune_w4a8.py", capability=(9, 0))
     gpu = scaled_mm._gpu_name(0)
     path = options.output or TUNING_DIRECTORY / f"{gpu}.json"
-    rows = read_rows(path)
-    shapes = SHAPES
-    if options.shapes:
-        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
-    chosen = [parse_types(text) for text in options.types]
+    rows = read_rows(path, *KEYS)
+    shapes, chosen = options.shapes, options.types
     start = time.time()
     compile_candidates(chosen, shapes, options.m, options.candidates)
     print(f"compiled after {time.time() - start:.0f} s", flush=True)
@@ -203,7 +221,8 @@ def main() -> int:
                     )
                 del held
                 torch.cuda.empty_cache()
-                write_rows(path, gpu, rows)
+                ordered = dict(sorted(rows.items()))
+                write_rows(path, gpu, "scripts/tune_w4a8.py", ordered)
     print(f"{len(rows)} rows in {path.name} after {time.time() - start:.0f} s")
     return 0
 

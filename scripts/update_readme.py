@@ -1,11 +1,18 @@
-"""Write the tables of the README from docs/results/*.json, so that no number is typed by hand."""
+"""Write the tables of the README from docs/results, so that no number is typed by hand.
+
+python scripts/update_readme.py             # what stands between <!-- table: NAME --> marks
+python scripts/update_readme.py --check     # changes nothing; exits with 1 if a table is stale
+"""
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -13,22 +20,71 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from marlin_kernel import WEIGHT_TYPES, kernel_configs  # noqa: E402
+from scripts.command_line import make_parser  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
+# Rows of the accuracy table: name in the file, what the README calls it
 SHOWN = {
     "full precision": "full precision",
     "round to nearest": "round to nearest",
     "GPTQ as first published": "GPTQ as first published (`configs/quantize/gptq.yaml`)",
     "Marlin": "Marlin's recipe (`configs/quantize/marlin.yaml`)",
+    "GPTQ of llm-compressor": "GPTQ of {version}",
     "all but shrinkage": "the default with `--shrinkage 0`",
     "fast": "**the default** (`configs/quantize/fast.yaml`)",
     "best": "learned scales (`configs/quantize/best.yaml`)",
 }
+SHAPES = "the eight fused linears of Llama-2 7B and 70B"
+
+
+def _results(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _accuracy() -> dict[str, dict]:
+    """Rows by name; those of other quantizers come from a run of the same protocol."""
+    peers = {r["name"]: r for r in _results("accuracy_peers.json")["results"] if "version" in r}
+    return peers | {r["name"]: r for r in _results("accuracy.json")["results"]}
+
+
+def summary() -> str:
+    """The claims in one glance."""
+    found, kl = _accuracy(), {}
+    for name in ("fast", "Marlin", "GPTQ of llm-compressor", "round to nearest"):
+        kl[name] = found[name]["wiki"]["kl"]
+    rows = _bench("float16")["rows"]
+
+    def mean(column: str, m: int) -> float:
+        return geometric_mean([r[column] / r["us"] for r in rows if r["m"] == m])
+
+    few, many = mean("cublas", 1), mean("cublas", 1024)
+    decode = {
+        r["model"]: r["ms_per_token"]
+        for r in _results("generate_h200.json")["runs"][0]["rows"]
+        if (r["batch"], r["variant"]) == (1, "compile")
+    }
+    layers = _results("bench_quantize_llama2-7b_fast.json")["seconds_of_each_layer"][1:]
+    cpu = _results("bench_quantize.json")["seconds"]["quantize"]
+    lines = [
+        f"- **Accurate**: a KL divergence of {kl['fast']:.3f} from the original on SmolLM2-135M; "
+        f"Marlin's own recipe has {kl['Marlin']:.3f}, llm-compressor's GPTQ "
+        f"{kl['GPTQ of llm-compressor']:.3f} and rounding {kl['round to nearest']:.3f}, in the "
+        "same format and with the same calibration text ([Accuracy](#accuracy)).",
+        f"- **Fast to serve**: for one token a 4-bit linear is {few:.1f} times as fast as "
+        f"torch.matmul in FP16 and {mean('us_peer', 1):.2f} times as fast as the best public "
+        f"kernel, for 1024 tokens {many:.2f} and {mean('us_peer', 1024):.2f} times, on an H200. A "
+        f"model of Llama-2-7B's sizes decodes in {decode['packed']:.2f} instead of "
+        f"{decode['plain']:.2f} ms a token. From 128 to 512 tokens some shapes lose to "
+        "torch.matmul ([Speed](#speed)).",
+        f"- **Fast to make**: {sum(layers) / len(layers):.1f} s for a decoder layer of "
+        f"Llama-2-7B's sizes on an H200; all of SmolLM2-135M in {cpu:.0f} s on two CPU cores "
+        "([Time and memory](#time-and-memory-of-quantizing)).",
+    ]
+    return "\n".join(lines)
 
 
 def accuracy() -> str:
-    content = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
-    found = {result["name"]: result for result in content["results"]}
+    content, found = _results("accuracy.json"), _accuracy()
     lines = [
         "| recipe | WikiText-2 PPL | KL | top-1 | C4 PPL | KL | code KL |",
         "|---|---|---|---|---|---|---|",
@@ -38,15 +94,57 @@ def accuracy() -> str:
         kl = [f"{part['kl']:.4f}" if "kl" in part else "" for part in (wiki, c4, code)]
         top1 = f"{100 * wiki['top1']:.1f} %" if "top1" in wiki else ""
         ppl = [f"{part['perplexity']:.2f}" for part in (wiki, c4)]
+        label = label.format(version=found[name].get("version"))
         lines.append(f"| {label} | {ppl[0]} | {kl[0]} | {top1} | {ppl[1]} | {kl[1]} | {kl[2]} |")
-    where = content["environment"]
+    where, commit = content["environment"], content["commit"]
     device = where.get("gpu", "a CPU")
-    lines.append(f"\nMeasured on {device}, torch {where['torch']}: `{content['command']}`.")
+    lines.append(
+        f"\n{device}, torch {where['torch']}, transformers {where['transformers']}, commits "
+        f"{commit}: `{content['command']}`."
+    )
+    return "\n".join(lines)
+
+
+# What the default is made of: the row of accuracy.json without it, and what it does
+INGREDIENTS = {
+    "all but asymmetric calibration": "**Asymmetric calibration.** Each linear is fitted to the "
+    "outputs of the *unquantized* model, given the inputs that the *quantized* model feeds it, and "
+    "the error already in the residual stream is part of the target. The least-squares solution "
+    "moves the target; the rest is ordinary GPTQ on it (`gptq/solver.py`, `_target_move`; after "
+    "GPTAQ, arXiv 2504.02692)",
+    "all but signed scales": "**Signed scales**: a symmetric 4-bit grid has 16 levels, one more on "
+    "its negative side; a negative scale puts the extra level where the larger weight is",
+    "all but clipping": "**Hessian-weighted clipping** of every group, as in Marlin",
+    "all but shrinkage": "**Shrinkage**: a tenth of the correlations between inputs is left out, "
+    "since they differ from text to text more than the energies of single inputs do",
+    "all but act-order": "**Activation order with static groups**: the important inputs are "
+    "rounded first, at no run-time cost",
+    "all but refit and sweep": "**After rounding**, scales are refitted by least squares, and "
+    "codes that no longer fit are moved",
+}
+
+
+def ingredients() -> str:
+    """What the default's stages gain, largest first."""
+    found, texts = _accuracy(), ("wiki", "C4", "code")
+
+    def losses(name: str) -> list[float]:
+        return [found[name][text]["kl"] for text in texts]
+
+    def shown(name: str) -> str:
+        return " / ".join(f"{kl:.3f}" for kl in losses(name))
+
+    order = sorted(INGREDIENTS, key=lambda name: -sum(losses(name)))
+    lines = [f"KL on WikiText-2 / C4 / code is {shown('fast')} with all of them.", ""]
+    lines += [
+        f"{number}. {INGREDIENTS[name]}. Without it: {shown(name)}."
+        for number, name in enumerate(order, 1)
+    ]
     return "\n".join(lines)
 
 
 def quantize() -> str:
-    content = json.loads((RESULTS / "bench_quantize.json").read_text(encoding="utf-8"))
+    content = _results("bench_quantize.json")
     seconds, where = content["seconds"], content["environment"]
     ratios = content["ratio_with_target_products"], content["ratio"]
     rows = {
@@ -61,7 +159,7 @@ def quantize() -> str:
     lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     lines.append(
         f"\n{content['calibration_tokens']:,} calibration tokens, {where['threads']} CPU threads, "
-        f"torch {where['torch']}: `{content['command']}`."
+        f"torch {where['torch']}, commit {content['commit']}: `{content['command']}`."
     )
     return "\n".join(lines)
 
@@ -87,8 +185,11 @@ def large() -> str:
     where = content["environment"]
     lines.append(
         f"\n{where['gpu']}, torch {where['torch']}, {content['calibration_tokens']:,} calibration "
-        "tokens, group size 128: `python scripts/bench_quantize.py --from_config "
-        "configs/bench/llama2-7b.json --config configs/quantize/marlin.yaml --true-sequential`."
+        'tokens, group size 128. Seconds are those of the layers timed; "a layer" leaves out the '
+        "first, which waits for libraries, kernels and pinned memory. Weights are random. Command "
+        "and commit of each row: `docs/results/bench_quantize_*.json`; of the second: `python "
+        "scripts/bench_quantize.py --from_config configs/bench/llama2-7b.json --config "
+        "configs/quantize/marlin.yaml --true-sequential`."
     )
     return "\n".join(lines)
 
@@ -108,29 +209,48 @@ def _size_first(path: Path) -> tuple[int, str]:
 
 def kernels() -> str:
     lines = [
-        "| tokens | FP16: faster than torch.matmul | least | times the read floor | most "
-        "| BF16: faster than torch.matmul | least |",
-        "|---|---|---|---|---|---|---|",
+        "| tokens | FP16: times as fast as torch.matmul | as the best public kernel "
+        "| BF16: as torch.matmul | FP16: time over the read floor |",
+        "|---|---|---|---|---|",
     ]
-    measured = {dtype: _bench(dtype) for dtype in ("float16", "bfloat16")}
-    for m in sorted({row["m"] for row in measured["bfloat16"]["rows"]}):
-        faster, floor = {}, []
-        for dtype, content in measured.items():
-            rows = [row for row in content["rows"] if row["m"] == m]
-            faster[dtype] = [row["cublas"] / row["us"] for row in rows]
-            floor = floor or [row["us"] / row["floor"] for row in rows]
-        cells = [f"{geometric_mean(f):.2f}x | {min(f):.2f}x" for f in faster.values()]
-        cells.insert(1, f"{geometric_mean(floor):.2f} | {max(floor):.2f}")
+    half, brain = (_bench(dtype) for dtype in ("float16", "bfloat16"))
+    for m in sorted({row["m"] for row in half["rows"]}):
+        rows, others = ([r for r in c["rows"] if r["m"] == m] for c in (half, brain))
+        floor = [r["us"] / r["floor"] for r in rows]
+        cells = [
+            _mean_and_least([r["cublas"] / r["us"] for r in rows]),
+            _mean_and_least([r["us_peer"] / r["us"] for r in rows]),
+            _mean_and_least([r["cublas"] / r["us"] for r in others]),
+            f"{geometric_mean(floor):.2f} ({max(floor):.2f})",
+        ]
         lines.append(f"| {m} | {' | '.join(cells)} |")
-    where = [content["circumstances"] for content in measured.values()]
+    where = [content["circumstances"] for content in (half, brain)]
     commits = " and ".join(dict.fromkeys(w["commit"] for w in where))
+    names = sorted({PEERS[r["peer"]] for r in half["rows"]})
     lines.append(
-        f"\n{where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, group size 128, geometric "
-        f"means over eight layer shapes of Llama-2 7B and 70B, at commit {commits}: "
-        + " and ".join(f"`python {w['command']}`" for w in where)
-        + "."
+        f"\nGeometric means over {SHAPES}, in brackets the worst of them. Public kernels: of every "
+        f"entry the fastest of {', '.join(names)}, measured before under the same protocol "
+        "(`docs/results/h200_peers.csv`). The read floor is a kernel that only reads the same "
+        f"bytes. {where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, group size 128, "
+        f"commit {commits}: " + " and ".join(f"`python {w['command']}`" for w in where) + "."
     )
     return "\n".join(lines)
+
+
+PEERS = {
+    "humming": "Humming",
+    "humming-best": "Humming",
+    "machete": "Machete",
+    "machete-best": "Machete",
+    "marlin-nohint": "Marlin",
+    "tinygemm": "tinygemm",
+    "vllm-marlin": "vLLM-Marlin",
+}
+
+
+def _mean_and_least(ratios: list[float]) -> str:
+    """Empty if there are none."""
+    return f"{geometric_mean(ratios):.2f}x ({min(ratios):.2f}x)" if ratios else ""
 
 
 def _bench(dtype: str) -> dict:
@@ -160,37 +280,123 @@ def types() -> str:
                 for choice in row["choices"]
                 if choice["m"] == m and choice["us"] and (row["k"], row["n"], m) in dense
             ]
-            faster = [matmul / us for matmul, us in times]
-            cells.append(f"{geometric_mean(faster):.2f}x ({min(faster):.2f}x)" if faster else "")
+            cells.append(_mean_and_least([matmul / us for matmul, us in times]))
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
-        "\nFaster than torch.matmul (least), geometric means over the same shapes: the tuned "
-        "tables' times (`python scripts/tune.py --type NAME`) against torch.matmul's of the table "
-        "above."
+        f"\nTimes as fast as torch.matmul in the dtype of the activations, FP16 unless said: "
+        f"geometric means over {SHAPES}, in brackets the worst; tuned tables "
+        "(`marlin_kernel/tuning/`, by `python scripts/tune.py --type NAME`) against torch.matmul "
+        "of the table above."
+    )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Times of a tuned table against those of other kernels.
+
+    rows: (K, N, M, us); peers: (kernel, dtype) in h200_peers.csv, the fastest of any group size.
+    """
+
+    ours: str
+    theirs: str
+    rows: list[tuple[int, int, int, float]]
+    peers: tuple[tuple[str, str], ...]
+
+
+def _duels() -> list[Duel]:
+    tuning = kernel_configs.tuning_path("h200", "uint4b8", "float16").parent
+
+    def rows(name: str, **wanted: object) -> list[tuple[int, int, int, float]]:
+        found = json.loads((tuning / name / "h200.json").read_text(encoding="utf-8"))["rows"]
+        flat = [row | choice for row in found for choice in row.get("choices", [row])]
+        chosen = [row for row in flat if wanted.items() <= row.items() and row["us"]]
+        return [(row["k"], row["n"], row["m"], row["us"]) for row in chosen]
+
+    int8 = rows("sm90_8bit", types="uint4b8 int8 0")
+    fp8 = rows("sm90_8bit", types="uint4b8 float8_e4m3fn 128")
+    sparse, scaled = rows("sparse", bits=4), rows("scaled", sparse=True)
+    vllm, best = ("vllm-marlin", "vLLM-Marlin"), "Machete, vLLM-Marlin"
+    exact, fast = "scaled_mm-rowwise-slowacc", "scaled_mm-rowwise"
+    machete = ("machete", "w8a16-int8"), ("machete-best", "w8a16-int8")
+    humming = "humming", "w4a8-int8"
+    fp8_peers = ("humming", "w4a8-fp8"), ("vllm-cutlass-w4a8", "w4a8-fp8")
+    return [
+        Duel("uint8b128 x FP16", best, rows("uint8b128"), ((vllm[0], "w8a16-int8"), *machete)),
+        Duel("float8_e4m3fn x FP16", vllm[1], rows("float8_e4m3fn"), ((vllm[0], "w8a16-fp8"),)),
+        Duel("uint4b8 x INT8", "Humming, vLLM-Marlin", int8, (humming, (vllm[0], "w4a8-int8"))),
+        Duel("uint4b8 x INT8", "`torch._int_mm`, dense", int8, (("int_mm", "w8a8-int8"),)),
+        Duel("uint4b8 x FP8", "CUTLASS of vLLM, Humming", fp8, fp8_peers),
+        Duel("uint4b8 x FP8", "`torch._scaled_mm`, dense, exact sums", fp8, ((exact, "w8a8-fp8"),)),
+        Duel("uint4b8 2:4 x FP16", "sparse Marlin", sparse, (("sparse-marlin-2:4", "sp-w4a16"),)),
+        Duel("FP8 2:4 x FP8", "cuSPARSELt", scaled, (("cusparselt-2:4-search", "sp-fp8"),)),
+        Duel("FP8 2:4 x FP8", "`torch._scaled_mm`, dense", scaled, ((fast, "w8a8-fp8"),)),
+    ]
+
+
+def peers() -> str:
+    """Types and operands beside 4-bit weights with 16-bit activations, against other kernels."""
+    tokens = (1, 4, 16, 64, 256, 1024, 4096)
+    best: dict[tuple, float] = {}
+    with (RESULTS / "h200_peers.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            sizes = (int(row["K"]), int(row["N"]), int(row["M"]))
+            key = (row["kernel"], row["dtype"], *sizes)
+            best[key] = min(best.get(key, math.inf), float(row["us_median_of_passes"]))
+    lines = [
+        f"| weights x activations | against, by tokens | {' | '.join(map(str, tokens))} |",
+        "|---" * (len(tokens) + 2) + "|",
+    ]
+    for duel in _duels():
+        ratios: dict[int, list[float]] = {m: [] for m in tokens}
+        for k, n, m, us in duel.rows:
+            theirs = [best[(*peer, k, n, m)] for peer in duel.peers if (*peer, k, n, m) in best]
+            if theirs and m in ratios:
+                ratios[m].append(min(theirs) / us)
+        cells = [_mean_and_least(found) for found in ratios.values()]
+        lines.append(f"| {duel.ours} | {duel.theirs} | {' | '.join(cells)} |")
+    lines.append(
+        f"\nTimes as fast as the fastest of the kernels named: geometric means over {SHAPES} (2:4 "
+        "sparse at 64 tokens: six of them), in brackets the worst; empty: not measured. uint4b8 x "
+        "INT8 has one group of weights per column, FP8 2:4 one scale per token and feature, the "
+        "others have groups of 128; other kernels count with whichever group size is faster. "
+        "Ours: the tuned tables (`marlin_kernel/tuning/`); others: `docs/results/h200_peers.csv`. "
+        "Both on an H200, torch 2.11, in runs of their own."
     )
     return "\n".join(lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "accuracy": accuracy,
+    "ingredients": ingredients,
     "quantize": quantize,
     "large": large,
     "kernels": kernels,
     "types": types,
+    "peers": peers,
 }
 
 
-def main() -> None:
+def main() -> int:
+    """Write the README. Returns the process exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args()
     path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
+    before = text = path.read_text(encoding="utf-8")
     for name, make in TABLES.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         table = make()
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
         if count != 1:
             raise SystemExit(f"README.md has {count} places for the table {name!r}, expected 1")
+    if options.check:
+        print("README.md " + ("is up to date" if text == before else "has stale tables"))
+        return int(text != before)
     path.write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -66,6 +66,16 @@ def test_limits(capsys: pytest.CaptureFixture) -> None:
     assert only == ["bfloat16-mxfp4-bfloat16-g32"]
 
 
+def test_what_is_outside_the_table_is_left_out_by_choices_from_it(capsys) -> None:
+    """2:4 sparse and scaled products belong to the whole sweep, not to one of named types."""
+    whole = listed(capsys, *SMALL, "--reductions", "float32").splitlines()
+    assert whole[-7:-1] == list(script.OTHERS)
+    for narrowed in (["--types", "uint4b8"], ["--limit-num-bits", "4"], ["--others"]):
+        assert "2:4" not in listed(capsys, *SMALL, *narrowed)
+    added = listed(capsys, *SMALL, "--types", "uint4b8", "--others", "2:4 scaled int8")
+    assert added.splitlines()[-2] == "2:4 scaled int8"
+
+
 def test_options_that_leave_nothing(capsys: pytest.CaptureFixture) -> None:
     assert script.main([*SMALL, "--types", "uint8", "--limit-num-bits", "4"]) == 2
     assert "nothing is left to time" in capsys.readouterr().err
@@ -74,9 +84,9 @@ def test_options_that_leave_nothing(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_gpu(capsys: pytest.CaptureFixture) -> None:
-    assert script.main(SMALL) == 2
-    assert "no CUDA device; --dry-run lists" in capsys.readouterr().err
+def test_no_gpu() -> None:
+    with pytest.raises(SystemExit, match="torch finds none; --dry-run lists what it would time"):
+        script.main(SMALL)
 
 
 def test_sweep_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -99,14 +109,19 @@ def test_sweep_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
             assert r["error"] < script.ERROR_LIMITS["bfloat16"] and r["speedup"] > 0
 
 
-def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave what was measured before them."""
     multiply = script.Product.__call__
     monkeypatch.setattr(
         script.Product, "__call__", lambda *a: multiply(*a).mul_(1.01), raising=True
     )
+    output = tmp_path / "results.json"
     arguments = [*SMALL, "--device", "cpu", "--batch-sizes", "2", "--types", "uint4b8"]
+    arguments += ["--limit-group-size", "64", "--min-run-time", "0.001", "--json", str(output)]
     with pytest.raises(ArithmeticError, match="M=2, K=576, N=576: error 0.01"):
-        script.main([*arguments, "--limit-group-size", "64", "--min-run-time", "0.001"])
+        script.main(arguments)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["what"], row["m"]) == ("torch.matmul", 2)
 
 
 # ---- what a GPU's kernels are called with, checked by plain multiplication ----
@@ -205,15 +220,3 @@ def test_relative_error() -> None:
     a, weight = torch.eye(3).double(), torch.ones(3, 5000)
     assert script.relative_error(torch.ones(3, 5000), a, weight) == 0
     assert math.isclose(script.relative_error(2 * torch.ones(3, 5000), a, weight), 1)
-
-
-def test_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [
-        {"k": 64, "n": n, "m": m, "what": what, "speedup": 1.5}
-        for n in (64, 128)
-        for m in (1, 2)
-        for what in ("torch.matmul", "a", "b")
-    ]
-    script.plot(rows, tmp_path / "plot.svg")
-    assert "<svg" in (tmp_path / "plot.svg").read_text()

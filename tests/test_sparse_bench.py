@@ -148,12 +148,74 @@ def test_a_failing_run_keeps_what_it_has(tmp_path, monkeypatch, capsys) -> None:
         raise RuntimeError("the second kernel fails")
 
     monkeypatch.setattr(sparse_benchmarks, "bench", bench)
-    monkeypatch.setattr(sparse_benchmarks.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sparse_benchmarks, "require_gpu", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="the second kernel"):
         sparse_benchmarks.main(["--dtype", "fp8", "--output", str(tmp_path), *SQUARE])
     assert "[1/1] M=64 K=64 N=64" in capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["rows"][0]["kernel"] == "torch_bf16"
+
+
+def on_the_cpu(monkeypatch) -> list[int]:
+    """Let the script run without a GPU, on a clock that does not go. Returns launches as timed."""
+    timed = []
+
+    def operands(m, k, n, dtype):
+        torch.manual_seed(0)
+        a, w = torch.randn(m, k), prune_2_4(torch.randn(n, k))
+        if dtype == "int8":
+            a, w = (40 * a).clamp(-127, 127), (40 * w).clamp(-127, 127).round()
+        return a.to(sparse_benchmarks.DTYPES[dtype]), w.to(sparse_benchmarks.DTYPES[dtype])
+
+    def replay_times(calls, replays):
+        timed.append(len(calls))
+        return [1e-6 * len(calls)] * replays
+
+    monkeypatch.setattr(sparse_benchmarks, "require_gpu", lambda *_, **__: None)
+    monkeypatch.setattr(sparse_benchmarks, "operands", operands)
+    monkeypatch.setattr(sparse_benchmarks, "replay_times", replay_times)
+    monkeypatch.setattr(sparse_benchmarks, "ROTATE_BYTES", 1)
+    return timed
+
+
+@pytest.mark.parametrize("dtype", sparse_benchmarks.DTYPES)
+@pytest.mark.parametrize(
+    ("mode", "sizes"),
+    [
+        ("square_bench --dim-start 64 --dim-end 128 --dim-increment 64", [(64,) * 3, (128,) * 3]),
+        (
+            "range_bench --dim-start 32 --dim-end 64 --dim-increment 32 --n-constant 64 "
+            "--k-constant 128",
+            [(32, 128, 64), (64, 128, 64)],
+        ),
+    ],
+)
+def test_a_whole_run_on_the_cpu(dtype, mode, sizes, tmp_path, monkeypatch, capsys) -> None:
+    """Every kernel that a CPU has, checked against the reference, to tables and files."""
+    timed = on_the_cpu(monkeypatch)
+    arguments = ["--dtype", dtype, "--output", str(tmp_path), "--replays", "3", *mode.split()]
+    assert sparse_benchmarks.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert all(f"M={m} K={k} N={n}" in printed for m, k, n in sizes)
+    (file,), (pickled,) = tmp_path.glob("*.json"), tmp_path.glob("*.pkl")
+    assert file.name.startswith(f"{mode.split()[0]}-{dtype}-") and file.stem == pickled.stem
+    facts = json.loads(file.read_text())
+    refused = {note.split()[0] for note in facts["notes"]}
+    assert "cusparselt" in refused  # the CPU has none
+    for size in sizes:
+        kernels = [r["kernel"] for r in facts["rows"] if (r["m"], r["k"], r["n"]) == size]
+        assert kernels == [n for n in sparse_benchmarks.kernel_names(dtype) if n not in refused]
+        assert {"ours_sparse_tensor", "ours_dense_token-channel_bias", "torch_bf16"} <= {*kernels}
+    assert len(timed) == len(facts["rows"]) and all(r["us"] == 1.0 for r in facts["rows"])
+    assert plot_bench.panels(plot_bench.read(pickled)["rows"])[0] == "TFLOP/s"
+
+
+def test_a_wrong_product_is_not_timed(tmp_path, monkeypatch) -> None:
+    on_the_cpu(monkeypatch)
+    right = sparse_benchmarks.scaled_sparse_mm
+    monkeypatch.setattr(sparse_benchmarks, "scaled_sparse_mm", lambda *a: right(*a) * 1.1)
+    with pytest.raises(RuntimeError, match="ours_sparse_tensor 64x64x64: relative error 0.1"):
+        sparse_benchmarks.main(["--dtype", "int8", "--output", str(tmp_path), *SQUARE])
 
 
 def test_stored_runs_hold_measurements_and_rates(stored) -> None:
@@ -173,15 +235,15 @@ def test_stored_runs_hold_measurements_and_rates(stored) -> None:
 
 
 def test_plots_read_both_files(stored) -> None:
-    pickled, plain = (plot_bench.read(stored[suffix]) for suffix in (".pkl", ".json"))
+    pickled, plain = (plot_bench.read(stored[suffix])["rows"] for suffix in (".pkl", ".json"))
     for a, b in zip(pickled, plain, strict=True):
         assert {k: a[k] for k in ("m", "k", "n", "kernel")} == {
             k: b[k] for k in ("m", "k", "n", "kernel")
         }
         assert a["tflops"] == pytest.approx(b["tflops"], rel=1e-3)
-    ((title, (varies, lines)),) = plot_bench.figures(plain).items()
-    assert (title, varies) == ("K=4096 N=4096", "m")
-    assert [size for size, _ in lines["ours_sparse_tensor"]] == [16, 1024]
+    upwards, (panel,) = plot_bench.panels(plain)
+    assert (upwards, panel.title, panel.x) == ("TFLOP/s", "K=4096 N=4096", "M")
+    assert [size for size, _ in panel.lines["ours_sparse_tensor"]] == [16, 1024]
 
 
 def test_plots_refuse_other_pickles(tmp_path) -> None:
