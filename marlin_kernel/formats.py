@@ -53,6 +53,12 @@ class LayerSpec:
     bias: bool = False
     shard_groups: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.n < 1:
+            raise ConfigError(
+                f"a layer of {self.k} inputs and {self.n} outputs; it needs at least one of each"
+            )
+
     @property
     def k_full(self) -> bool:
         """Groups are whole: each has group_size inputs, but for the last one."""
