@@ -49,10 +49,10 @@ class Layer(nn.Module):
     ) -> None:
         """in_features, out_features: any positive sizes; group_size: one that the type allows, -1
         for one group; dtype: of the bias; batch_invariant: a row's result may not depend on the
-        other rows of its batch; activation: "int8" or "float8_e4m3fn": inputs are rounded to 8 bits, with one
-        scale per token; reduce_half: sums may be exchanged between blocks of a kernel in fp16;
-        shard_groups: the layer holds a part of the inputs of an act-order layer that has so many
-        groups (k_full=False).
+        other rows of its batch; activation: "int8" or "float8_e4m3fn": inputs are rounded to 8
+        bits, with one scale per token; reduce_half: sums may be exchanged between blocks of a
+        kernel in fp16; shard_groups: the layer holds a part of the inputs of an act-order layer
+        that has so many groups (k_full=False).
 
         Raises ConfigError for an unknown weight type, sizes that are not positive, or the rule of
         `validity` that is broken.
