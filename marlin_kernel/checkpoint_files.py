@@ -225,7 +225,10 @@ def read_original(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is not a state dict of plain tensors: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a state dict of plain tensors; other pickles are not opened, because "
+            "they can run code"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{path} is not a state dict of plain tensors")
     names = [name.removesuffix(".B") for name in state if name.endswith(".B")]
