@@ -46,7 +46,7 @@ def _gemm(
     activation: str = "",
     reduce_half: bool = False,
 ) -> Tensor:
-    _check_activations(a, weights, k)
+    check_activations(a, weights, k)
     rows = a if a.dim() == 2 else a.reshape(-1, k)
     if perm is not None and layout not in _KERNEL_LAYOUTS:
         rows = rows.index_select(1, perm)
@@ -95,7 +95,7 @@ def _gemm_fake(
     activation: str = "",
     reduce_half: bool = False,
 ) -> Tensor:
-    _check_activations(a, weights, k)
+    check_activations(a, weights, k)
     return a.new_empty(*a.shape[:-1], n)
 
 
@@ -137,7 +137,8 @@ def eager_gemm(a: Tensor, layout: str) -> Callable[..., Tensor]:
     return _gemm if nothing_looks_on else gemm
 
 
-def _check_activations(a: Tensor, weights: Tensor, k: int) -> None:
+def check_activations(a: Tensor, weights: Tensor, k: int) -> None:
+    """Raise ConfigError unless `a` is a batch of k inputs that `weights` can be multiplied with."""
     if a.dtype not in _ACTIVATIONS:
         raise ConfigError(f"activations have dtype {a.dtype}; use one of {_ACTIVATIONS}")
     if a.dim() == 0 or a.shape[-1] != k:
