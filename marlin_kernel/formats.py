@@ -182,8 +182,8 @@ class QuantizedLinear:
             g_idx, groups = g_idx.to(torch.int32), scales.shape[0]
             if g_idx.numel() and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
                 raise ConfigError(
-                    f"g_idx spans {int(g_idx.min())}..{int(g_idx.max())}, outside 0..{groups - 1} of "
-                    "the scales"
+                    f"g_idx spans {int(g_idx.min())}..{int(g_idx.max())}, outside 0..{groups - 1}: "
+                    f"there are {groups} rows of scales"
                 )
             if shard_groups is None and torch.equal(g_idx, _natural_groups(g_idx, group_size)):
                 g_idx = None
