@@ -304,7 +304,7 @@ def convert(
 ) -> Path:
     """Write a packed folder in another format: the same codes, scales and zero points.
 
-    path: a folder in any of the three formats; fmt: one of formats.FORMATS; gptq_version: how
+    path: a folder in any format that is read here; fmt: one of formats.FORMATS; gptq_version: how
     "gptq" stores zero points, by default as 1 (minus one) for symmetric types, and as 2 for others,
     since 1 cannot express a zero point of 0. Files that are neither weights nor configuration are
     copied. Returns `out`.
