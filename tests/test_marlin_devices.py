@@ -1,8 +1,9 @@
-"""Products are launched with the device of their tensors current, whichever was before."""
+"""Launches without a GPU: the device of the tensors is current; missing parts are named."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -65,3 +66,10 @@ def test_the_device_of_the_tensors_is_current(
         )
     assert out.device == torch.device("cuda", index)
     assert launched == [index] and current == [0]
+
+
+def test_missing_bindings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    launch._driver.cache_clear()
+    with pytest.raises(launch.LaunchError, match="pip install cuda-bindings"):
+        launch._driver()
