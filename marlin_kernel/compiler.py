@@ -339,9 +339,16 @@ def _compile(source: KernelSource, arch: str) -> Cubin:
 
 def _prebuilt_directories() -> tuple[Path, ...]:
     value = os.environ.get("MARLIN_KERNEL_PREBUILT")
-    if value is not None:
-        return (Path(value),) if value else ()
-    return PREBUILT_PLACES
+    if value is None:
+        return PREBUILT_PLACES
+    if value and not Path(value).is_dir():
+        _warn_of_prebuilt(value)
+    return (Path(value),) if value else ()
+
+
+@functools.cache
+def _warn_of_prebuilt(directory: str) -> None:
+    logger.warning("MARLIN_KERNEL_PREBUILT=%s is no directory: kernels are compiled", directory)
 
 
 def _prebuilt(source: KernelSource, arch: str) -> Cubin | None:

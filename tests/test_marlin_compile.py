@@ -223,6 +223,16 @@ def test_prebuilt_directory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not own.exists()
 
 
+def test_a_prebuilt_directory_that_does_not_exist_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MARLIN_KERNEL_PREBUILT", str(tmp_path / "mistyped"))
+    for _ in range(2):
+        compiler.compile_kernel(TINY, "sm_90a")
+    (record,) = caplog.records
+    assert "MARLIN_KERNEL_PREBUILT" in record.message and "mistyped" in record.message
+
+
 def test_threads_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
