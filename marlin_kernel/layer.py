@@ -200,6 +200,8 @@ class Layer(nn.Module):
         self._drop(_PREPARED)
         for name in _PREPARED:
             self.register_buffer(name, getattr(prepared, name), persistent=False)
+        for name in [name for name, tensor in self._buffers.items() if tensor is None]:
+            self._buffers[name] = self._buffers.pop(name)  # torch.export counts on them being last
         self.layout = prepared.layout
         self._group_size = prepared.group_size
         self._dtype = dtype

@@ -135,6 +135,24 @@ def test_compiles_as_one_graph():
             torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["uint4b8", "uint4", "nvfp4"])
+def test_exports(name, bias, prepared, tmp_path):
+    wtype = WEIGHT_TYPES[name]
+    group_size = 16 if name == "nvfp4" else 32
+    weight, own_bias = torch.randn(96, 64), torch.randn(64) if bias else None
+    layer = Layer.from_quantized(QuantizedLinear.quantize(weight, wtype, group_size, own_bias))
+    if prepared:
+        layer.prepare(torch.float32)
+    x = torch.randn(3, 96)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("m")},))
+    torch.export.save(program, tmp_path / "layer.pt2")
+    again = torch.export.load(tmp_path / "layer.pt2").module()
+    assert torch.equal(again(x), layer(x))
+    assert again(torch.randn(7, 96)).shape == (7, 64)
+
+
 def test_constructor_follows_the_original():
     layer = Layer(256, 512, 128)
     assert layer.B.shape == (16, 1024) and layer.s.shape == (2, 512) and layer.bias is None
