@@ -300,17 +300,21 @@ def convert(
     fmt: str,
     *,
     overwrite: bool = False,
-    gptq_version: int = 1,
+    gptq_version: int | None = None,
 ) -> Path:
     """Write a packed folder in another format: the same codes, scales and zero points.
 
-    path: a folder in any of the three formats; fmt: one of formats.FORMATS. Files that are neither
-    weights nor configuration are copied. Returns `out`.
+    path: a folder in any format that is read here; fmt: one of formats.FORMATS; gptq_version: how
+    "gptq" stores zero points, by default as 1 (minus one) for symmetric types, and as 2 for others,
+    since 1 cannot express a zero point of 0. Files that are neither weights nor configuration are
+    copied. Returns `out`.
     Raises ConfigError if the format cannot hold a layer, CheckpointError if `path` is damaged.
     """
     checkpoint = Checkpoint(path)
     scheme = packed_scheme(checkpoint)
     manifest = read_manifest(path) if (Path(path) / MANIFEST).is_file() else {}
+    if gptq_version is None:
+        gptq_version = 1 if scheme.weight_type.symmetric else 2
     target = replace(scheme, fmt=fmt, gptq_version=gptq_version)
     for name in scheme.modules:
         formats.check_exportable(fmt, scheme.layer(name, bias=False))

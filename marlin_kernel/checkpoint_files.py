@@ -157,6 +157,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{file} has format_version={manifest.get('format_version')}, this version reads "
             f"{MANIFEST_VERSION}; update marlin_kernel"
         )
+    if "tensors" not in manifest:
+        raise CheckpointError(f"{file} lacks the key 'tensors'; write the checkpoint again")
     return manifest
 
 
@@ -174,12 +176,22 @@ def verify_tensors(path: str | os.PathLike[str]) -> list[str]:
 def read_probe(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor] | None:
     """(token_ids int64 [T], logits [T, V]) stored with a checkpoint, or None.
 
-    The dtype of the logits is that in which the model computed them.
+    The dtype of the logits is that in which the model computed them. Raises CheckpointError if the
+    file is not the one that was written.
     """
-    if "probe" not in read_manifest(path):
+    facts = read_manifest(path).get("probe")
+    if facts is None:
         return None
-    with open_safetensors(Path(path) / PROBE) as tensors:
-        return tensors.get_tensor("token_ids"), tensors.get_tensor("logits")
+    with open_safetensors(Path(path) / PROBE) as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    different = {name for name, value in facts["sha256"].items() if hashes.get(name) != value}
+    if different:
+        raise CheckpointError(
+            f"{', '.join(sorted(different))} of {Path(path) / PROBE} differ from the manifest; the "
+            "checkpoint is damaged, write or copy it again"
+        )
+    return tensors["token_ids"], tensors["logits"]
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -225,7 +237,10 @@ def read_original(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is not a state dict of plain tensors: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a state dict of plain tensors; other pickles are not opened, because "
+            "they can run code"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{path} is not a state dict of plain tensors")
     names = [name.removesuffix(".B") for name in state if name.endswith(".B")]

@@ -26,12 +26,13 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import re
 import struct
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from marlin_kernel.errors import MarlinError
+
+logger = logging.getLogger(__name__)
 
 SOURCE_ROOT = (Path(__file__).parent / "csrc").resolve()
 # Where prebuilt cubins are looked for: in an installed package, and in a checkout.
@@ -90,7 +93,8 @@ def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> C
     """Return the machine code of `source` for `arch`: prebuilt, from the cache, or compiled now.
 
     source: header and name expression; arch: "sm_80", "sm_90a", ...; force: compile in any case.
-    Several processes may ask for the same kernel: one compiles, the others wait for its file.
+    Several processes may ask for the same kernel: one compiles, the others wait for its file. A
+    cache that cannot be written is left alone, with a warning.
     Raises CompileError with NVRTC's log, or if NVRTC or the CUDA headers cannot be found.
     """
     directory = cache_directory()
@@ -104,12 +108,26 @@ def compile_kernel(source: KernelSource, arch: str, *, force: bool = False) -> C
             found = _read(place, key)
             if found is not None:
                 return found
-    with _lock(directory, key):
-        found = None if force else _read(directory, key)
-        if found is None:
-            found = _compile(source, arch)
-            _write(directory, key, found, source, arch)
-    return found
+    found = None
+    try:
+        with _lock(directory, key):
+            found = None if force else _read(directory, key)
+            if found is None:
+                found = _compile(source, arch)
+                _write(directory, key, found, source, arch)
+    except OSError as error:
+        _warn_of_cache(directory, error.strerror or str(error))
+    return _compile(source, arch) if found is None else found
+
+
+@functools.cache
+def _warn_of_cache(directory: Path, reason: str) -> None:
+    logger.warning(
+        "compiled kernels cannot be kept in %s (%s): each process compiles them anew; let "
+        "MARLIN_KERNEL_CACHE name a directory that can be written",
+        directory,
+        reason,
+    )
 
 
 def source_key(source: KernelSource, arch: str) -> str:
@@ -199,10 +217,17 @@ def resource_usage(image: bytes, symbol: str) -> tuple[int, int]:
 def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()  # loads the library
     except ImportError as error:
         raise CompileError(
             "cuda.bindings is not installed; it comes with CUDA builds of torch >= 2.10, or "
             "`pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime`"
+        ) from error
+    except RuntimeError as error:  # of cuda.pathfinder
+        reason = str(error).partition("\n")[0]
+        raise CompileError(
+            f"NVRTC cannot be loaded ({reason}); `pip install nvidia-cuda-nvrtc`"
         ) from error
     return nvrtc
 
@@ -314,9 +339,16 @@ def _compile(source: KernelSource, arch: str) -> Cubin:
 
 def _prebuilt_directories() -> tuple[Path, ...]:
     value = os.environ.get("MARLIN_KERNEL_PREBUILT")
-    if value is not None:
-        return (Path(value),) if value else ()
-    return PREBUILT_PLACES
+    if value is None:
+        return PREBUILT_PLACES
+    if value and not Path(value).is_dir():
+        _warn_of_prebuilt(value)
+    return (Path(value),) if value else ()
+
+
+@functools.cache
+def _warn_of_prebuilt(directory: str) -> None:
+    logger.warning("MARLIN_KERNEL_PREBUILT=%s is no directory: kernels are compiled", directory)
 
 
 def _prebuilt(source: KernelSource, arch: str) -> Cubin | None:
@@ -365,11 +397,11 @@ def _read(directory: Path, key: str) -> Cubin | None:
     try:
         facts = json.loads((directory / f"{key}.json").read_text())
         image = (directory / f"{key}.cubin").read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        if hashlib.sha256(image).hexdigest() != facts["sha256"]:
+            return None
+        return Cubin(image, facts["symbol"], facts["registers"], facts["stack_bytes"], facts["log"])
+    except (OSError, ValueError, LookupError, TypeError):  # absent, unreadable or damaged
         return None
-    if hashlib.sha256(image).hexdigest() != facts["sha256"]:
-        return None
-    return Cubin(image, facts["symbol"], facts["registers"], facts["stack_bytes"], facts["log"])
 
 
 def _write(directory: Path, key: str, cubin: Cubin, source: KernelSource, arch: str) -> None:
@@ -388,16 +420,15 @@ def _write(directory: Path, key: str, cubin: Cubin, source: KernelSource, arch: 
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file so that readers see all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with open(temporary, "xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -465,31 +496,46 @@ def _nv_info(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile the kernels that `prebuilt` lists for some architectures. Returns the exit status."""
+    from marlin_kernel.prebuilt import specializations
+    from marlin_kernel.validity import ARCHITECTURES
+
     parser = argparse.ArgumentParser(
         prog="python -m marlin_kernel.compiler", description="Compile kernels ahead of time."
     )
-    parser.add_argument("--arch", nargs="+", default=["sm_90a"], help="sm_80, sm_86, sm_89, sm_90a")
+    arches = list(ARCHITECTURES.values())
     parser.add_argument(
-        "--match", default="", help="only expressions that this pattern is found in"
+        "--arch", nargs="+", choices=arches, default=["sm_90a"], help="targets (default: sm_90a)"
+    )
+    parser.add_argument(
+        "--match", default="", help="only C++ expressions that this regular expression matches"
     )
     parser.add_argument(
         "--complete", action="store_true", help="also kernels that are hardly ever selected"
     )
     parser.add_argument("--output", help="directory to fill instead of the cache")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--force", action="store_true", help="compile even what is cached")
     options = parser.parse_args(arguments)
-    from marlin_kernel.prebuilt import specializations
-
     directory = Path(options.output) if options.output else None
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
+    target = directory or cache_directory()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _replace(target / "writable", b"")
+        (target / "writable").unlink()
+    except OSError as error:
+        parser.error(f"cannot write to {target}: {error}")
+    try:
+        pattern = re.compile(options.match)
+    except re.error as error:
+        parser.error(f"--match {options.match!r} is no regular expression: {error}")
     work = [
         (kernel.source, arch)
-        for arch in options.arch
+        for arch in dict.fromkeys(options.arch)
         for kernel in specializations(arch, complete=options.complete)
-        if re.search(options.match, kernel.source.expression)
+        if pattern.search(kernel.source.expression)
     ]
+    if not work:
+        parser.error(f"no kernel for {', '.join(options.arch)} matches {options.match!r}")
     failures = 0
     for i, cubin in compile_all(work, options.jobs, directory, force=options.force):
         source, arch = work[i]
@@ -501,7 +547,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{arch} {source.expression}: {cubin.registers} registers, {cubin.stack_bytes} B "
                 f"stack, {len(cubin.image)} B"
             )
-    print(f"{len(work) - failures} of {len(work)} kernels in {directory or cache_directory()}")
+    print(f"{len(work) - failures} of {len(work)} kernels in {target}")
     return 1 if failures else 0
 
 

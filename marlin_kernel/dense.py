@@ -43,7 +43,8 @@ def multiply(
         return _multiply_at_once(rows, codes, scales, zeros, bias, group_size, wtype)
     if _int4_fits(rows, codes, zeros, group_size, wtype):
         packed, scales_and_zeros = _int4_copy(codes, scales)
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        out = product(rows.contiguous(), packed, group_size, scales_and_zeros)
         return out if bias is None else out.add_(bias)
     args = (codes, scales, zeros, bias, group_size, wtype)
     return _multiply_blocks(rows.float(), *args).to(rows.dtype)

@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     args = parser.parse_args(argv)
     try:
+        if not args.packed.exists():
+            raise CheckpointError(f"{args.packed} does not exist")
         if args.packed.is_dir():
             out = convert(args.packed, args.out, args.format, overwrite=args.overwrite)
         elif args.model is None:
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = import_original(
                 args.packed, args.out, args.model, args.format, overwrite=args.overwrite
             )
-    except MarlinError as error:
+    except (MarlinError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(out)

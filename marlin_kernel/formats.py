@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference, sparse_format
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, NumericalError
 from .layout import PackedShape, packed_shape, permute_columns, unpermute_columns, words_shape
 from .packing import check_codes, pack, pack_rows, unpack, unpack_awq, unpack_rows
 from .sparse_format import SPARSE_FORMAT
@@ -52,6 +52,12 @@ class LayerSpec:
     act_order: bool = False
     bias: bool = False
     shard_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.n < 1:
+            raise ConfigError(
+                f"a layer of {self.k} inputs and {self.n} outputs; it needs at least one of each"
+            )
 
     @property
     def k_full(self) -> bool:
@@ -122,7 +128,15 @@ class QuantizedLinear:
     def quantize(
         cls, weight: Tensor, weight_type: WeightType, group_size: int, bias: Tensor | None = None
     ) -> QuantizedLinear:
-        """Round a float weight [K, N] to nearest (reference.quantize_stored). bias: [N] or None."""
+        """Round a float weight [K, N] to nearest (reference.quantize_stored). bias: [N] or None.
+
+        Raises NumericalError naming the first weight that is NaN or Inf.
+        """
+        if weight.dim() != 2:
+            raise ConfigError(f"weight has shape {list(weight.shape)}; it must be [K, N]")
+        if not bool(torch.isfinite(weight).all()):
+            k, n = (~torch.isfinite(weight)).nonzero()[0].tolist()
+            raise NumericalError(f"weight[{k}, {n}] is {float(weight[k, n])}; only finite numbers")
         q = reference.quantize_stored(weight, weight_type, group_size)
         group_size = normalize_group_size(group_size, weight.shape[0])
         args = (q.codes, q.scales, q.zeros, None, bias, weight_type, group_size, q.global_scale)
@@ -165,7 +179,12 @@ class QuantizedLinear:
                     )
                 zeros = None
         if g_idx is not None:
-            g_idx = g_idx.to(torch.int32)
+            g_idx, groups = g_idx.to(torch.int32), scales.shape[0]
+            if g_idx.numel() and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+                raise ConfigError(
+                    f"g_idx spans {int(g_idx.min())}..{int(g_idx.max())}, outside 0..{groups - 1}: "
+                    f"there are {groups} rows of scales"
+                )
             if shard_groups is None and torch.equal(g_idx, _natural_groups(g_idx, group_size)):
                 g_idx = None
         return cls(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,7 @@ FUSIBLE = {
 }
 _PER_COLUMN = ("B", "s", "z")  # on-disk tensors [rows, a multiple of N']
 _COMMON = ("g_idx", "global_scale")  # must be equal
+_SETTINGS = ("batch_invariant", "activation", "reduce_half")  # of a Layer; must be equal
 _FUSIBLE_TENSORS = {*_PER_COLUMN, *_COMMON, "bias"}  # a bias gets gaps
 
 
@@ -77,7 +79,7 @@ class FusedLayer(Layer):
                 tensors["bias"][start:stop] = part["bias"]
         fused = cls.from_tensors(replace(specs[0], n=n), tensors)
         fused.parts, fused.columns = tuple(specs), columns
-        fused.batch_invariant = layers[0].batch_invariant
+        _copy_settings(layers[0], fused)
         fused._dtype = layers[0]._dtype
         return fused
 
@@ -105,7 +107,7 @@ class FusedLayer(Layer):
         layers = []
         for index, spec in enumerate(self.parts):
             layer = Layer.from_tensors(spec, self._slice(stored, index))
-            layer.batch_invariant = self.batch_invariant
+            _copy_settings(self, layer)
             layers.append(layer if self.layout is None else layer.prepare(self._dtype))
         return layers
 
@@ -150,7 +152,9 @@ class FusedPart(nn.Module):
 
     def unfused(self) -> Layer:
         """A layer of its own with the same weights, not prepared."""
-        return Layer.from_tensors(self.spec, self.fused.part_tensors(self.index))
+        layer = Layer.from_tensors(self.spec, self.fused.part_tensors(self.index))
+        _copy_settings(self.fused, layer)
+        return layer
 
     def quantized(self) -> Any:
         """The part as integer codes (formats.QuantizedLinear)."""
@@ -184,6 +188,11 @@ class FusedPart(nn.Module):
             fused.prepare(fused._dtype)
 
 
+def _copy_settings(source: Layer, target: Layer) -> None:
+    for name in _SETTINGS:
+        setattr(target, name, getattr(source, name))
+
+
 def obstacle(layers: Sequence[nn.Module]) -> str | None:
     """Why layers cannot be one; None if they can."""
     packed = [layer for layer in layers if type(layer) is Layer]
@@ -198,7 +207,7 @@ def obstacle(layers: Sequence[nn.Module]) -> str | None:
         "presence of a bias": lambda x: x.spec.bias,
         "dtypes of the bias": lambda x: None if x.bias is None else x.bias.dtype,
         "devices": lambda x: x._device(),
-        "batch invariance": lambda x: x.batch_invariant,
+        **{name.replace("_", " "): operator.attrgetter(name) for name in _SETTINGS},
     }
     for what, fact in facts.items():
         if len({fact(layer) for layer in packed}) > 1:

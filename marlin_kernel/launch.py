@@ -41,13 +41,18 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class LaunchError(MarlinError, RuntimeError):
-    """A driver call failed; the message names the call and the driver's error."""
+    """The driver cannot be called, or refused a call, which the message names with its error."""
 
 
 @functools.lru_cache(maxsize=1)
 def _driver() -> Any:
-    from cuda.bindings import driver
-
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise LaunchError(
+            "cuda.bindings is not installed; it comes with CUDA builds of torch >= 2.10, or "
+            "`pip install cuda-bindings`; MARLIN_KERNEL_BACKEND=marlin does without kernels"
+        ) from error
     return driver
 
 

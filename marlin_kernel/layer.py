@@ -47,14 +47,15 @@ class Layer(nn.Module):
         reduce_half: bool = False,
         shard_groups: int | None = None,
     ) -> None:
-        """in_features, out_features: any sizes; group_size: one that the type allows, -1 for one
-        group; dtype: of the bias; batch_invariant: a row's result may not depend on the other rows
-        of its batch; activation: "int8" or "float8_e4m3fn": inputs are rounded to 8 bits, with one
-        scale per token; reduce_half: sums may be exchanged between blocks of a kernel in fp16;
-        shard_groups: the layer holds a part of the inputs of an act-order layer that has so many
-        groups (k_full=False).
+        """in_features, out_features: any positive sizes; group_size: one that the type allows, -1
+        for one group; dtype: of the bias; batch_invariant: a row's result may not depend on the
+        other rows of its batch; activation: "int8" or "float8_e4m3fn": inputs are rounded to 8
+        bits, with one scale per token; reduce_half: sums may be exchanged between blocks of a
+        kernel in fp16; shard_groups: the layer holds a part of the inputs of an act-order layer
+        that has so many groups (k_full=False).
 
-        Raises ConfigError for an unknown weight type, or the rule of `validity` that is broken.
+        Raises ConfigError for an unknown weight type, sizes that are not positive, or the rule of
+        `validity` that is broken.
         """
         super().__init__()
         wtype = lookup(weight_type)
@@ -111,9 +112,17 @@ class Layer(nn.Module):
 
         linear.weight: [N, K], every value ``s * (q - z)`` for an integer code q; scales: [N, G] as
         in the original, or [G, N]; zeros: integers of the same shape; g_idx: int [K].
-        Raises ConfigError naming the weight that is farthest from its grid, if it is not on it.
+        Raises ConfigError for shapes that are not those of the layer, and naming the weight that is
+        farthest from its grid, if it is not on it.
         """
         spec = self.spec
+        if tuple(linear.weight.shape) != (spec.n, spec.k):
+            raise ConfigError(
+                f"linear.weight has shape {list(linear.weight.shape)}, the layer "
+                f"{[spec.n, spec.k]} (outputs, inputs)"
+            )
+        if g_idx is not None and tuple(g_idx.shape) != (spec.k,):
+            raise ConfigError(f"g_idx has shape {list(g_idx.shape)}, expected {[spec.k]}")
         scales = self._grouped(scales, "scales")
         zeros = None if zeros is None else self._grouped(zeros, "zeros")
         groups = torch.arange(spec.k, device=scales.device) // spec.group_size
@@ -191,6 +200,8 @@ class Layer(nn.Module):
         self._drop(_PREPARED)
         for name in _PREPARED:
             self.register_buffer(name, getattr(prepared, name), persistent=False)
+        for name in [name for name, tensor in self._buffers.items() if tensor is None]:
+            self._buffers[name] = self._buffers.pop(name)  # torch.export counts on them being last
         self.layout = prepared.layout
         self._group_size = prepared.group_size
         self._dtype = dtype
@@ -331,6 +342,8 @@ def replace_linear(
     names: paths of the modules inside `module`, or a predicate (path, linear) -> bool.
     Returns the replaced paths. Raises ConfigError if a name is not a Linear inside `module`.
     """
+    if isinstance(module, nn.Linear):
+        raise ConfigError("module is a Linear, which cannot replace the module itself; use Layer")
     linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
     if callable(names):
         chosen = [name for name, linear in linears.items() if names(name, linear)]

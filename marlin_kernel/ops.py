@@ -6,13 +6,14 @@ packed layers are for inference.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends, dense, reference
+from . import backends, dense, formats, reference
 from .errors import ConfigError
 from .formats import LayerSpec
 from .weight_types import weight_type as lookup
@@ -45,7 +46,7 @@ def _gemm(
     activation: str = "",
     reduce_half: bool = False,
 ) -> Tensor:
-    _check_activations(a, weights, k)
+    check_activations(a, weights, k)
     rows = a if a.dim() == 2 else a.reshape(-1, k)
     if perm is not None and layout not in _KERNEL_LAYOUTS:
         rows = rows.index_select(1, perm)
@@ -94,7 +95,7 @@ def _gemm_fake(
     activation: str = "",
     reduce_half: bool = False,
 ) -> Tensor:
-    _check_activations(a, weights, k)
+    check_activations(a, weights, k)
     return a.new_empty(*a.shape[:-1], n)
 
 
@@ -136,7 +137,8 @@ def eager_gemm(a: Tensor, layout: str) -> Callable[..., Tensor]:
     return _gemm if nothing_looks_on else gemm
 
 
-def _check_activations(a: Tensor, weights: Tensor, k: int) -> None:
+def check_activations(a: Tensor, weights: Tensor, k: int) -> None:
+    """Raise ConfigError unless `a` is a batch of k inputs that `weights` can be multiplied with."""
     if a.dtype not in _ACTIVATIONS:
         raise ConfigError(f"activations have dtype {a.dtype}; use one of {_ACTIVATIONS}")
     if a.dim() == 0 or a.shape[-1] != k:
@@ -274,15 +276,17 @@ def mul(
     [M, N], overwritten; s: scales [G, N] in Marlin's column order, one group if G == 1; z, g_idx,
     global_scale: as in FORMAT.md, where the type or act-order has them. workspace, thread_k,
     thread_n, sms, max_par: accepted and not needed; workspace is left as it is.
-    Raises ConfigError if the shapes do not belong together.
+    Raises ConfigError naming the tensor whose shape, dtype or device does not fit.
     """
     k, n, wtype = A.shape[-1], C.shape[-1], lookup(weight_type)
+    groups = s.shape[0] if s.dim() == 2 else 0
     width = n * wtype.bits // 2
-    if B.dim() != 2 or s.dim() != 2 or B.shape != (k // 16, width) or s.shape[1] != n or k % 64:
+    fitting = groups > 0 and k % 64 == n % 64 == k % groups == 0
+    if not fitting or B.shape != (k // 16, width) or s.shape[1] != n:
         raise ConfigError(
             f"A {list(A.shape)}, B {list(B.shape)}, C {list(C.shape)} and s {list(s.shape)} do not "
-            f"belong together: B is [K / 16, {wtype.bits // 2} N], s is [K / group_size, N], K a "
-            "multiple of 64"
+            f"belong together: B is [K / 16, {wtype.bits // 2} N], s is [K / group_size, N], K and "
+            "N are multiples of 64"
         )
     if C.shape[:-1] != A.shape[:-1] or C.dtype != A.dtype:
         raise ConfigError(
@@ -296,14 +300,30 @@ def mul(
             f"{'no' if wtype.symmetric else 'its'} zero points and "
             f"{'a' if wtype.global_scale else 'no'} global scale"
         )
+    tensors = {"B": B, "s": s, "z": z, "g_idx": g_idx, "global_scale": global_scale}
+    tensors = {suffix: tensor for suffix, tensor in tensors.items() if tensor is not None}
+    for suffix, (shape, dtype) in _mul_shapes(spec).items():
+        given = tensors[suffix]
+        if given.shape != shape or given.dtype != dtype:
+            raise ConfigError(
+                f"{suffix} is {given.dtype} {list(given.shape)}; {weight_type} [{k}, {n}] in "
+                f"{groups} groups has {dtype} {list(shape)}"
+            )
+    for name, tensor in (("C", C), *tensors.items()):
+        if tensor.device != A.device:
+            raise ConfigError(f"{name} is on {tensor.device}, A on {A.device}; move one of them")
     layout = backends.select_backend(A.device, spec, A.dtype).layout
     if layout == "codes":  # would unpack on every call what a Layer unpacks once
         layout = "marlin"
-    tensors = {"B": B, "s": s, "z": z, "g_idx": g_idx, "global_scale": global_scale}
-    held = _converted(layout, {x: t for x, t in tensors.items() if t is not None}, spec, A.dtype)
+    held = _converted(layout, tensors, spec, A.dtype)
     arguments = (held.weights, held.scales, held.zeros, held.perm, None, k, n)
     group_size = spec.group_size if held.group_size is None else held.group_size
     C.copy_(gemm(A, *arguments, group_size, weight_type, layout, False, global_scale))
+
+
+@functools.cache
+def _mul_shapes(spec: LayerSpec) -> dict[str, formats.Stored]:
+    return formats.tensor_shapes("marlin", spec)
 
 
 _conversions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -43,6 +43,8 @@ def pack(codes: Tensor, wtype: WeightType) -> Tensor:
     For 4 bits, K = 16, N = 64 and codes[k, n] = (3 k + 5 n + n // 16) % 16 the first word is
     0x3bb30880: its lowest digit is codes[0, 0] = 0, the next codes[8, 0] = 8.
     """
+    if codes.dim() != 2:
+        raise ConfigError(f"codes have shape {list(codes.shape)}; they must be [K, N]")
     k, n = codes.shape
     if k % TILE_K or n % TILE_N:
         raise ConfigError(
@@ -66,7 +68,15 @@ def pack(codes: Tensor, wtype: WeightType) -> Tensor:
 
 
 def unpack(words: Tensor, wtype: WeightType) -> Tensor:
-    """Integer codes uint8 [K, N] from int32 [K // 16, N * 16 // pack_factor]. Inverse of `pack`."""
+    """Integer codes uint8 [K, N] from int32 [K // 16, N * 16 // pack_factor]. Inverse of `pack`.
+
+    Raises ConfigError for words of another shape or dtype.
+    """
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise ConfigError(
+            f"words are {words.dtype} {list(words.shape)}; they must be int32 [K / 16, "
+            f"{TILE_K // wtype.pack_factor} N]"
+        )
     tiles_k, width = words.shape
     n = width * wtype.pack_factor // TILE_K
     if width * wtype.pack_factor % TILE_K or n % TILE_N:

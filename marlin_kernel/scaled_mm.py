@@ -255,6 +255,9 @@ def _run(
     bias: Tensor | None,
 ) -> Tensor:
     index = a.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _run(a, weight, metadata, scale_a, scale_b, out_dtype, bias)
     arch = launch.device_arch(index)
     if arch != "sm_90a":
         raise ConfigError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError
 from .formats import AWQ_FORMAT, CODE_SUFFIX, LayerSpec, check_format
 from .sparse_format import SPARSE_FORMAT, SPARSITY
 from .weight_types import WEIGHT_TYPES, WeightType, integer_type, normalize_group_size
@@ -143,7 +143,7 @@ def scheme_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         return readers[method](config, packed)
     except KeyError as error:
         raise CheckpointError(f"the quantization_config lacks the key {error}") from error
-    except ConfigError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # of a rule, or another kind of value
         raise CheckpointError(f"the quantization_config cannot be read: {error}") from error
 
 

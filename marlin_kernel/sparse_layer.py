@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import formats, sparse_marlin
 from .formats import LayerSpec, QuantizedLinear
 from .layer import Layer
+from .ops import check_activations
 from .sparse_format import SPARSE_FORMAT
 
 LAYOUT = "sparse24"  # of csrc/sparse/config.cuh
@@ -79,6 +80,9 @@ class SparseLayer(Layer):
         """x: float16, bfloat16 or float32 [..., in_features] -> [..., out_features], same dtype."""
         if self.layout is None:
             self.prepare(x.dtype)
+        if self.layout is None:  # on the meta device, which holds shapes only
+            check_activations(x, self.B_24, self.spec.k)
+            return x.new_empty(*x.shape[:-1], self.spec.n)
         if self.layout != LAYOUT:
             return super().forward(x)
         held, spec = self._buffers, self.spec

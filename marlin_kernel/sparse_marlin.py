@@ -350,6 +350,9 @@ def _sparse_gemm(
 ) -> Tensor:
     _check_activations(a, weights, k)
     index, bits = a.device.index, lookup(weight_type).bits
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _sparse_gemm(a, weights, scales, bias, k, n, group_size, weight_type)
     rows = _aligned(a.reshape(-1, k))
     out = rows.new_empty(rows.shape[0], n)
     if rows.shape[0]:

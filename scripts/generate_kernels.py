@@ -76,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         arches = [prebuilt.architecture(part.strip()) for part in options.archs.split(",")]
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    options.output.mkdir(parents=True, exist_ok=True)
+        return refuse(str(error))
     shapes = layer_shapes()
     arches = list(dict.fromkeys(arches))
     select = functools.partial(wanted, options=options)
@@ -87,6 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.types is options.activations is options.group_sizes is None:
         for arch in arches:
             kernels += prebuilt.other_kernels(arch, shapes, complete=options.complete)
+    if not kernels:
+        return refuse(f"no kernel for {', '.join(arches)} has these types and group sizes")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return refuse(f"cannot write to {options.output}: {error}")
     files = {**source_files(kernels), SELECTOR: selector(variants)}
     changed = write_files(options.output, files)
     for arch in arches:
@@ -118,10 +122,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--activations", nargs="+", choices=ACTIVATIONS, help="only these (default: all)"
     )
+    known = sorted({g for t in WEIGHT_TYPES.values() for g in t.group_sizes})
     parser.add_argument(
-        "--group_sizes", nargs="+", type=int, help="only these; -1: one group (default: all)"
+        "--group_sizes",
+        nargs="+",
+        type=int,
+        choices=known,
+        help="only these; -1: one group (default: all)",
     )
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def refuse(reason: str) -> int:
+    """Print why nothing is generated. Returns the exit status."""
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
 
 
 def layer_shapes() -> list[tuple[int, int]]:
@@ -131,10 +153,17 @@ def layer_shapes() -> list[tuple[int, int]]:
 
 
 def wanted(types: KernelTypes, options: argparse.Namespace) -> bool:
+    """Whether the options leave room for kernels of some types.
+
+    Where kernels take one group as repeated groups, those belong to -1.
+    """
+    group_sizes = options.group_sizes or ()
+    if -1 in group_sizes:
+        group_sizes = (*group_sizes, sm80_layout.repeated_group(types.weight))
     return (
         (options.types is None or types.weight_type in options.types)
         and (options.activations is None or types.activation in options.activations)
-        and (options.group_sizes is None or (types.group_size or -1) in options.group_sizes)
+        and (options.group_sizes is None or (types.group_size or -1) in group_sizes)
     )
 
 

@@ -208,6 +208,38 @@ def test_missing_kernels_and_architectures_are_named(
         prebuilt.specializations("sm_70")
 
 
+def test_one_group_of_a_type_that_repeats_it_has_kernels(tmp_path: Path) -> None:
+    """On sm_80 a single group of a type with zero points is served by kernels of groups of 128."""
+    arguments = ["8.0", "--types", "uint4", "--activations", "float16", "--output", str(tmp_path)]
+    assert generator.main([*arguments, "--group_sizes", "128"]) == 0
+    selector = (tmp_path / generator.SELECTOR).read_text()
+    assert generator.main([*arguments, "--group_sizes", "-1"]) == 0
+    assert (tmp_path / generator.SELECTOR).read_text() == selector
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--types", "nvfp4", "--group_sizes", "128"], "no kernel for sm_80 has"),
+        (["--group_sizes", "48"], "invalid choice: 48"),
+        (["--sample", "0"], "--sample: 0 is not positive"),
+        (["--output", "{file}/x"], "cannot write to"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    arguments = [argument.format(file=file) for argument in arguments]
+    try:
+        status = generator.main(["8.0", "--output", str(tmp_path / "out"), *arguments])
+    except SystemExit as stopped:  # of argparse
+        status = stopped.code
+    assert status == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
 # ---- cubins ----
 
 

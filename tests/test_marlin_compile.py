@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -148,6 +149,69 @@ def test_damaged_entry_is_compiled_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert compiler.compile_kernel(TINY, "sm_90a").image == first.image
 
 
+@pytest.mark.parametrize("facts", [b"", b'{"symbol": "x', b"[]", b"{}", b"\xff\xfe"])
+def test_damaged_facts_are_compiled_again(
+    facts: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path))
+    first = compiler.compile_kernel(TINY, "sm_90a")
+    (path,) = tmp_path.glob("*.json")
+    path.write_bytes(facts)
+    assert compiler.compile_kernel(TINY, "sm_90a").image == first.image
+    assert json.loads(path.read_text())["symbol"] == first.symbol
+
+
+def test_what_is_written_may_be_read_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cubins that an image ships are built by one user and read by another."""
+    monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(tmp_path))
+    compiler.compile_kernel(TINY, "sm_90a")
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    kept = [*tmp_path.glob("*.cubin"), *tmp_path.glob("*.json")]
+    assert len(kept) == 2
+    assert {path.stat().st_mode for path in kept} == {ordinary.stat().st_mode}
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "full"])
+def test_without_a_cache_kernels_compile_and_it_is_said(
+    obstacle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = compiler.compile_kernel(TINY, "sm_90a")
+    cache = tmp_path / "cache"
+    if obstacle == "a file":
+        cache.touch()
+    else:
+        no_space = OSError(28, "No space left on device")
+        monkeypatch.setattr(compiler.os, "fsync", lambda _: (_ for _ in ()).throw(no_space))
+    monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(cache))
+    calls = []
+    compile_once = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda *a: calls.append(a) or compile_once(*a))
+    for _ in range(2):
+        assert compiler.compile_kernel(TINY, "sm_90a").image == first.image
+    assert len(calls) == 2
+    (record,) = caplog.records
+    assert str(cache) in record.message and "MARLIN_KERNEL_CACHE" in record.message
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_library_that_cannot_be_loaded_is_a_compile_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cuda.bindings import nvrtc
+
+    def absent() -> None:
+        raise RuntimeError('Failure finding "libnvrtc.so"\nlisted directories')
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", absent)
+    for cached in (compiler._nvrtc, compiler._compiler_fingerprint):
+        cached.cache_clear()
+    with pytest.raises(CompileError, match="libnvrtc.so.*pip install nvidia-cuda-nvrtc"):
+        compiler.compile_kernel(TINY, "sm_90a")
+
+
 def test_prebuilt_directory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped, own = tmp_path / "shipped", tmp_path / "own"
     monkeypatch.setenv("MARLIN_KERNEL_CACHE", str(shipped))
@@ -157,6 +221,16 @@ def test_prebuilt_directory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
     assert compiler.compile_kernel(TINY, "sm_90a") == first
     assert not own.exists()
+
+
+def test_a_prebuilt_directory_that_does_not_exist_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MARLIN_KERNEL_PREBUILT", str(tmp_path / "mistyped"))
+    for _ in range(2):
+        compiler.compile_kernel(TINY, "sm_90a")
+    (record,) = caplog.records
+    assert "MARLIN_KERNEL_PREBUILT" in record.message and "mistyped" in record.message
 
 
 def test_threads_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +259,26 @@ def test_ahead_of_time_command(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert compiler.main(arguments) == 0
     assert list(tmp_path.glob("*.cubin"))
     assert "0 B stack" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "sm_77"], "invalid choice: 'sm_77'"),
+        (["--match", "("], "--match.*unterminated"),
+        (["--arch", "sm_80", "--match", "nothing like it"], "no kernel for sm_80 matches"),
+        (["--arch", "sm_80", "--match", "Gptq<4>, false", "--output", "{file}"], "cannot write to"),
+    ],
+)
+def test_ahead_of_time_command_says_what_is_wrong(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = [argument.format(file=tmp_path / "file") for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        compiler.main(arguments)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 # ---- choice ----

@@ -12,7 +12,8 @@ from marlin_kernel import export, reference
 from marlin_kernel.checkpoint import verify_tensors
 from marlin_kernel.formats import QuantizedLinear, write
 from marlin_kernel.hf import load_model
-from marlin_kernel.weight_types import weight_type
+from marlin_kernel.weight_types import WEIGHT_TYPES, weight_type
+from tests.cases import tiny_model, write_packed
 
 U4 = weight_type("uint4b8")
 
@@ -74,3 +75,27 @@ def test_errors_name_the_way_out(original, capsys: pytest.CaptureFixture[str]) -
     assert "config.json" in capsys.readouterr().err
     assert export.main([str(folder / "plain"), str(folder / "o")]) == 2
     assert "error:" in capsys.readouterr().err
+    assert export.main([str(folder / "absent"), str(folder / "o")]) == 2
+    assert "absent does not exist" in capsys.readouterr().err
+    plain = str(folder / "plain")
+    assert export.main([file, str(Path(file) / "o"), "--model", plain]) == 2  # below a file
+    assert "error: [Errno" in capsys.readouterr().err
+    torch.save({"x": folder}, folder / "pickled")
+    assert export.main([str(folder / "pickled"), str(folder / "o"), "--model", plain]) == 2
+    error = capsys.readouterr().err
+    assert "is not a state dict of plain tensors" in error and "weights_only" not in error
+
+
+def test_zero_points_of_any_value_become_gptq(tmp_path: Path) -> None:
+    """Version 1 cannot hold a zero point of 0, so zero points are stored as in version 2."""
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.data.abs_()  # grids that begin at zero
+    write_packed(model, tmp_path / "a", wtype=WEIGHT_TYPES["uint4"])
+    state = load_model(tmp_path / "a").state_dict()
+    for out, fmt in (("b", "gptq"), ("c", "marlin")):
+        source = tmp_path / ("a" if fmt == "gptq" else "b")
+        assert export.main([str(source), str(tmp_path / out), "--format", fmt]) == 0
+    assert '"gptq_v2"' in (tmp_path / "b/config.json").read_text()
+    back = load_model(tmp_path / "c").state_dict()
+    assert all(torch.equal(state[name], back[name]) for name in state)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from marlin_kernel import FORMATS, INTEGER_TYPES, WEIGHT_TYPES, ConfigError, QuantizedLinear, Scheme
-from marlin_kernel.errors import CheckpointError
+from marlin_kernel.errors import CheckpointError, NumericalError
 from marlin_kernel.formats import LayerSpec, check_exportable, read, tensor_shapes, write
 from marlin_kernel.layout import permute_columns, tile_order
 from marlin_kernel.packing import pack, unpack
@@ -172,6 +172,17 @@ def test_formats_name_the_way_out(fmt, spec, message):
 def test_constructor_rejects_what_would_change_values():
     codes, scales = torch.zeros(64, 32, dtype=torch.uint8), torch.full((2, 32), 0.1).half()
     make = QuantizedLinear.of
+    for value in (float("nan"), float("inf")):
+        weight = torch.ones(64, 32)
+        weight[5, 7] = value
+        with pytest.raises(NumericalError, match=r"weight\[5, 7\] is (nan|inf)"):
+            QuantizedLinear.quantize(weight, U4B8, 32)
+    with pytest.raises(ConfigError, match=r"weight has shape \[64\]"):
+        QuantizedLinear.quantize(torch.ones(64), U4B8, 32)
+    with pytest.raises(ConfigError, match="g_idx spans 0..2, outside 0..1"):
+        QuantizedLinear.of(
+            torch.zeros(64, 32).int(), torch.ones(2, 32), U4B8, 32, g_idx=torch.arange(64) // 30
+        )
     with pytest.raises(ConfigError, match="scales of dtype torch.float32 lose"):
         make(codes, torch.full((2, 32), 0.1), U4B8, 32)
     with pytest.raises(ConfigError, match="lose"):

@@ -186,8 +186,24 @@ def test_compiles_as_one_graph():
 
 
 def change(layer: Layer, **options) -> Layer:
-    layer.batch_invariant = options.get("batch_invariant", False)
+    for name, value in options.items():
+        setattr(layer, name, value)
     return layer
+
+
+def test_settings_of_the_parts_are_kept():
+    parts = layers()
+    for part in parts:
+        change(part, batch_invariant=True, activation="int8", reduce_half=True).prepare()
+    model, x = Attention(parts), torch.randn(3, 96)
+    expected = model(x)
+    fuse_layers(model)
+    assert torch.equal(model(x), expected)
+    assert model.k_proj.unfused().activation == "int8"
+    unfuse_layers(model)
+    assert torch.equal(model(x), expected)
+    for part in (model.q_proj, model.k_proj, model.v_proj):
+        assert (part.batch_invariant, part.activation, part.reduce_half) == (True, "int8", True)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +214,9 @@ def change(layer: Layer, **options) -> Layer:
         (lambda: Layer(96, 32, 32, weight_type="uint4"), "weight types: uint4b8, uint4b8, uint4"),
         (lambda: Layer(96, 32, 32, True), "presence of a bias: False, False, True"),
         (lambda: Layer(96, 32, 32, act_order=True), "act-order: False, False, True"),
-        (lambda: change(Layer(96, 32, 32), batch_invariant=True), "batch invariance"),
+        (lambda: change(Layer(96, 32, 32), batch_invariant=True), "differ in batch invariant"),
+        (lambda: Layer(96, 32, 32, activation="int8"), "activation: None, None, int8"),
+        (lambda: change(Layer(96, 32, 32), reduce_half=True), "reduce half: False, False, True"),
         (lambda: Layer(96, 32, 32, device="meta"), "devices: cpu, cpu, meta"),
         (lambda: nn.Linear(96, 32), "not all of them are packed"),
     ],

@@ -211,6 +211,32 @@ def test_verify_notices_a_model_that_computes_differently(packed, tmp_path):
         hf.load_model(folder, verify=True)
 
 
+def test_verify_names_a_damaged_probe(packed, tmp_path):
+    folder = copy_folder(packed[0], tmp_path / "damaged")
+    probe = load_file(folder / PROBE)
+    probe["token_ids"][2] = 1 << 40  # would be out of the vocabulary
+    save_file(probe, folder / PROBE)
+    hf.load_model(folder)
+    with pytest.raises(CheckpointError, match=f"token_ids of .*{PROBE} differ from the manifest"):
+        hf.load_model(folder, verify=True)
+
+
+def test_a_manifest_without_hashes_is_not_complete(packed, tmp_path):
+    folder = copy_folder(packed[0], tmp_path / "incomplete")
+    (folder / MANIFEST).write_text('{"format_version": 1}')
+    with pytest.raises(CheckpointError, match=f"{MANIFEST} lacks the key 'tensors'"):
+        hf.load_model(folder, verify=True)
+
+
+@pytest.mark.parametrize("modules", [3, ["a"], {"model.layers.0.mlp.up_proj": 5}])
+def test_modules_that_are_no_table(packed, tmp_path, modules):
+    folder = copy_folder(packed[0], tmp_path / "odd")
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_json(folder / "config.json", quantization_config=quantization | {"modules": modules})
+    with pytest.raises(CheckpointError, match="quantization_config cannot be read"):
+        hf.load_model(folder)
+
+
 def test_verify_needs_a_manifest(packed, tmp_path):
     folder = copy_folder(packed[0], tmp_path / "without")
     (folder / MANIFEST).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,23 @@ import marlin_kernel
 @pytest.mark.parametrize("name", marlin_kernel.__all__)
 def test_public_names_exist(name):
     assert hasattr(marlin_kernel, name)
+
+
+def test_packages_carry_their_data_files():
+    """What is no module lies in a wheel only if pyproject.toml names it."""
+    text = (ROOM.parent / "pyproject.toml").read_text()
+    (table,) = re.findall(r"\[tool.setuptools.package-data\]\n(.*?)\n\n", text, re.DOTALL)
+    patterns = {
+        room: ast.literal_eval(globs)
+        for room, globs in re.findall(r"^(\w+) = (\[.*?\])$", table, re.DOTALL | re.MULTILINE)
+    }
+    assert "cubins/*" in patterns["marlin_kernel"]  # compiler.PREBUILT_PLACES
+    for room in ("gptq", "marlin_kernel", "eval"):
+        root = ROOM.parent / room
+        named = {file for glob in patterns.get(room, ()) for file in root.glob(glob)}
+        files = {file for file in root.rglob("*") if file.is_file()}
+        data = {file for file in files if file.suffix not in (".py", ".pyc")}
+        assert data <= named, room
 
 
 def imports_of(file: Path) -> set[str]:

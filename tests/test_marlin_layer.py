@@ -135,6 +135,24 @@ def test_compiles_as_one_graph():
             torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["uint4b8", "uint4", "nvfp4"])
+def test_exports(name, bias, prepared, tmp_path):
+    wtype = WEIGHT_TYPES[name]
+    group_size = 16 if name == "nvfp4" else 32
+    weight, own_bias = torch.randn(96, 64), torch.randn(64) if bias else None
+    layer = Layer.from_quantized(QuantizedLinear.quantize(weight, wtype, group_size, own_bias))
+    if prepared:
+        layer.prepare(torch.float32)
+    x = torch.randn(3, 96)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("m")},))
+    torch.export.save(program, tmp_path / "layer.pt2")
+    again = torch.export.load(tmp_path / "layer.pt2").module()
+    assert torch.equal(again(x), layer(x))
+    assert again(torch.randn(7, 96)).shape == (7, 64)
+
+
 def test_constructor_follows_the_original():
     layer = Layer(256, 512, 128)
     assert layer.B.shape == (16, 1024) and layer.s.shape == (2, 512) and layer.bias is None
@@ -145,6 +163,9 @@ def test_constructor_follows_the_original():
         Layer(256, 512, 96)
     with pytest.raises(ConfigError, match="weight_type='int4'"):
         Layer(256, 512, weight_type="int4")
+    for k, n in ((0, 512), (256, 0), (-1, 512), (256, -1)):
+        with pytest.raises(ConfigError, match=f"{k} inputs and {n} outputs; .* at least one"):
+            Layer(k, n)
     assert "group_size=128, weight_type=uint4b8" in repr(layer)
 
 
@@ -197,7 +218,15 @@ def test_pack_rejects_what_does_not_fit_the_layer():
         Layer(96, 40, 32).pack(linear_of(quantized), quantized.scales)
     with pytest.raises(ConfigError, match=r"scales have shape \[3, 41\], expected \[3, 40\]"):
         Layer(96, 40, 32).pack(linear_of(quantized), torch.ones(3, 41))
+    with pytest.raises(
+        ConfigError, match=r"linear.weight has shape \[40, 64\], the layer \[40, 96\]"
+    ):
+        Layer(96, 40, 32).pack(nn.Linear(64, 40), torch.ones(3, 40))
     moved = random_layer(96, 40, U4B8, 32, act_order=True)
+    with pytest.raises(ConfigError, match=r"g_idx has shape \[95\]"):
+        Layer(96, 40, 32, act_order=True).pack(
+            linear_of(moved), moved.scales, None, moved.g_idx[:95]
+        )
     with pytest.raises(ConfigError, match="make it with act_order"):
         Layer(96, 40, 32).pack(linear_of(moved), moved.scales, None, moved.g_idx)
 
@@ -220,6 +249,8 @@ def test_replace_linear_by_names_and_by_predicate():
     assert chosen == ["b"] and by_rule["b"].spec.weight_type.name == "uint8"
     with pytest.raises(ConfigError, match=r"\['a.1'\] are not torch.nn.Linear"):
         replace_linear(model(), ["a.1"])
+    with pytest.raises(ConfigError, match="the module itself"):
+        replace_linear(nn.Linear(64, 32), lambda name, linear: True)
 
 
 # ---- types that are not integers, 8-bit activations, shards of K ---------------------------------

@@ -350,8 +350,18 @@ def test_mul_converts_once_for_a_kernel(fake_kernels, monkeypatch):
     [
         ({"A": torch.zeros(2, 128).half()}, "do not belong together"),
         ({"s": torch.zeros(1, 128).half()}, "do not belong together"),
+        ({"s": torch.zeros(0, 256).half()}, "do not belong together"),
+        ({"s": torch.zeros(3, 256).half()}, "do not belong together"),  # 256 / 3 inputs
+        ({"s": torch.zeros(256, 256).half()}, "group_size=1 is not in"),
+        ({"s": torch.zeros(2, 256)}, r"s is torch.float32 \[2, 256\].*torch.float16 \[2, 256\]"),
+        ({"s": torch.zeros(2, 256).half().to("meta")}, "s is on meta, A on cpu"),
+        ({"B": torch.zeros(16, 512).long()}, "B is torch.int64"),
+        ({"B": torch.zeros(16, 512)}, "B is torch.float32"),
+        ({"g_idx": torch.zeros(3, dtype=torch.int32)}, r"g_idx is .* \[3\]; .* \[256\]"),
+        ({"z": torch.zeros(1, 1, dtype=torch.int32), "weight_type": "uint4"}, r"z is .* \[1, 1\]"),
         ({"C": torch.zeros(3, 256).half()}, "must share the dtype"),
         ({"C": torch.zeros(2, 256)}, "must share the dtype"),
+        ({"C": torch.zeros(2, 256).half().to("meta")}, "C is on meta, A on cpu"),
     ],
 )
 def test_mul_rejects(changes, message):

@@ -112,6 +112,11 @@ def test_pack_rejects_what_it_cannot_hold(codes, message):
 
 
 def test_unpack_rejects_part_of_a_tile():
+    for words in (torch.zeros(4, 128), torch.zeros(4, 128).long(), torch.zeros(128).int()):
+        with pytest.raises(ConfigError, match=rf"words are {words.dtype} .*128\]; .* int32 \["):
+            unpack(words, BITS[4])
+    with pytest.raises(ConfigError, match=r"\[1, 16, 64\].* \[K, N\]"):
+        pack(torch.zeros(1, 16, 64, dtype=torch.uint8), BITS[4])
     with pytest.raises(ConfigError, match="100"):
         unpack(torch.zeros(1, 100, dtype=torch.int32), BITS[4])
 

@@ -109,6 +109,10 @@ def test_int4_kernel_of_torch_agrees():
     error_many = (multiply(many, *args)[:4].float() - expected).norm() / expected.norm()
     # bfloat16 rounds to 2**-9; the kernel rounds scales and sums, the other path only the output
     assert error < 2**-8 and error_many < 2**-8
+    wide = torch.randn(4, 256, dtype=torch.bfloat16)
+    wide[:, ::2] = few
+    for strided in (wide[:, ::2], few.T.contiguous().T):  # the kernel takes contiguous rows only
+        assert torch.equal(multiply(strided, *args), multiply(few, *args))
 
 
 def centred(layer):

@@ -292,6 +292,13 @@ def test_scheme_round_trip() -> None:
 # ---- the layer and its kernels ----
 
 
+def test_layer_on_the_meta_device_has_shapes() -> None:
+    layer = SparseLayer.from_quantized(quantized(100, 300, "uint4b8", 128)).to("meta")
+    assert layer(torch.zeros(2, 5, 300, device="meta")).shape == (2, 5, 100)
+    with pytest.raises(ConfigError, match="do not end in the 300 inputs"):
+        layer(torch.zeros(2, 299, device="meta"))
+
+
 @pytest.mark.parametrize("group_size", (-1, 64))
 def test_layer_multiplies_and_saves(group_size: int) -> None:
     q = quantized(100, 300, "uint4b8", group_size)
