@@ -5,7 +5,7 @@
 A real model, through the whole pipeline. The floor is two forward passes over the calibration
 tokens (one feeds the statistics, one carries the quantized activations on) plus the Hessian
 products 2 X Xᵀ, both timed in the same process. Peak memory is counted over an interpreter that has
-torch loaded. Writes bench_quantize.json into --out.
+torch loaded. Writes bench_quantize_<recipe>.json into --out.
 
     python scripts/bench_quantize.py MODEL --dataset c4_sample.txt --layers 2
 
@@ -187,7 +187,7 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "ratio_with_target_products": totals["seconds"] / floor_full,
         "peak_bytes_over_torch": max(peak - BASE_BYTES, 0),
     }
-    return "bench_quantize.json", result
+    return f"bench_quantize_{Path(args.config).stem}.json", result
 
 
 def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -133,13 +133,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
 def refuse(reason: str) -> int:
     """Print why nothing is generated. Returns the exit status."""
     print(f"error: {reason}", file=sys.stderr)

@@ -222,7 +222,7 @@ def test_one_group_of_a_type_that_repeats_it_has_kernels(tmp_path: Path) -> None
     [
         (["--types", "nvfp4", "--group_sizes", "128"], "no kernel for sm_80 has"),
         (["--group_sizes", "48"], "invalid choice: 48"),
-        (["--sample", "0"], "--sample: 0 is not positive"),
+        (["--sample", "0"], "--sample: '0' is no whole number of at least 1"),
         (["--output", "{file}/x"], "cannot write to"),
     ],
 )
