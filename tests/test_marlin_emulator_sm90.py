@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import platform
 
 import pytest
 import torch
-from emulator.build import compiler
+from emulator.build import needs_emulator
 from emulator.problem import DTYPES, TOLERANCE, Problem, problem
 from emulator.sm90 import Kernel, Sm90Library
 from torch import Tensor
@@ -16,10 +15,7 @@ from marlin_kernel import layout
 from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig
 from marlin_kernel.launch import convert_layout
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
+pytestmark = needs_emulator
 
 SEEDS = range(3)  # seed % 3: copies land late, at once, at random moments
 
