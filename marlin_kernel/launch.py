@@ -1,10 +1,8 @@
 """Load compiled kernels and launch them on torch's current stream.
 
 Interface for `marlin_kernel.ops` (everything else here is private to kernels and tuning):
-    supports(...)        can this device run this weight type? (no compilation)
-    convert_layout(...)  on-disk Marlin tensors of uint4b8 -> the device layout, once after loading
-                         (sm90_layout: of every type)
-    gemm(...)            out = a @ W (+ bias)
+    supports(...)  can this device run this weight type? (no compilation)
+    gemm(...)      out = a @ W (+ bias), W as sm90_layout.kernel_tensors left it
 
 A launch costs a dictionary look-up, packing of one argument block and one driver call: kernels are
 launched through plans that hold the function, the launch attributes and the argument buffers. Plans
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_kernel import kernel_configs, sm90_layout
+from marlin_kernel import kernel_configs
 from marlin_kernel.compiler import Cubin, KernelSource, compile_kernel
 from marlin_kernel.errors import MarlinError
 from marlin_kernel.kernel_configs import (
@@ -34,7 +32,6 @@ from marlin_kernel.kernel_configs import (
     GemmConfig,
     KernelConfig,
 )
-from marlin_kernel.layout import unpermute_columns
 from marlin_kernel.weight_types import WEIGHT_TYPES
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -571,22 +568,3 @@ def gemm(
 @functools.cache
 def _gpu_key(index: int) -> str:
     return kernel_configs.gpu_key(torch.cuda.get_device_name(index))
-
-
-def convert_layout(
-    B: Tensor, s: Tensor, k: int, n: int, group_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """On-disk Marlin tensors (FORMAT.md) to the order of the kernels (csrc/sm90/problem.cuh).
-
-    B: int32 [K'/16, 2 N']; s: float16 [G, N'] in Marlin's permuted column order; k, n: unpadded
-    sizes. Returns new tensors of the same shapes and dtypes on the device of `B`, whose contents
-    are in device order, complete when the function returns.
-    """
-    if group_size == -1:
-        group_size, s = 0, unpermute_columns(s, grouped=False)
-    words = sm90_layout.order_words(B, WEIGHT_TYPES["uint4b8"])
-    scales = sm90_layout.order_rows(s, None, group_size)
-    if B.is_cuda:
-        # The kernels prefetch weights before their predecessor in the stream has ended.
-        torch.cuda.current_stream(B.device).synchronize()
-    return words, scales

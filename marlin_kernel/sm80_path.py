@@ -1,7 +1,6 @@
 """Runs the sm_80 kernel (csrc/sm80): every type, on every GPU from sm_75 on.
 
-Interface, as in `launch`: supports, convert_layout, gemm; and `quantize_activations` for
-activations of 8 bits.
+Interface, as in `launch`: supports, gemm; and `quantize_activations` for activations of 8 bits.
 
 Blocks that share an output tile add up in a workspace in global memory (`launch.workspace`), one
 for each device and stream; its counters are zero before and after every launch.
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from marlin_kernel import launch
 from marlin_kernel.compiler import KernelSource, compile_kernel
-from marlin_kernel.layout import unpermute_columns
 from marlin_kernel.sm80_configs import (
     GATHER_TOKENS,
     Geometry,
@@ -175,19 +173,6 @@ def supports(
     generation = "7.5" if version < (8, 0) else "8.9" if version >= (8, 9) else "8.0"
     c = Combination(t, activation or name, name, group_size, act_order, k_full)
     return is_supported(c, generation)
-
-
-def convert_layout(
-    B: Tensor, s: Tensor, k: int, n: int, group_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """On-disk Marlin tensors (FORMAT.md) of a symmetric integer layer to what `gemm` takes.
-
-    B: int32 [K'/16, N' * bits / 2]; s: float16 [G, N'] in the stored column order; the other
-    arguments are not needed. Returns B itself, whose 16 x 64 tiles hold whole operand fragments,
-    and the scales, whose columns return to natural order if there is only one group.
-    `sm80_layout.kernel_tensors` does the same for every type.
-    """
-    return B, s if s.shape[0] > 1 else unpermute_columns(s, grouped=False)
 
 
 def gemm(

@@ -54,10 +54,8 @@ class Layer:
             codes, scales[:, :n].double(), None, UINT4B8, g_idx, torch.float64
         )
         self.bias = torch.randn(n, generator=generator, device="cuda")
-        stored = permute_columns(scales, grouped=shape.groups > 1)
-        self.words, self.scales = sm80_path.convert_layout(
-            pack(padded, UINT4B8), stored, k, n, group_size, torch.float16
-        )
+        self.words = pack(padded, UINT4B8)
+        self.scales = permute_columns(scales, grouped=True) if shape.groups > 1 else scales
 
     def __call__(
         self,
