@@ -246,7 +246,7 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _tensor_map(address: int, dtype: str, m: int, k: int, row_bytes: int, tokens: int) -> bytes:
     """Encoded map of activations [m, k] for boxes of `tokens` rows x 64 k with the 128-byte
     swizzle.
