@@ -117,7 +117,10 @@ def _mmlu_files(data: Path, folder: Path, subject: str, split: str) -> list[str]
 
 
 def mmlu_questions(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV: question, four choices, answer 0..3 or A..D; a header is skipped."""
+    """Rows of a CSV: question, four choices, answer 0..3 or A..D; a header is skipped.
+
+    Raises DataError naming the first row that is otherwise.
+    """
     with file.open(encoding="utf-8", newline="") as stream:
         for number, row in enumerate(csv.reader(stream), 1):
             if number == 1 and row and row[-1].strip().lower() == "answer":
