@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from eval_cases import VOCABULARY, save_packed, save_tiny, write_jsonl, write_mmlu
 
 from marlin_kernel.errors import CheckpointError, DataError
+from tests.eval_cases import VOCABULARY, save_packed, save_tiny, write_jsonl, write_mmlu
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
@@ -136,6 +136,7 @@ def test_question_files_give_the_standard_prompts(tmp_path, packed):
     [
         ("mmlu/test/virology_test.csv", "q,a,b,c,d,E\n", "row 1: expected question"),
         ("mmlu/test/virology_test.csv", "q,a,b,0\n", "found 4 fields"),
+        ("mmlu/test/virology_test.csv", "q,a,b,c,d,A\nq,a,b,c,d,12\n", "row 2: .*ending in '12'"),
         ("lm_tasks/piqa.jsonl", '{"x": 1}\n', "does not hold piqa questions"),
         ("other.txt", "", "holds no task data"),
     ],
