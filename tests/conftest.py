@@ -13,6 +13,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they sha
 import pytest
 import torch
 
+for name in ("DATA_DIR", "KERNEL_BACKEND", "KERNEL_LINEINFO", "KERNEL_PREBUILT"):
+    os.environ.pop(f"MARLIN_{name}", None)  # what a user has set is not what is tested
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "exhaustive" not in config.getoption("-m"):
@@ -24,6 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted sources belong to the run, not to the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARLIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def run(directory: Path, program: str, capability: tuple[int, int], sms: int, sh
         "PYTHONPATH": str(REPOSITORY),
     }
     done = subprocess.run(
-        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
