@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from marlin_kernel import kernel_configs
-from marlin_kernel.compiler import Cubin, KernelSource, compile_kernel
+from marlin_kernel.compiler import KernelSource, compile_kernel
 from marlin_kernel.errors import MarlinError
 from marlin_kernel.kernel_configs import (
     TILE_K,
@@ -68,36 +68,30 @@ def device_arch(index: int) -> str:
 
 
 class _Function:
-    """A kernel loaded on one device. The module stays loaded as long as the process lives."""
+    """A kernel loaded on one device. The module stays loaded as long as the process lives.
 
-    def __init__(self, source: KernelSource, index: int) -> None:
+    shared_bytes: dynamic shared memory that a block may ask for; carveout: each multiprocessor
+    gives shared memory all that it can, so that as many blocks as possible fit.
+    """
+
+    def __init__(
+        self, source: KernelSource, index: int, shared_bytes: int, carveout: bool = True
+    ) -> None:
         driver = _driver()
-        self.cubin: Cubin = compile_kernel(source, device_arch(index))
+        cubin = compile_kernel(source, device_arch(index))
         with torch.cuda.device(index):
             torch.cuda.current_stream()  # the primary context is current from here on
-            self.module = _check(driver.cuModuleLoadData(self.cubin.image), "cuModuleLoadData")
+            self.module = _check(driver.cuModuleLoadData(cubin.image), "cuModuleLoadData")
             self.handle = _check(
-                driver.cuModuleGetFunction(self.module, self.cubin.symbol.encode()),
+                driver.cuModuleGetFunction(self.module, cubin.symbol.encode()),
                 "cuModuleGetFunction",
             )
             attribute = driver.CUfunction_attribute
-            properties = torch.cuda.get_device_properties(index)
-            _check(
-                driver.cuFuncSetAttribute(
-                    self.handle,
-                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    properties.shared_memory_per_block_optin,
-                ),
-                "cuFuncSetAttribute",
-            )
-            _check(
-                driver.cuFuncSetAttribute(
-                    self.handle,
-                    attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                    100,
-                ),
-                "cuFuncSetAttribute",
-            )
+            settings = [(attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)]
+            if carveout:
+                settings.append((attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+            for name, value in settings:
+                _check(driver.cuFuncSetAttribute(self.handle, name, value), "cuFuncSetAttribute")
 
 
 _functions: dict[tuple[KernelSource, int], _Function] = {}
@@ -113,7 +107,9 @@ def load(source: KernelSource, index: int) -> _Function:
         with _functions_lock:
             found = _functions.get((source, index))
             if found is None:
-                found = _functions[source, index] = _Function(source, index)
+                properties = torch.cuda.get_device_properties(index)
+                most = properties.shared_memory_per_block_optin
+                found = _functions[source, index] = _Function(source, index, most)
     return found
 
 

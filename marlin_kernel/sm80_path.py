@@ -13,13 +13,12 @@ import importlib.util
 import struct
 import threading
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_kernel import launch
-from marlin_kernel.compiler import KernelSource, compile_kernel
+from marlin_kernel.compiler import KernelSource
 from marlin_kernel.sm80_configs import (
     GATHER_TOKENS,
     Geometry,
@@ -42,32 +41,13 @@ NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _EIGHT_BIT = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 
-class _Function:
-    """A kernel loaded on one device, and what that device offers. Stays loaded."""
-
-    def __init__(self, source: KernelSource, shared_bytes: int, index: int) -> None:
-        driver = launch._driver()
-        cubin = compile_kernel(source, launch.device_arch(index))
-        with torch.cuda.device(index):
-            torch.cuda.current_stream()  # the primary context is current from here on
-            self.module = launch._check(driver.cuModuleLoadData(cubin.image), "cuModuleLoadData")
-            self.handle = launch._check(
-                driver.cuModuleGetFunction(self.module, cubin.symbol.encode()),
-                "cuModuleGetFunction",
-            )
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            launch._check(
-                driver.cuFuncSetAttribute(self.handle, limit, shared_bytes), "cuFuncSetAttribute"
-            )
-
-
 _load_lock = threading.Lock()
 
 
 @functools.cache
-def _load(source: KernelSource, shared_bytes: int, index: int) -> _Function:
+def _load(source: KernelSource, shared_bytes: int, index: int) -> launch._Function:
     with _load_lock:
-        return _Function(source, shared_bytes, index)
+        return launch._Function(source, index, shared_bytes, carveout=False)
 
 
 @functools.cache
@@ -90,13 +70,7 @@ def _workspace(index: int, stream: int, need: Geometry) -> launch.Workspace:
     return launch.workspace(index, stream, need.partial_bytes, need.counters)
 
 
-class _ThreadPlans(threading.local):
-    def __init__(self) -> None:
-        self.plans: dict[tuple[Any, ...], launch.Plan] = {}
-
-
-_thread_plans = _ThreadPlans()
-_MAX_PLANS = 4096
+_thread_plans = launch._ThreadPlans()
 
 
 def _plan(
@@ -113,7 +87,7 @@ def _plan(
     key = (source, index, stream, grid)
     plan = plans.get(key)
     if plan is None:
-        if len(plans) >= _MAX_PLANS:
+        if len(plans) >= launch._MAX_PLANS:
             plans.clear()
         plan = plans[key] = launch.Plan(
             _load(source, shared_bytes, index),
