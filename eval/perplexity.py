@@ -166,7 +166,6 @@ def windows_of(
     one BOS before the whole stream, SmolLM2 none: the usual protocol of perplexity papers, from
     GPTQ's wikitext2 loader), cut into windows of exactly seqlen; the incomplete rest is dropped.
     Otherwise each document is tokenized the same way and truncated.
-    Raises ConfigError for seqlen below 2, DataError where there is no window.
     """
     if seqlen < 2:
         raise ConfigError(f"seqlen={seqlen} must be at least 2: one token predicts the next")

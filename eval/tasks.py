@@ -116,25 +116,20 @@ def _mmlu_files(data: Path, folder: Path, subject: str, split: str) -> list[str]
     return [str(target.resolve())]
 
 
-_ANSWERS = {name: place % 4 for place, name in enumerate("0123ABCD")}
-
-
 def mmlu_questions(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV: question, four choices, answer 0..3 or A..D; a header is skipped.
-
-    Raises DataError naming the first row that is otherwise.
-    """
+    """Rows of a CSV: question, four choices, answer 0..3 or A..D; a header is skipped."""
     with file.open(encoding="utf-8", newline="") as stream:
         for number, row in enumerate(csv.reader(stream), 1):
             if number == 1 and row and row[-1].strip().lower() == "answer":
                 continue
             answer = row[-1].strip().upper() if row else ""
-            if len(row) != 6 or answer not in _ANSWERS:
+            index = "0123".find(answer) if answer in "0123" else "ABCD".find(answer)
+            if len(row) != 6 or index < 0 or not answer:
                 raise DataError(
                     f"{file}, row {number}: expected question, four choices and an answer (0..3 or "
                     f"A..D), found {len(row)} fields ending in {answer[:20]!r}"
                 )
-            yield {"question": row[0], "choices": row[1:5], "answer": _ANSWERS[answer]}
+            yield {"question": row[0], "choices": row[1:5], "answer": index}
 
 
 # ---- questions as JSON lines --------------------------------------------------------------------

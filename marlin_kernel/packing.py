@@ -66,10 +66,7 @@ def pack(codes: Tensor, wtype: WeightType) -> Tensor:
 
 
 def unpack(words: Tensor, wtype: WeightType) -> Tensor:
-    """Integer codes uint8 [K, N] from int32 [K // 16, N * 16 // pack_factor]. Inverse of `pack`.
-
-    Raises ConfigError for a width that holds no whole tiles.
-    """
+    """Integer codes uint8 [K, N] from int32 [K // 16, N * 16 // pack_factor]. Inverse of `pack`."""
     tiles_k, width = words.shape
     n = width * wtype.pack_factor // TILE_K
     if width * wtype.pack_factor % TILE_K or n % TILE_N:

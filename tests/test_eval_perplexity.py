@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from cases import tiny_model
+from eval_cases import VOCABULARY, byte_tokenizer
 
 from eval import perplexity
 from eval.perplexity import evaluate, evaluate_models, score_models, score_windows, windows_of
 from gptq.texts import Documents, documents
 from marlin_kernel.errors import ConfigError, DataError
-from tests.cases import tiny_model
-from tests.eval_cases import VOCABULARY, byte_tokenizer
 
 
 def brute_force(model, window, reference=None):
