@@ -6,9 +6,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Processes that tests start import this checkout, not what may be installed.
-_PLACES = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PLACES))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores
@@ -19,6 +16,9 @@ import torch
 
 for name in ("DATA_DIR", "KERNEL_BACKEND", "KERNEL_LINEINFO", "KERNEL_PREBUILT"):
     os.environ.pop(f"MARLIN_{name}", None)  # what a user has set is not what is tested
+# Processes that tests start import this checkout, not what may be installed.
+_PLACES = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PLACES))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
