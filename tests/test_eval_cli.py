@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from eval_cases import save_packed, save_tiny
 
 from eval import cli
 from eval.config import EvalConfig, resolve
 from marlin_kernel.errors import ConfigError
-from tests.eval_cases import save_packed, save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
