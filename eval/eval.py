@@ -8,6 +8,7 @@ if __name__ == "__main__":  # run as a script: the folder of this file must not 
 
 
 def main() -> None:
+    """The command `marlin-eval`; exits with the code of `eval.cli.main`."""
     from eval.cli import main as run
 
     raise SystemExit(run())

@@ -76,7 +76,10 @@ def load_tokenizer(*paths: str | None) -> Any:
 
 
 def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype from "float16", "bfloat16", "float32"; "auto" and None give None."""
+    """A torch dtype from "float16", "bfloat16", "float32"; "auto" and None give None.
+
+    Raises ConfigError for any other name.
+    """
     if name is None or isinstance(name, torch.dtype) or name == "auto":
         return None if name == "auto" else name
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
@@ -86,7 +89,10 @@ def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def choose_device(name: str | None) -> str:
-    """The device asked for; by default a GPU if torch sees one, else the CPU."""
+    """The device asked for; by default a GPU if torch sees one, else the CPU.
+
+    Raises ConfigError if torch does not know it, or sees no GPU.
+    """
     cuda = torch.cuda.is_available()
     if name is None:
         return "cuda" if cuda else "cpu"
@@ -142,7 +148,10 @@ def row_name(path: str, report: dict[str, Any] | None) -> str | None:
 
 
 def context_length(path: str) -> int | None:
-    """Tokens that the checkpoint's model was made for, or None if its config does not say."""
+    """Tokens that the checkpoint's model was made for, or None if its config does not say.
+
+    Raises CheckpointError if transformers cannot read the config.
+    """
     from transformers import AutoConfig
 
     local = Path(path).expanduser()

@@ -87,11 +87,6 @@ class PerplexityResult:
     top1_se: float | None
     seconds: float
 
-    @property
-    def perplexity_se(self) -> float | None:
-        """Standard error of the perplexity, to first order: exp(nll) · nll_se."""
-        return None if self.nll_se is None else self.perplexity * self.nll_se
-
 
 def evaluate(
     model: nn.Module,

@@ -42,7 +42,7 @@ def sample_documents(
 
 
 def sample_windows(text: str, tokenizer, *, nsamples: int, seqlen: int, seed: int) -> list[Tensor]:
-    """`nsamples` windows of `seqlen` tokens at seeded random places of one joined text.
+    """`nsamples` windows, int64 [seqlen] each, at seeded random places of one joined text.
 
     When the text is shorter than nsamples windows, it is cut into consecutive windows instead.
     Raises DataError if it has fewer than 2 tokens.

@@ -194,6 +194,7 @@ class QuantizeConfig:
         )
 
     def solver_options(self) -> SolverOptions:
+        """What of these settings concerns one linear."""
         grid = GridOptions(
             clip=not self.no_clip and not self.nearest,
             clip_min=self.clip_min,
@@ -222,6 +223,7 @@ class QuantizeConfig:
         return RefineOptions(steps, seed=self.seed) if steps else None
 
     def as_dict(self) -> dict[str, Any]:
+        """All settings as JSON and YAML can hold them."""
         return {**asdict(self), "eval": list(self.eval)}
 
     def fingerprint(self) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from marlin_kernel import launch
-from marlin_kernel.compiler import KernelSource, compile_kernel
+from marlin_kernel.compiler import KernelSource
 from marlin_kernel.weight_types import INTEGER_TYPES, WeightType
 
 from . import grid, products, sparsity
@@ -122,38 +122,14 @@ def search_splits(tiles: int, candidates: int, multiprocessors: int) -> int:
 # ---- launching ---------------------------------------------------------------------------------
 
 
-class _Function:
-    """A kernel loaded on one device; the module stays loaded."""
-
-    def __init__(self, kernel: Kernel, index: int) -> None:
-        driver = launch._driver()
-        cubin = compile_kernel(kernel.source, launch.device_arch(index))
-        with torch.cuda.device(index):
-            torch.cuda.current_stream()  # the primary context is current from here on
-            self.module = launch._check(driver.cuModuleLoadData(cubin.image), "cuModuleLoadData")
-            self.handle = launch._check(
-                driver.cuModuleGetFunction(self.module, cubin.symbol.encode()),
-                "cuModuleGetFunction",
-            )
-            attribute = driver.CUfunction_attribute
-            settings = [
-                (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared_bytes)
-            ]
-            if kernel.shared_bytes:  # as many blocks per multiprocessor as fit
-                settings.append((attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
-            for name, value in settings:
-                launch._check(
-                    driver.cuFuncSetAttribute(self.handle, name, value), "cuFuncSetAttribute"
-                )
-
-
 _load_lock = threading.Lock()
 
 
 @functools.cache
-def _load(kernel: Kernel, index: int) -> _Function:
+def _load(kernel: Kernel, index: int) -> launch._Function:
+    size = kernel.shared_bytes
     with _load_lock:
-        return _Function(kernel, index)
+        return launch._Function(kernel.source, index, size, carveout=size > 0)
 
 
 @functools.cache
@@ -162,12 +138,7 @@ def shared_limit(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
-class _ThreadPlans(threading.local):
-    def __init__(self) -> None:
-        self.plans: dict[tuple[Any, ...], launch.Plan] = {}
-
-
-_thread_plans = _ThreadPlans()
+_thread_plans = launch._ThreadPlans()
 _MAX_PLANS = 1024
 
 

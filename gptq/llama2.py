@@ -67,6 +67,7 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
 
 
 def main() -> None:
+    """The command `marlin-quantize`; exits with the code of `gptq.cli.main`."""
     from gptq.cli import main as run
 
     raise SystemExit(run(evaluate=evaluate))

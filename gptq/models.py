@@ -307,7 +307,10 @@ class StreamedModel:
         return rounded
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as the quantizer computes with it: in `dtype` on `device`."""
+        """A tensor as the quantizer computes with it: in `dtype` on `device`.
+
+        Raises CheckpointError if the source lacks it.
+        """
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
         return self.tensors[name].to(device=self.device, dtype=self.dtype)

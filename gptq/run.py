@@ -392,6 +392,7 @@ def _linear_sizes(model: StreamedModel, skip: frozenset[str]) -> dict[str, tuple
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a checkpoint. Raises CheckpointError if there is none that loads."""
     from transformers import AutoTokenizer
 
     try:

@@ -37,7 +37,7 @@ _STRIPES = 8  # of H, of which only the upper triangle is multiplied
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """Settings of one layer's solution; the defaults live in `gptq.config`.
+    """Settings of one layer's solution; a run's defaults live in `gptq.config`.
 
     blocksize: width of the lazy update (inputs); percdamp: damping relative to mean(diag H);
     act_order: quantize inputs by falling Hessian diagonal; static_groups: groups stay on contiguous

@@ -167,6 +167,7 @@ class FinishedLayers:
         return {name: layers[name] for name in sorted(layers)}, rows
 
     def remove(self) -> None:
+        """Delete the folder with all that is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, index: int, part: int = 0, parts: int = 1) -> Path:
@@ -216,6 +217,7 @@ class BackgroundWriter:
             self._finished.save(index, results, rows)
 
     def wait(self) -> None:
+        """Until the layer handed over last is saved. Raises what saving it raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

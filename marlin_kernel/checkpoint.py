@@ -138,7 +138,10 @@ class CheckpointWriter:
         self._pending_bytes += size
 
     def add_layer(self, name: str, layer: QuantizedLinear) -> None:
-        """Add a quantized layer at module path `name`, in the format of the scheme."""
+        """Add a quantized layer at module path `name`, in the format of the scheme.
+
+        Raises ConfigError if the layer is not of the scheme, or the format cannot hold it.
+        """
         scheme = replace(self.scheme, modules={**self.scheme.modules, name: layer.codes.shape})
         expected = scheme.layer(name, layer.bias is not None)
         act_order = expected.act_order or layer.g_idx is not None

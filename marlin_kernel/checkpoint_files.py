@@ -105,6 +105,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
 
 
 def open_safetensors(file: Path) -> Any:
+    """A handle on a file's tensors. Raises CheckpointError if it is missing or unreadable."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete")
     try:
@@ -114,6 +115,7 @@ def open_safetensors(file: Path) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises CheckpointError if it is missing or no JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -59,6 +59,7 @@ def import_original(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, or 2 with one line about what was wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m marlin_kernel.export",
         description=__doc__,

@@ -1,10 +1,8 @@
 """Load compiled kernels and launch them on torch's current stream.
 
 Interface for `marlin_kernel.ops` (everything else here is private to kernels and tuning):
-    supports(...)        can this device run this weight type? (no compilation)
-    convert_layout(...)  on-disk Marlin tensors of uint4b8 -> the device layout, once after loading
-                         (sm90_layout: of every type)
-    gemm(...)            out = a @ W (+ bias)
+    supports(...)  can this device run this weight type? (no compilation)
+    gemm(...)      out = a @ W (+ bias), W as sm90_layout.kernel_tensors left it
 
 A launch costs a dictionary look-up, packing of one argument block and one driver call: kernels are
 launched through plans that hold the function, the launch attributes and the argument buffers. Plans
@@ -24,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_kernel import kernel_configs, sm90_layout
-from marlin_kernel.compiler import Cubin, KernelSource, compile_kernel
+from marlin_kernel import kernel_configs
+from marlin_kernel.compiler import KernelSource, compile_kernel
 from marlin_kernel.errors import MarlinError
 from marlin_kernel.kernel_configs import (
     TILE_K,
@@ -34,7 +32,6 @@ from marlin_kernel.kernel_configs import (
     GemmConfig,
     KernelConfig,
 )
-from marlin_kernel.layout import unpermute_columns
 from marlin_kernel.weight_types import WEIGHT_TYPES
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -76,36 +73,30 @@ def device_arch(index: int) -> str:
 
 
 class _Function:
-    """A kernel loaded on one device. The module stays loaded as long as the process lives."""
+    """A kernel loaded on one device. The module stays loaded as long as the process lives.
 
-    def __init__(self, source: KernelSource, index: int) -> None:
+    shared_bytes: dynamic shared memory that a block may ask for; carveout: each multiprocessor
+    gives shared memory all that it can, so that as many blocks as possible fit.
+    """
+
+    def __init__(
+        self, source: KernelSource, index: int, shared_bytes: int, carveout: bool = True
+    ) -> None:
         driver = _driver()
-        self.cubin: Cubin = compile_kernel(source, device_arch(index))
+        cubin = compile_kernel(source, device_arch(index))
         with torch.cuda.device(index):
             torch.cuda.current_stream()  # the primary context is current from here on
-            self.module = _check(driver.cuModuleLoadData(self.cubin.image), "cuModuleLoadData")
+            self.module = _check(driver.cuModuleLoadData(cubin.image), "cuModuleLoadData")
             self.handle = _check(
-                driver.cuModuleGetFunction(self.module, self.cubin.symbol.encode()),
+                driver.cuModuleGetFunction(self.module, cubin.symbol.encode()),
                 "cuModuleGetFunction",
             )
             attribute = driver.CUfunction_attribute
-            properties = torch.cuda.get_device_properties(index)
-            _check(
-                driver.cuFuncSetAttribute(
-                    self.handle,
-                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    properties.shared_memory_per_block_optin,
-                ),
-                "cuFuncSetAttribute",
-            )
-            _check(
-                driver.cuFuncSetAttribute(
-                    self.handle,
-                    attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                    100,
-                ),
-                "cuFuncSetAttribute",
-            )
+            settings = [(attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)]
+            if carveout:
+                settings.append((attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+            for name, value in settings:
+                _check(driver.cuFuncSetAttribute(self.handle, name, value), "cuFuncSetAttribute")
 
 
 _functions: dict[tuple[KernelSource, int], _Function] = {}
@@ -121,7 +112,9 @@ def load(source: KernelSource, index: int) -> _Function:
         with _functions_lock:
             found = _functions.get((source, index))
             if found is None:
-                found = _functions[source, index] = _Function(source, index)
+                properties = torch.cuda.get_device_properties(index)
+                most = properties.shared_memory_per_block_optin
+                found = _functions[source, index] = _Function(source, index, most)
     return found
 
 
@@ -254,7 +247,7 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _tensor_map(address: int, dtype: str, m: int, k: int, row_bytes: int, tokens: int) -> bytes:
     """Encoded map of activations [m, k] for boxes of `tokens` rows x 64 k with the 128-byte
     swizzle.
@@ -576,22 +569,3 @@ def gemm(
 @functools.cache
 def _gpu_key(index: int) -> str:
     return kernel_configs.gpu_key(torch.cuda.get_device_name(index))
-
-
-def convert_layout(
-    B: Tensor, s: Tensor, k: int, n: int, group_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """On-disk Marlin tensors (FORMAT.md) to the order of the kernels (csrc/sm90/problem.cuh).
-
-    B: int32 [K'/16, 2 N']; s: float16 [G, N'] in Marlin's permuted column order; k, n: unpadded
-    sizes. Returns new tensors of the same shapes and dtypes on the device of `B`, whose contents
-    are in device order, complete when the function returns.
-    """
-    if group_size == -1:
-        group_size, s = 0, unpermute_columns(s, grouped=False)
-    words = sm90_layout.order_words(B, WEIGHT_TYPES["uint4b8"])
-    scales = sm90_layout.order_rows(s, None, group_size)
-    if B.is_cuda:
-        # The kernels prefetch weights before their predecessor in the stream has ended.
-        torch.cuda.current_stream(B.device).synchronize()
-    return words, scales

@@ -317,9 +317,6 @@ def configs(types: KernelTypes, batch_invariant: bool = False) -> tuple[Sm80Conf
     return tuple(dict.fromkeys(row for _, row in choices(types, batch_invariant)))
 
 
-CONFIGS = configs(KernelTypes())
-BATCH_INVARIANT_CONFIGS = configs(KernelTypes(), batch_invariant=True)
-
 GATHER_TOKENS = 16  # up to so many tokens the kernel gathers act-order activations itself
 
 

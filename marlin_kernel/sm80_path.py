@@ -1,7 +1,6 @@
 """Runs the sm_80 kernel (csrc/sm80): every type, on every GPU from sm_75 on.
 
-Interface, as in `launch`: supports, convert_layout, gemm; and `quantize_activations` for
-activations of 8 bits.
+Interface, as in `launch`: supports, gemm; and `quantize_activations` for activations of 8 bits.
 
 Blocks that share an output tile add up in a workspace in global memory (`launch.workspace`), one
 for each device and stream; its counters are zero before and after every launch.
@@ -14,14 +13,12 @@ import importlib.util
 import struct
 import threading
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlin_kernel import launch
-from marlin_kernel.compiler import KernelSource, compile_kernel
-from marlin_kernel.layout import unpermute_columns
+from marlin_kernel.compiler import KernelSource
 from marlin_kernel.sm80_configs import (
     GATHER_TOKENS,
     Geometry,
@@ -44,32 +41,13 @@ NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _EIGHT_BIT = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 
-class _Function:
-    """A kernel loaded on one device, and what that device offers. Stays loaded."""
-
-    def __init__(self, source: KernelSource, shared_bytes: int, index: int) -> None:
-        driver = launch._driver()
-        cubin = compile_kernel(source, launch.device_arch(index))
-        with torch.cuda.device(index):
-            torch.cuda.current_stream()  # the primary context is current from here on
-            self.module = launch._check(driver.cuModuleLoadData(cubin.image), "cuModuleLoadData")
-            self.handle = launch._check(
-                driver.cuModuleGetFunction(self.module, cubin.symbol.encode()),
-                "cuModuleGetFunction",
-            )
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            launch._check(
-                driver.cuFuncSetAttribute(self.handle, limit, shared_bytes), "cuFuncSetAttribute"
-            )
-
-
 _load_lock = threading.Lock()
 
 
 @functools.cache
-def _load(source: KernelSource, shared_bytes: int, index: int) -> _Function:
+def _load(source: KernelSource, shared_bytes: int, index: int) -> launch._Function:
     with _load_lock:
-        return _Function(source, shared_bytes, index)
+        return launch._Function(source, index, shared_bytes, carveout=False)
 
 
 @functools.cache
@@ -92,13 +70,7 @@ def _workspace(index: int, stream: int, need: Geometry) -> launch.Workspace:
     return launch.workspace(index, stream, need.partial_bytes, need.counters)
 
 
-class _ThreadPlans(threading.local):
-    def __init__(self) -> None:
-        self.plans: dict[tuple[Any, ...], launch.Plan] = {}
-
-
-_thread_plans = _ThreadPlans()
-_MAX_PLANS = 4096
+_thread_plans = launch._ThreadPlans()
 
 
 def _plan(
@@ -115,7 +87,7 @@ def _plan(
     key = (source, index, stream, grid)
     plan = plans.get(key)
     if plan is None:
-        if len(plans) >= _MAX_PLANS:
+        if len(plans) >= launch._MAX_PLANS:
             plans.clear()
         plan = plans[key] = launch.Plan(
             _load(source, shared_bytes, index),
@@ -175,19 +147,6 @@ def supports(
     generation = "7.5" if version < (8, 0) else "8.9" if version >= (8, 9) else "8.0"
     c = Combination(t, activation or name, name, group_size, act_order, k_full)
     return is_supported(c, generation)
-
-
-def convert_layout(
-    B: Tensor, s: Tensor, k: int, n: int, group_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """On-disk Marlin tensors (FORMAT.md) of a symmetric integer layer to what `gemm` takes.
-
-    B: int32 [K'/16, N' * bits / 2]; s: float16 [G, N'] in the stored column order; the other
-    arguments are not needed. Returns B itself, whose 16 x 64 tiles hold whole operand fragments,
-    and the scales, whose columns return to natural order if there is only one group.
-    `sm80_layout.kernel_tensors` does the same for every type.
-    """
-    return B, s if s.shape[0] > 1 else unpermute_columns(s, grouped=False)
 
 
 def gemm(

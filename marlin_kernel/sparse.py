@@ -58,7 +58,10 @@ def positions_2_4(w: Tensor) -> Tensor:
 
 
 def prune_2_4(w: Tensor) -> Tensor:
-    """Copy of w [N, K] (float) with the two values of least magnitude of every four set to zero."""
+    """Copy of w [N, K] (float) with the two values of least magnitude of every four set to zero.
+
+    Raises ConfigError if K is no multiple of 4.
+    """
     if w.dim() != 2 or w.shape[1] % GROUP:
         raise ConfigError(f"w has shape {list(w.shape)}; K must be a multiple of {GROUP}")
     grouped = w.float().abs().view(w.shape[0], -1, GROUP)

@@ -231,42 +231,11 @@ def stored_weights(
 # ---- launch --------------------------------------------------------------------------------------
 
 _PROBLEM = struct.Struct("<QQQQiiii")  # sparse::Problem
-_MAP_OFFSET = 128  # of the second argument
-_MAP_BYTES = 128
 
 
 @functools.lru_cache(maxsize=1)
 def _plans() -> launch._ThreadPlans:
     return launch._ThreadPlans()
-
-
-@functools.lru_cache(maxsize=4096)
-def _token_map(address: int, dtype: str, m: int, k: int, row_bytes: int, tokens: int) -> bytes:
-    """Encoded tensor map of activations [m, k] for boxes of `tokens` rows x 64 k."""
-    import ctypes
-
-    driver = launch._driver()
-    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
-    kinds = driver.CUtensorMapDataType
-    encoded = launch._check(
-        driver.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-            if dtype == "float16"
-            else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            address,
-            [u64(k), u64(m)],
-            [u64(row_bytes)],
-            [u32(64), u32(tokens)],
-            [u32(1), u32(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        "cuTensorMapEncodeTiled",
-    )
-    return ctypes.string_at(encoded.getPtr(), _MAP_BYTES)
 
 
 def launch_config(
@@ -303,11 +272,12 @@ def launch_config(
             config.split,
             config.storage_bytes(bits, group_size),
             stream,
-            _MAP_OFFSET + _MAP_BYTES,
+            launch._TENSOR_MAP_OFFSET + launch._TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
         )
     row_bytes = 2 * (a.stride(0) if m > 1 else -(-k // 8) * 8)
-    plan.arguments[_MAP_OFFSET : _MAP_OFFSET + _MAP_BYTES] = _token_map(
+    start = launch._TENSOR_MAP_OFFSET
+    plan.arguments[start : start + launch._TENSOR_MAP_BYTES] = launch._tensor_map(
         a.data_ptr(), _DTYPES[a.dtype], m, k, row_bytes, config.tokens
     )
     _PROBLEM.pack_into(

@@ -47,8 +47,9 @@ from call_overhead import call_overhead
 from gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
 from torch import Tensor
 
-from marlin_kernel import kernel_configs, launch
+from marlin_kernel import kernel_configs, launch, sm90_layout
 from marlin_kernel.compiler import KernelSource, compile_kernel
+from marlin_kernel.formats import LayerSpec
 from marlin_kernel.kernel_configs import KernelConfig
 from marlin_kernel.layout import permute_columns
 from marlin_kernel.packing import pack
@@ -195,7 +196,7 @@ def bench_shape(
     """Rows of results (scripts/bench_tables.py) for one shape."""
     dtype = DTYPES[dtype_name]
     weights = RotatingWeights.make(k, n, group_size)
-    exact = fill_known(weights, dtype)
+    exact = fill_known(weights)
     floors = {pdl: read_floor(weights, pdl) for pdl in (False, True)}
     rows = []
     for m in tokens:
@@ -253,22 +254,17 @@ def _launch(config, a: Tensor, w: RotatingWeights, i: int, out: Tensor, pdl: boo
     )
 
 
-def fill_known(weights: RotatingWeights, dtype: torch.dtype) -> Tensor:
+def fill_known(weights: RotatingWeights) -> Tensor:
     """Give copy 0 known values. Returns them, exact: float32 [k, n] (codes times scales)."""
-    k, n, group_size = weights.k, weights.n, weights.group_size
+    k, n = weights.k, weights.n
     codes = torch.randint(0, 16, (k, n), device="cuda", dtype=torch.int32)
     groups = weights.scales.shape[1] // n
     scales = (torch.rand(groups, n, device="cuda") * 0.01 + 0.001).half()
-    words, stored = launch.convert_layout(
-        pack(codes, weight_type("uint4b8")),
-        permute_columns(scales, grouped=groups > 1),
-        k,
-        n,
-        group_size,
-        dtype,
-    )
-    weights.codes[0].copy_(words.view(-1))
-    weights.scales[0].copy_(stored.view(-1))
+    wtype = weight_type("uint4b8")
+    stored = {"B": pack(codes, wtype), "s": permute_columns(scales, grouped=groups > 1)}
+    held = sm90_layout.kernel_tensors(stored, LayerSpec(k, n, wtype, k // groups))
+    weights.codes[0].copy_(held.weights.view(-1))
+    weights.scales[0].copy_(held.scales.view(-1))
     # a code times an fp16 scale has at most 15 significant bits: exact in float32
     return (codes - 8).float() * scales.float().repeat_interleave(k // groups, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,13 +39,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 def _disassembler() -> str | None:
-    found = shutil.which("cuobjdump")
-    if found is None:
-        import nvidia
-
-        for root in nvidia.__path__:
-            found = next(map(str, Path(root).rglob("bin/cuobjdump")), found)
-    return found
+    """That of the package beside NVRTC, which knows what NVRTC writes; else the one on the PATH."""
+    packages = importlib.util.find_spec("nvidia")
+    for root in packages.submodule_search_locations if packages else ():
+        for found in Path(root).rglob("bin/cuobjdump"):
+            return str(found)
+    return shutil.which("cuobjdump")
 
 
 def sass(cubin: Cubin, path: Path) -> str:
@@ -53,7 +53,7 @@ def sass(cubin: Cubin, path: Path) -> str:
     if tool is None:
         pytest.skip("cuobjdump is not installed (pip install nvidia-cuda-cuobjdump)")
     path.write_bytes(cubin.image)
-    environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ.get('PATH', '')}"}
     result = subprocess.run(
         [tool, "-sass", str(path)], capture_output=True, text=True, env=environment
     )

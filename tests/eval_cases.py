@@ -27,7 +27,7 @@ def byte_tokenizer():
 
 def save_tiny(folder: Path, **changes) -> Path:
     """A plain checkpoint folder: the tiny model of `cases` with the byte tokenizer."""
-    from cases import tiny_model
+    from tests.cases import tiny_model
 
     tiny_model(vocab_size=VOCABULARY, **changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -36,7 +36,7 @@ def save_tiny(folder: Path, **changes) -> Path:
 
 def save_packed(folder: Path, **changes) -> Path:
     """A packed checkpoint of the same model, rounded to nearest."""
-    from cases import tiny_model, write_packed
+    from tests.cases import tiny_model, write_packed
 
     write_packed(tiny_model(vocab_size=VOCABULARY, **changes), folder)
     byte_tokenizer().save_pretrained(folder)

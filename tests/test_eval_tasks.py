@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from eval_cases import VOCABULARY, save_packed, save_tiny, write_jsonl, write_mmlu
 
 from marlin_kernel.errors import CheckpointError, DataError
+from tests.eval_cases import VOCABULARY, save_packed, save_tiny, write_jsonl, write_mmlu
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
@@ -185,7 +185,7 @@ def test_command_line_end_to_end(tmp_path, packed):
         "--perplexity", "pydoc", "--seqlen", "64", "--max_tokens", "256",
         "--device", "cpu", "--limit", "1", "--report", "report", "--verify",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "mmlu (partial: 2 of 57 subjects)" in done.stdout
     report = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -221,7 +221,7 @@ metric_list: [{{metric: acc}}]
         "--include_path", str(tmp_path), "--tasks", "letters",
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=600,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1200,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

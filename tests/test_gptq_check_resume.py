@@ -20,7 +20,7 @@ def check(folder: Path, *flags: str) -> dict:
         [sys.executable, str(ROOT / "scripts" / "check_resume.py"), "--scratch", str(folder),
          *flags],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=folder, capture_output=True, text=True, timeout=300,
+        cwd=folder, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]

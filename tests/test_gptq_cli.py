@@ -22,14 +22,11 @@ from marlin_kernel.hf import load_model, probe_logits
 from tests.cases import same_layer
 from tests.gptq_models import SOURCES, VOCABULARY, Source, prose, write_source, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 FILE = "model.safetensors"
 IDS = torch.arange(3, 40) * 11 % VOCABULARY
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

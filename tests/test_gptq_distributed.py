@@ -91,7 +91,7 @@ def torchrun(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), str(file),
          *flags],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        cwd=folder, capture_output=True, text=True, timeout=300,
+        cwd=folder, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
 
 

@@ -10,13 +10,12 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import platform
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from emulator.build import STATUS, build, compiler
+from emulator.build import build, needs_emulator, outcome
 from torch import Tensor
 
 from gptq import fused_solver
@@ -98,10 +97,6 @@ def test_splits_never_leave_a_part_empty(tiles, candidates):
 
 # ---- emulator ------------------------------------------------------------------------------------
 
-needs_emulator = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
 SOURCES = Path(__file__).parents[1] / "gptq" / "csrc"
 
 
@@ -115,7 +110,6 @@ def library(limit: int) -> tuple[ctypes.CDLL, dict[Kernel, int]]:
     text = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.cuh")))
     digest = hashlib.sha256(text).hexdigest()[:16]  # names the library, which is kept by content
     found = build("run_gptq.cpp", {"CASES": cases, "SOURCES": f'"{digest}"'})
-    found.violation.restype = ctypes.c_char_p
     return found, numbers
 
 
@@ -129,7 +123,7 @@ def emulated(monkeypatch):
     def launch(kernel: Kernel, grid: tuple[int, int], like: Tensor, arguments: bytes) -> None:
         assert loaded.shared_bytes(numbers[kernel]) == kernel.shared_bytes
         status = loaded.run(numbers[kernel], ctypes.c_uint(next(seeds)), *grid, arguments)
-        assert status == 0, f"{kernel}: {STATUS[status]} {loaded.violation().decode()}"
+        assert outcome(loaded, status) == "finished", kernel
 
     def shrinks(least: float, steps: int, index: None) -> Tensor:
         return kept.setdefault((least, steps), torch.linspace(1.0, least, steps))

@@ -16,6 +16,8 @@ from gptq.models import FAMILIES, Stages, StreamedModel, config_folder, resolve_
 from marlin_kernel import CheckpointError, ConfigError, NumericalError
 from tests.gptq_models import SOURCES, VOCABULARY, Source, tiny_config, write_source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (9, 2, 17)  # longer than the sliding windows of 4 and 5
 FILE = "model.safetensors"
 
@@ -23,7 +25,6 @@ FILE = "model.safetensors"
 @pytest.fixture(scope="module", params=SOURCES)
 def folder(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
-    torch.set_num_threads(1)
     write_source(path, SOURCES[request.param])
     return path
 

@@ -24,14 +24,11 @@ from marlin_kernel.hf import load_model
 from marlin_kernel.reference import round_scales
 from tests.gptq_models import SOURCES, token_samples, write_source, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = QuantizeConfig(wbits=4, groupsize=64, clip_steps=4).solver_options()
 SAMPLES = token_samples(12, 24)
 FEW = RefineOptions(4, tokens=64)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

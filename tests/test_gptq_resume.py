@@ -24,6 +24,8 @@ from marlin_kernel import ConfigError
 from marlin_kernel.hf import load_model
 from tests.gptq_models import SOURCES, write_source, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 FILE = "model.safetensors"
 LAYERS = 3
@@ -69,11 +71,6 @@ main(flags)
 """
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
     """Source, text and size of the run, without --save."""
@@ -86,7 +83,6 @@ def flags(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(flags, tmp_path_factory) -> bytes:
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "out"
     assert main([*flags, "--save", str(out)]) == 0
     return (out / FILE).read_bytes()
@@ -108,7 +104,6 @@ def stop_after(monkeypatch, layers: int, flags: list[str], out: Path, *more: str
     monkeypatch.setattr(Walker, "quantize_layer", quantize_layer)
     assert main([*flags, "--save", str(out), *more]) == 130
     monkeypatch.undo()
-    torch.set_num_threads(1)
 
 
 # At every run another point of the work, beside the background writer.
@@ -181,21 +176,23 @@ def content(out):
 
 began = time.perf_counter()
 child = start(folder / "whole")
-assert wait_for(folder / ".whole.unfinished" / last, child)
+alive = wait_for(folder / ".whole.unfinished" / last, child)
 walked = time.perf_counter() - began
-assert os.waitpid(child, 0)[1] == 0
+assert not alive or os.waitpid(child, 0)[1] == 0
 duration = time.perf_counter() - began
 whole, out = content(folder / "whole"), folder / "out"
+longest = [duration, duration - walked]  # waits: of the whole run, of assembling
 killed = assembling = 0
 for trial in range(10):
     child = start(out)
     alive = True
     if trial % 2:
         alive = wait_for(folder / ".out.unfinished" / last, child)
-        time.sleep(draw.uniform(0, duration - walked))
-    else:
-        time.sleep(draw.uniform(0, duration))
-    if alive and not ended(child):
+    time.sleep(draw.uniform(0, longest[trial % 2]))
+    alive = alive and not ended(child)
+    if not alive:  # a machine that was busier during the first run: wait less
+        longest[trial % 2] /= 2
+    if alive:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         killed += 1
@@ -218,7 +215,7 @@ def test_a_run_killed_again_and_again_at_random_times(flags, tmp_path):
     last = f"layer-{LAYERS - 1:04d}.safetensors"
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(seed), last, *flags],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     killed, _ = map(int, done.stdout.split())
@@ -417,7 +414,7 @@ from pathlib import Path
 from gptq.lock import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(600)
+    time.sleep(3600)
 """
 
 

@@ -17,6 +17,8 @@ from gptq.solver import Columns, Solution, SolverOptions, solve_columns
 from marlin_kernel import WEIGHT_TYPES, NumericalError
 from tests.gptq_models import SOURCES, Source, token_samples, write_source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = SolverOptions(
     WEIGHT_TYPES["uint4b8"],
     64,
@@ -31,7 +33,6 @@ SAMPLES = token_samples()
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
-    torch.set_num_threads(1)
     write_source(path, SOURCES[request.param])
     return path
 

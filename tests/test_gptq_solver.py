@@ -25,15 +25,12 @@ from marlin_kernel import INTEGER_TYPES, WEIGHT_TYPES, NumericalError
 from marlin_kernel.reference import round_scales
 from marlin_kernel.weight_types import WeightType, normalize_group_size
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 U4B8 = WEIGHT_TYPES["uint4b8"]
 PLAIN = GridOptions(clip=False, signed=False)
 CLIP = GridOptions(clip=True, clip_steps=9, signed=False)
 SIGNED = GridOptions(clip=True, clip_steps=9, signed=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def problem(k: int, n: int, tokens: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:

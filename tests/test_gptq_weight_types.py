@@ -24,16 +24,13 @@ from marlin_kernel.reference import decode, encode, quantize_stored
 from tests import plain_gptq
 from tests.gptq_models import prose, write_source, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FILE = "model.safetensors"
 FLOATS = [t for t in WEIGHT_TYPES.values() if t.is_float]
 OTHERS = [t for t in WEIGHT_TYPES.values() if t.name not in INTEGER_TYPES]
 TYPES = pytest.mark.parametrize("wtype", WEIGHT_TYPES.values(), ids=lambda t: t.name)
 PLAIN = dict(act_order=False, refit=0, sweeps=0, grid=GridOptions(clip=False, signed=False))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def problem(k: int = 192, n: int = 24) -> tuple[Tensor, Tensor]:
@@ -305,7 +302,6 @@ def test_resuming_gives_the_same_bytes(name, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(Walker, "quantize_layer", quantize_layer)
     assert main([*named, "--save", str(tmp_path / "out")]) == 130
     monkeypatch.undo()
-    torch.set_num_threads(1)
     assert main([*named, "--save", str(tmp_path / "out"), "--resume"]) == 0
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
 

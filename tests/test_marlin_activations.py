@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 
 import pytest
 import torch
-from emulator.build import build, compiler
+from emulator.build import build, needs_emulator
 
 from marlin_kernel import kernel_configs, launch, reference, sm80_path
 from marlin_kernel.sm80_layout import K_ORDER, kernel_activations
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
+pytestmark = needs_emulator
 KINDS = [
     (dtype, code)
     for dtype in (torch.float16, torch.bfloat16)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import platform
 from dataclasses import replace
 
 import pytest
 import torch
-from emulator.build import compiler
+from emulator.build import needs_emulator
 from emulator.sm80 import Kernel, Problem, Sm80Library
 
 from marlin_kernel import WEIGHT_TYPES
@@ -19,10 +18,7 @@ from marlin_kernel.sm80_configs import (
 )
 from marlin_kernel.validity import Combination, combinations, is_supported
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
+pytestmark = needs_emulator
 
 # Relative to the norm: the output's rounding, and in some kernels that of the scaled weights.
 TOLERANCE = {"float16": 4e-4, "bfloat16": 3e-3}

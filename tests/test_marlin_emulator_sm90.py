@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import functools
-import platform
 
 import pytest
 import torch
-from emulator.build import compiler
+from emulator.build import needs_emulator
 from emulator.problem import DTYPES, TOLERANCE, Problem, problem
 from emulator.sm90 import Kernel, Sm90Library
 from torch import Tensor
 
-from marlin_kernel import layout
 from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig
-from marlin_kernel.launch import convert_layout
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
+pytestmark = needs_emulator
 
 SEEDS = range(3)  # seed % 3: copies land late, at once, at random moments
 
@@ -65,9 +59,9 @@ def run(built: Sm90Library, kernel: Kernel, p: Problem, sms: int, seed: int) -> 
     m, n = p.expected.shape
     buffer = torch.full((m + 2, n), float("nan"), dtype=p.a.dtype)
     out = buffer[1 : m + 1]
-    stored = layout.permute_columns(p.natural, p.grouped)
-    codes, scales = convert_layout(p.words, stored, p.a.shape[1], n, kernel.group_size, p.a.dtype)
-    verdict = built.run(kernel, p.a, codes, scales, p.bias, out, p.k_padded, p.n_padded, sms, seed)
+    w = p.weights
+    sizes = (w.k_padded, w.n_padded, sms, seed)
+    verdict = built.run(kernel, p.a, w.weights, w.scales, p.bias, out, *sizes)
     if not (buffer[0].isnan().all() and buffer[-1].isnan().all()):
         verdict = "wrote outside of the output"
     return verdict, out
@@ -89,7 +83,7 @@ def test_matches_float64(kernel: Kernel) -> None:
     for m, n, k, sms in DECODE_SHAPES if isinstance(config, DecodeConfig) else GEMM_SHAPES:
         p = problem(m, n, k, kernel.dtype, kernel.group_size)
         if p.grouped != (kernel.group_size > 0) or not config.fits(
-            m, p.k_padded // 64, kernel.group_size
+            m, p.weights.k_padded // 64, kernel.group_size
         ):
             continue
         results = []

@@ -6,12 +6,11 @@ uint4b8 in all its configurations is in test_marlin_emulator_sm90.py.
 from __future__ import annotations
 
 import functools
-import platform
 from dataclasses import replace
 
 import pytest
 import torch
-from emulator.build import compiler
+from emulator.build import needs_emulator
 from emulator.problem import TOLERANCE
 from emulator.sm80 import DTYPES
 from emulator.sm90 import Kernel, Sm90Library, TypedProblem
@@ -20,10 +19,7 @@ from marlin_kernel import WEIGHT_TYPES
 from marlin_kernel.kernel_configs import DecodeConfig, GemmConfig, group_sizes
 from marlin_kernel.validity import Combination, combinations
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
+pytestmark = needs_emulator
 
 # One and two token tiles, with and without a cluster; columns per block and blocks per column.
 DECODE_CONFIGS = (

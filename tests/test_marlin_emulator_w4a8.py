@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import platform
 from dataclasses import astuple, dataclass, replace
 
 import pytest
 import torch
-from emulator.build import compiler
+from emulator.build import needs_emulator
 from emulator.sm90_8bit import EightBitLibrary
 from torch import Tensor
 
@@ -17,10 +16,7 @@ from marlin_kernel.sm80_layout import kernel_activations
 from marlin_kernel.sm90_8bit_configs import EightBitConfig, EightBitTypes
 from marlin_kernel.sm90_8bit_layout import Records, records, types_of
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
+pytestmark = needs_emulator
 
 DTYPES = {
     "float16": torch.float16,

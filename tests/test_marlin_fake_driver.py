@@ -61,7 +61,7 @@ def compile_kernel(source, arch, **kwargs):
     compiled.append((source, arch))
     return compiler.Cubin(b"ELF", "kernel", 32, 0)
 
-launch.compile_kernel = sm80_path.compile_kernel = compile_kernel
+launch.compile_kernel = compile_kernel
 
 def tensor(address, *shape, stride=0, dtype=torch.float16):
     return SimpleNamespace(
@@ -98,7 +98,7 @@ def run(directory: Path, program: str, capability: tuple[int, int], sms: int, sh
         "PYTHONPATH": str(REPOSITORY),
     }
     done = subprocess.run(
-        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -299,5 +299,46 @@ for m, group_size in ((1, 0), (100, 128)):
     assert fields[:5] == (0x200, 0x400, 0, 0x500, 0)
     assert fields[5:] == (1, int(group_size == 0), m, n, 8, 5, 0x300)
     assert encoded[-1] == (0x100, m, k, k, (config.tokens, 128))
+"""
+    run(fake_directory, program, *HOPPER)
+
+
+def test_sparse_launches(fake_directory: Path) -> None:
+    """2:4 sparse weights: through a tensor map on Hopper, without on the GPUs before it."""
+    program = """
+from marlin_kernel import sparse_marlin, sparse_sm80
+encoded = []
+def tensor_map(*arguments):
+    encoded.append(arguments)
+    return bytes(range(128))
+launch._tensor_map = tensor_map
+n, k = 300, 1000
+for m, bits, group_size in ((1, 4, 128), (100, 8, -1)):
+    a = tensor(0x100, m, k, stride=1008)
+    arguments = a, tensor(0x200, 5, 8, 64), tensor(0x300), None, tensor(0x500, m, n)
+    arguments += bits, group_size
+    configs = sparse_marlin.supported_configs(bits, group_size)
+    config = next(c for c in configs if c.split == 2)
+    sparse_marlin.launch_config(config, *arguments)
+    assert compiled[-1] == (config.source("float16", bits, group_size), "sm_90a")
+    assert tuple(record.grid) == (config.grid(m, 5, SMS), 1, 1)
+    assert tuple(record.block) == (config.threads, 1, 1)
+    assert record.shared_bytes == config.storage_bytes(bits, group_size)
+    assert record.attributes == 1 << 4 | 1 << 6, "in clusters, and before its predecessor ends"
+    assert tuple(record.cluster) == (2, 1, 1)
+    fields = struct.unpack_from("<4Q4i", bytes(record.arguments))
+    assert fields == (0x200, 0x300, 0, 0x500, m, n, 8, 5)
+    row_bytes = 2 * (1008 if m > 1 else 1000)
+    assert encoded[-1] == (0x100, "float16", m, k, row_bytes, config.tokens)
+    (plan,) = (p for key, p in sparse_marlin._plans().plans.items() if m in key)
+    assert bytes(plan.arguments[128:256]) == bytes(range(128))
+
+    config = sparse_sm80.select(m)
+    sparse_sm80.launch_config(config, *arguments)
+    assert compiled[-1][0] == config.source(torch.float16, bits, group_size)
+    assert tuple(record.grid) == config.grid(m, 5) and record.attributes == 0
+    assert record.shared_bytes == config.storage_bytes(bits, group_size)
+    fields = struct.unpack_from("<5Qq4i", bytes(record.arguments))
+    assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008 if m > 1 else 1000, m, n, k, 8)
 """
     run(fake_directory, program, *HOPPER)

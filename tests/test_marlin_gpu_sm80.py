@@ -11,11 +11,7 @@ from torch import Tensor
 from marlin_kernel import reference
 from marlin_kernel.layout import packed_shape, permute_columns
 from marlin_kernel.packing import pack
-from marlin_kernel.sm80_configs import (
-    BATCH_INVARIANT_CONFIGS,
-    CONFIGS,
-    Sm80Config,
-)
+from marlin_kernel.sm80_configs import KernelTypes, Sm80Config, configs
 from marlin_kernel.weight_types import weight_type
 
 
@@ -32,6 +28,8 @@ if _runs_here():
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_SIZES = (-1, 32, 64, 128)
+CONFIGS = configs(KernelTypes())
+BATCH_INVARIANT_CONFIGS = configs(KernelTypes(), batch_invariant=True)
 UINT4B8 = weight_type("uint4b8")
 # Largest error allowed, in units of what torch.matmul loses on the dequantized weights.
 ERROR_RATIO = 1.1
@@ -54,10 +52,8 @@ class Layer:
             codes, scales[:, :n].double(), None, UINT4B8, g_idx, torch.float64
         )
         self.bias = torch.randn(n, generator=generator, device="cuda")
-        stored = permute_columns(scales, grouped=shape.groups > 1)
-        self.words, self.scales = sm80_path.convert_layout(
-            pack(padded, UINT4B8), stored, k, n, group_size, torch.float16
-        )
+        self.words = pack(padded, UINT4B8)
+        self.scales = permute_columns(scales, grouped=True) if shape.groups > 1 else scales
 
     def __call__(
         self,

@@ -18,10 +18,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from marlin_kernel import Layer as PackedLayer
 from marlin_kernel import kernel_configs, launch
 from marlin_kernel.compiler import compile_kernel
+from marlin_kernel.formats import LayerSpec
 from marlin_kernel.fusion import fuse_layers
 from marlin_kernel.kernel_configs import GemmConfig, KernelConfig
 from marlin_kernel.layout import packed_shape, permute_columns
 from marlin_kernel.packing import pack
+from marlin_kernel.sm90_layout import kernel_tensors
 from marlin_kernel.weight_types import weight_type
 from tests.cases import random_layer
 
@@ -60,14 +62,10 @@ class Layer:
         spread = scales.double().repeat_interleave(-(-shape.k_padded // groups), 0)
         self.exact = ((codes - 8).double() * spread)[:k, :n]
         self.bias = torch.randn(n, generator=generator, device="cuda").to(dtype)
-        self.words, self.scales = launch.convert_layout(
-            pack(codes, weight_type("uint4b8")),
-            permute_columns(scales, grouped=groups > 1),
-            k,
-            n,
-            group_size,
-            dtype,
-        )
+        wtype = weight_type("uint4b8")
+        stored = {"B": pack(codes, wtype), "s": permute_columns(scales, grouped=groups > 1)}
+        held = kernel_tensors(stored, LayerSpec(k, n, wtype, k if groups == 1 else group_size))
+        self.words, self.scales = held.weights, held.scales
 
     def run(
         self, a: Tensor, config: KernelConfig | None = None, bias: bool = False, **options: bool

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 
 import pytest
 import torch
-from emulator.build import build, compiler
+from emulator.build import build, needs_emulator
 from torch import Tensor
 
 from marlin_kernel import WEIGHT_TYPES, ConfigError, formats
@@ -23,10 +22,6 @@ KERNELS.append(("compressed-tensors", 8))
 SHAPES = ((64, 64), (256, 192), (160, 72), (104, 8))
 SYMMETRIC = {4: WEIGHT_TYPES["uint4b8"], 8: WEIGHT_TYPES["uint8b128"]}
 ASYMMETRIC = {4: WEIGHT_TYPES["uint4"], 8: WEIGHT_TYPES["uint8"]}
-needs_emulator = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
 
 
 def source_words(codes: Tensor, source: str, bits: int) -> Tensor:

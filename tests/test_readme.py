@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -114,3 +115,12 @@ def test_make_targets_exist(target: str) -> None:
         ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "python" in shown.stdout
+
+
+def test_tests_run_from_any_folder(tmp_path: Path) -> None:
+    """Those that import helpers of tests/, without `python -m pytest` in the repository's root."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    command.append(str(ROOT / "tests" / "test_marlin_packing.py"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr

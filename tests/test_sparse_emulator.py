@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import platform
 
 import pytest
 import torch
-from emulator.build import compiler
+from emulator.build import needs_emulator
 from emulator.scaled import ScaledLibrary
 from emulator.sparse import SparseLibrary
 from torch import Tensor
@@ -21,10 +20,7 @@ from marlin_kernel.sparse_marlin import SparseConfig
 from marlin_kernel.sparse_sm80 import Sm80SparseConfig
 from marlin_kernel.weight_types import weight_type
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or platform.machine() != "x86_64",
-    reason="the emulator needs g++ on x86-64",
-)
+pytestmark = needs_emulator
 
 SEEDS = range(3)  # seed % 3: copies land late, at once, at random moments
 # Every structural choice: one and two warpgroups, tokens shared by a cluster, a split k range.

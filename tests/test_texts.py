@@ -6,10 +6,10 @@ import gzip
 import json
 
 import pytest
-from eval_cases import write_jsonl
 
 from gptq.texts import HELDOUT_DOCUMENTS, MAX_CALIBRATION_DOCUMENTS, documents
 from marlin_kernel.errors import DataError
+from tests.eval_cases import write_jsonl
 
 
 def both(source, **options):

@@ -6,10 +6,14 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+import pytest
+from torch import Tensor
 
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parents[1] / "marlin_kernel" / "csrc"
@@ -25,10 +29,28 @@ FLAGS = (
 )
 STATUS = {0: "finished", 1: "deadlock", 2: "endless polling", 3: "violation"}
 
+needs_emulator = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64",
+    reason="the emulator needs g++ on x86-64",
+)
 
-def compiler() -> str | None:
-    """Path of g++, or None."""
-    return shutil.which("g++")
+
+def pointer(t: Tensor | None) -> int | None:
+    """Address of a tensor's first element, as ctypes takes it."""
+    return None if t is None else t.data_ptr()
+
+
+def outcome(library: ctypes.CDLL, status: int, counters: Tensor | None = None) -> str:
+    """ "finished", or what went wrong in a launch that returned `status`.
+
+    counters: integers that a kernel must leave at zero.
+    """
+    if status:
+        library.violation.restype = ctypes.c_char_p
+        return f"{STATUS.get(status, status)} {library.violation().decode()}".strip()
+    if counters is not None and counters.any():
+        return "counters not zero on exit"
+    return STATUS[0]
 
 
 def _digest(parts: list[str], roots: list[Path]) -> str:
@@ -78,7 +100,7 @@ def _compile(
         output = Path(scratch) / "out.so"
         includes = [f"-I{EMULATOR / 'include'}", f"-I{sources}"]
         inputs = [str(EMULATOR / main), "-o", str(output)]
-        command = [compiler(), *FLAGS, *options, *includes, *inputs]
+        command = ["g++", *FLAGS, *options, *includes, *inputs]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"g++ failed:\n{done.stderr[:4000]}")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from marlin_kernel import layout, packing, reference
+from marlin_kernel.formats import LayerSpec
+from marlin_kernel.sm90_layout import kernel_tensors
 from marlin_kernel.weight_types import weight_type
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -31,11 +33,12 @@ class Problem:
         pad = torch.nn.functional.pad
         codes = pad(codes, (0, pad_n, 0, shape.k_padded - k), value=UINT4B8.bias)
         scales = pad(scales, (0, pad_n, 0, shape.groups - scales.shape[0]), value=1.0).half()
-        self.words = packing.pack(codes, UINT4B8)
         self.grouped = shape.groups > 1
-        self.natural = scales
-        self.scales = layout.permute_columns(scales, True) if self.grouped else scales.contiguous()
-        self.n_padded, self.k_padded = shape.n_padded, shape.k_padded
+        stored = {
+            "B": packing.pack(codes, UINT4B8),
+            "s": layout.permute_columns(scales, self.grouped),
+        }
+        self.weights = kernel_tensors(stored, LayerSpec(k, n, UINT4B8, shape.group_size))
         unit = alignment // 2  # elements
         stride = -(-k // unit) * unit + unit
         buffer = torch.full((m + 2, stride), float("nan"), dtype=dtype)

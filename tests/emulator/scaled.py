@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from emulator.build import STATUS, build
+from emulator.build import build, outcome, pointer
 from torch import Tensor
 
 from marlin_kernel.scaled_configs import STAGE_K, ScaledConfig
@@ -35,7 +35,6 @@ class ScaledLibrary:
             expression = config.source(str(operand)[6:], str(out)[6:], sparse).expression
             cases.append(f"X({number}, {expression.split('Config<')[1].split('>')[0]})")
         self._library = build("run_scaled.cpp", {"CASES": " ".join(cases)}, mutation)
-        self._library.violation.restype = ctypes.c_char_p
 
     def run(
         self,
@@ -54,9 +53,6 @@ class ScaledLibrary:
         (m, k), n = a.shape, weight.shape[0]
         sparse = metadata is not None
 
-        def pointer(t: Tensor | None) -> int | None:
-            return None if t is None else t.data_ptr()
-
         arguments = _Arguments(
             *map(pointer, (a, weight, scale_a, scale_b, bias, metadata, out)),
             *(a.stride(0), weight.stride(0), int(scale_a.numel() > 1), int(scale_b.numel() > 1)),
@@ -69,6 +65,4 @@ class ScaledLibrary:
             config.storage_bytes(sparse),
             ctypes.byref(arguments),
         )
-        if status:
-            return f"{STATUS.get(status, status)} {self._library.violation().decode()}".strip()
-        return STATUS[0]
+        return outcome(self._library, status)

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from emulator.build import STATUS, build
+from emulator.build import build, outcome, pointer
 from torch import Tensor
 
 from marlin_kernel import QuantizedLinear, formats, reference
@@ -58,7 +58,6 @@ class Sm80Library:
             for k, number in self._numbers.items()
         )
         self._library = build("run_sm80.cpp", {"CONFIG_CASES": cases}, mutation)
-        self._library.violation.restype = ctypes.c_char_p
 
     def shared_bytes(self, kernel: Kernel) -> int:
         """sizeof(SharedStorage) as the compiler sees it."""
@@ -83,9 +82,6 @@ class Sm80Library:
         partials = torch.full((geometry.partial_bytes // 4 + 4,), float("nan"))
         arrivals = torch.zeros(geometry.counters + 1, dtype=torch.int32)
 
-        def pointer(t: Tensor | None) -> int | None:
-            return None if t is None else t.data_ptr()
-
         w = weights
         arguments = _Arguments(
             *map(pointer, (a, w.weights, w.scales, w.zeros, w.perm, token_scales)),
@@ -97,11 +93,7 @@ class Sm80Library:
         status = self._library.run_gemm(
             self._numbers[kernel], ctypes.c_uint(seed), geometry.grid, ctypes.byref(arguments)
         )
-        if status:
-            return f"{STATUS[status]} {self._library.violation().decode()}".strip()
-        if arrivals.any():
-            return "counters not zero on exit"
-        return STATUS[0]
+        return outcome(self._library, status, arrivals)
 
 
 class Problem:

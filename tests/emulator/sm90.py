@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from emulator.build import STATUS, build
+from emulator.build import build, outcome, pointer
 from emulator.sm80 import DTYPES, random_layer
 from torch import Tensor
 
@@ -63,7 +63,6 @@ class Sm90Library:
                 if _entry(kernel.config) == name
             )
         self._library = build("run_sm90.cpp", cases, mutation)
-        self._library.violation.restype = ctypes.c_char_p
 
     def run(
         self,
@@ -99,9 +98,6 @@ class Sm90Library:
         partials = torch.full((floats + 4,), float("nan"))
         counters = torch.zeros(counts + 1, dtype=torch.int32)
 
-        def pointer(t: Tensor | None) -> int | None:
-            return None if t is None else t.data_ptr()
-
         arguments = _Arguments(
             *map(pointer, (a, codes, scales, bias, out, partials, counters, global_scale, perm)),
             *(a.stride(0), m, n, k, column_tiles, k_tiles, split, whole_tiles),
@@ -113,11 +109,7 @@ class Sm90Library:
             config.shared_bytes(m, k_tiles, *types),
             ctypes.byref(arguments),
         )
-        if status:
-            return f"{STATUS[status]} {self._library.violation().decode()}".strip()
-        if counters.any():
-            return "counters not zero on exit"
-        return STATUS[0]
+        return outcome(self._library, status, counters)
 
 
 class TypedProblem:

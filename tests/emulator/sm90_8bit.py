@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from emulator.build import STATUS, build
+from emulator.build import build, outcome, pointer
 from torch import Tensor
 
 from marlin_kernel.sm90_8bit_configs import EightBitConfig, EightBitTypes
@@ -36,7 +36,6 @@ class EightBitLibrary:
             for (config, types), number in self._numbers.items()
         )
         self._library = build("run_sm90_8bit.cpp", {"CASES": cases}, mutation)
-        self._library.violation.restype = ctypes.c_char_p
 
     def run(
         self,
@@ -54,7 +53,7 @@ class EightBitLibrary:
         (m, k), n = a.shape, out.shape[1]
         tensors = (a, token_scales, held.scales, bias, held.weights, out)
         arguments = _Arguments(
-            *(None if t is None else t.data_ptr() for t in tensors),
+            *map(pointer, tensors),
             *(int(held.scales.numel() > 1), m, n, k, held.weights.shape[1], held.weights.shape[0]),
         )
         status = self._library.run(
@@ -64,6 +63,4 @@ class EightBitLibrary:
             config.storage_bytes(types),
             ctypes.byref(arguments),
         )
-        if status:
-            return f"{STATUS.get(status, status)} {self._library.violation().decode()}".strip()
-        return STATUS[0]
+        return outcome(self._library, status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from emulator.build import STATUS, build
+from emulator.build import build, outcome, pointer
 from torch import Tensor
 
 from marlin_kernel.sparse_marlin import SparseConfig
@@ -35,7 +35,6 @@ class SparseLibrary:
             arguments = source.expression.split("Config<")[1].split(">")[0]
             cases.append(f"{'Y' if old else 'X'}({number}, {arguments})")
         self._library = build("run_sparse.cpp", {"CASES": " ".join(cases)}, mutation)
-        self._library.violation.restype = ctypes.c_char_p
 
     def run(
         self,
@@ -51,8 +50,10 @@ class SparseLibrary:
         """Launch as sparse_marlin.launch_config does. Returns "finished", or what went wrong."""
         config, _, bits, group_size = kernel
         (m, k), n = a.shape, out.shape[1]
-        pointers = [None if t is None else t.data_ptr() for t in (a, weights, scales, bias, out)]
-        arguments = _Arguments(*pointers, a.stride(0), m, n, k, weights.shape[1], weights.shape[0])
+        arguments = _Arguments(
+            *map(pointer, (a, weights, scales, bias, out)),
+            *(a.stride(0), m, n, k, weights.shape[1], weights.shape[0]),
+        )
         status = self._library.run(
             self._numbers[kernel],
             ctypes.c_uint(seed),
@@ -62,6 +63,4 @@ class SparseLibrary:
             config.storage_bytes(bits, group_size),
             ctypes.byref(arguments),
         )
-        if status:
-            return f"{STATUS.get(status, status)} {self._library.violation().decode()}".strip()
-        return STATUS[0]
+        return outcome(self._library, status)
