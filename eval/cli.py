@@ -167,7 +167,7 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
 
     from eval.compare import BASELINE, compare
     from eval.environment import command_line, environment
-    from eval.report import Report, Row, read_rows, render_tables, write_report
+    from eval.report import Report, Row, join_rows, read_rows, render_tables, write_report
 
     earlier = read_rows(config.baseline) if config.baseline else []
     evaluated = config.marlin_checkpoint or original
@@ -204,8 +204,7 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
         if getattr(args, "limit", None):
             notes.append(f"Tasks were cut to the first {args.limit:g} questions each: a test run.")
         rows[-1] = replace(rows[-1], tasks=_run_tasks(config, args))
-    names = {row.name for row in rows}
-    rows = [row for row in earlier if row.name not in names] + rows
+    rows = join_rows(earlier, rows)
     report = Report(
         model=Path(original or evaluated).name,
         rows=rows,

@@ -159,13 +159,22 @@ def collect_results(content: dict[str, Any], notes: dict[str, str]) -> tuple[Tas
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
                     examples=samples,
-                    fewshot=content.get("n-shot", {}).get(task),
+                    fewshot=_fewshot(content, task),
                     group=parents.get(task),
                     higher_is_better=higher.get(metric, True) is not False,
                     note=notes.get(task),
                 )
             )
     return tuple(rows)
+
+
+def _fewshot(content: dict[str, Any], task: str) -> int | None:
+    """Examples in the prompts of a task; of a group, if those of all its tasks are as many."""
+    shots = content.get("n-shot", {})
+    if task in shots:
+        return shots[task]
+    found = {_fewshot(content, child) for child in content.get("group_subtasks", {}).get(task, ())}
+    return found.pop() if len(found) == 1 else None
 
 
 def use_packed(args: argparse.Namespace, checkpoint: str, *, verify: bool) -> argparse.Namespace:

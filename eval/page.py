@@ -15,12 +15,16 @@ from eval.report import (
     cost_table,
     divergence_table,
     format_bytes,
+    format_kl,
+    format_perplexity,
     format_seconds,
+    is_share,
     perplexity_table,
     protocols,
     show,
     task_notes,
     task_table,
+    text_key,
 )
 
 STYLE = """
@@ -122,8 +126,8 @@ def render_html(report: Report) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
-        + "\n<footer>Every number on this page was measured by the command above it; the same "
-        "numbers are in report.json.</footer>\n</main></body></html>\n"
+        + "\n<footer>The same numbers are in report.json and report.md.</footer>\n"
+        "</main></body></html>\n"
     )
 
 
@@ -165,31 +169,24 @@ def _tiles(report: Report) -> str:
     tiles: list[tuple[str, str, str]] = []
     if row.perplexity:
         result = row.perplexity[0]
-        base = (
-            next(
-                (
-                    p
-                    for p in baseline.perplexity
-                    if (p.dataset, p.seqlen) == (result.dataset, result.seqlen)
-                ),
-                None,
-            )
-            if baseline and baseline is not row
-            else None
-        )
+        earlier = baseline.perplexity if baseline and baseline is not row else ()
+        base = next((p for p in earlier if text_key(p) == text_key(result)), None)
         note = f"{result.dataset}, {row.name}"
-        if base is not None:
+        if base is not None and math.isfinite(base.perplexity):
             change = 100 * (result.perplexity / base.perplexity - 1)
-            note = f"{result.dataset}, from {base.perplexity:.3f} ({change:+.1f}\u00a0%)"
-        tiles.append(("Perplexity", f"{result.perplexity:.3f}", note))
+            before = format_perplexity(base.perplexity)
+            note = f"{result.dataset}, from {before} ({change:+.1f}\u00a0%)"
+        tiles.append(("Perplexity", format_perplexity(result.perplexity), note))
         if result.kl is not None and baseline is not row:
-            tiles.append(("KL divergence", f"{result.kl:.4f}", f"nats per token, {result.dataset}"))
+            tiles.append(
+                ("KL divergence", format_kl(result.kl), f"nats per token, {result.dataset}")
+            )
         if result.top1 is not None and baseline is not row:
             tiles.append(
                 ("Same top token", f"{100 * result.top1:.1f} %", "of predictions, as the original")
             )
     leading = next((t for t in row.tasks if t.group is None), None)
-    if leading is not None and leading.value <= 1:
+    if leading is not None and is_share(leading.metric):
         tiles.append((leading.task, f"{100 * leading.value:.2f} %", leading.metric))
     if row.bytes:
         if baseline is not None and baseline is not row and baseline.bytes:
@@ -243,7 +240,7 @@ def _bars(report: Report) -> str:
             (index, row, 100 * (p.perplexity / base.perplexity - 1))
             for index, row in enumerate(report.rows)
             for p in row.perplexity
-            if row is not baseline and (p.dataset, p.seqlen) == (base.dataset, base.seqlen)
+            if row is not baseline and text_key(p) == text_key(base)
         ]
         changes = [c for c in changes if math.isfinite(c[2])]
         if len(changes) < 2:
@@ -268,8 +265,8 @@ def _tasks(report: Report) -> str:
     if not table.lines:
         return ""
     parts = [
-        '<section><h2>Tasks</h2><p class="sub">Accuracy in percent, higher is better; ± is one '
-        "standard error. Differences within two standard errors are grey.</p>",
+        '<section><h2>Tasks</h2><p class="sub">Accuracies in percent; ± is one standard error. '
+        "Differences within two standard errors are grey, larger ones green if better.</p>",
         _table(table),
         _list(task_notes(report)),
     ]

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from eval.perplexity import PerplexityResult
 
 FORMAT_VERSION = 1
+# How the names of lm-eval's metrics begin that are shares of 0..1; others keep their own unit
+SHARES = ("acc", "exact", "f1", "mcc", "em", "mc1", "mc2", "pass", "prompt_level", "inst_level")
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,48 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
                         PerplexityResult(**p | {k: _number(p[k]) for k in ("perplexity", "nll")})
                         for p in row["perplexity"]
                     ),
-                    "tasks": tuple(TaskResult(**t) for t in row["tasks"]),
+                    "tasks": tuple(
+                        TaskResult(**t | {"value": _number(t["value"], math.nan)})
+                        for t in row["tasks"]
+                    ),
                 }
             )
             for row in content["rows"]
         ]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a report.json of this program: {error!r}") from error
+
+
+def join_rows(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Earlier rows, then new ones; nothing that was measured is lost.
+
+    A checkpoint in both (same name and path) is one row: the new numbers, and the earlier ones
+    that were not measured again. Different checkpoints of one name get their path behind it.
+    """
+    joined = {(row.name, _place(row.path)): row for row in earlier}
+    for row in rows:
+        key = row.name, _place(row.path)
+        joined[key] = _renewed(joined[key], row) if key in joined else row
+    names = [name for name, _ in joined]
+    short = [(name, Path(path).name) for name, path in joined]
+    return [
+        row
+        if names.count(row.name) == 1
+        else replace(row, name=f"{row.name} ({last if short.count((name, last)) == 1 else path})")
+        for row, (name, last), (_, path) in zip(joined.values(), short, joined, strict=True)
+    ]
+
+
+def _place(path: str | None) -> str:
+    """One spelling of a local path; a hub name as it is."""
+    local = Path(path or "").expanduser()
+    return str(local.resolve()) if path and local.exists() else path or ""
+
+
+def _renewed(earlier: Row, row: Row) -> Row:
+    texts = {text_key(p): p for p in (*earlier.perplexity, *row.perplexity)}
+    tasks = {_task_key(t): t for t in (*earlier.tasks, *row.tasks)}
+    return replace(row, perplexity=tuple(texts.values()), tasks=tuple(tasks.values()))
 
 
 # ---- tables: shared by the Markdown and the HTML page -------------------------------------------
@@ -154,7 +191,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 class Cell:
     """One measurement as text: value, standard error and difference from the baseline.
 
-    quality: -1 worse, +1 better, 0 neither (no baseline, or within two standard errors).
+    quality: -1 worse, +1 better, 0 neither: no baseline, a task's difference within two standard
+    errors, a perplexity's below half a percent.
     """
 
     value: str
@@ -174,13 +212,15 @@ class Table:
 def perplexity_table(report: Report) -> Table:
     """Perplexity per data set, with the relative change from the baseline."""
     baseline = report.baseline_row()
-    names = _unique((p.dataset, p.seqlen) for row in report.rows for p in row.perplexity)
-    columns, lines = [], []
-    for dataset, seqlen in names:
-        columns.append((dataset, f"perplexity at length {seqlen}, lower is better"))
+    texts = _texts(report)
+    columns = [
+        (name, f"perplexity at length {seqlen}, lower is better")
+        for (_, seqlen, _), name in texts.items()
+    ]
+    lines = []
     for row in report.rows:
         cells: list[Cell | None] = []
-        for key in names:
+        for key in texts:
             result = _find_perplexity(row, key)
             base = None if baseline is None or row is baseline else _find_perplexity(baseline, key)
             cells.append(None if result is None else _perplexity_cell(result, base))
@@ -190,27 +230,27 @@ def perplexity_table(report: Report) -> Table:
 
 def divergence_table(report: Report) -> Table:
     """KL divergence and top-1 agreement with the reference, for the rows that have them."""
-    names = _unique(
-        (p.dataset, p.seqlen) for row in report.rows for p in row.perplexity if p.kl is not None
-    )
+    compared = {text_key(p) for row in report.rows for p in row.perplexity if p.kl is not None}
+    texts = {key: name for key, name in _texts(report).items() if key in compared}
     columns, lines = [], []
-    for dataset, _ in names:
-        columns.append((f"KL {dataset}", "nats per token from the reference, lower is better"))
-        columns.append((f"Top-1 {dataset}", "same most likely token as the reference"))
+    for name in texts.values():
+        columns.append((f"KL {name}", "nats per token from the reference, lower is better"))
+        columns.append((f"Top-1 {name}", "same most likely token as the reference"))
     for row in report.rows:
         cells: list[Cell | None] = []
-        for key in names:
+        for key in texts:
             found = _find_perplexity(row, key)
             if found is None or found.kl is None or found.top1 is None:
                 cells += [None, None]
                 continue
-            kl_error = "" if found.kl_se is None else f"± {found.kl_se:.4f}"
+            if found.kl == 0 and found.top1 == 1:  # compared with itself: says nothing
+                cells += [None, None]
+                continue
+            kl_error = "" if found.kl_se is None else f"± {format_kl(found.kl_se)}"
             top1_error = "" if found.top1_se is None else f"± {100 * found.top1_se:.2f}"
-            cells.append(Cell(f"{found.kl:.4f}", kl_error))
+            cells.append(Cell(format_kl(found.kl), kl_error))
             cells.append(Cell(f"{100 * found.top1:.2f} %", top1_error))
-        # A row compared with itself says nothing.
-        itself = all(c is None or c.value in ("0.0000", "100.00 %") for c in cells)
-        lines.append((row.name, [None] * len(cells) if itself else cells))
+        lines.append((row.name, cells))
     return Table(columns, [line for line in lines if any(line[1])])
 
 
@@ -218,17 +258,14 @@ def task_table(report: Report, *, subtasks: bool = False) -> Table:
     """Task results in percent; subtasks=False shows groups and single tasks only."""
     baseline = report.baseline_row()
     keys = _unique(
-        (t.task, t.metric)
-        for row in report.rows
-        for t in row.tasks
-        if (t.group is not None) == subtasks
+        _task_key(t) for row in report.rows for t in row.tasks if (t.group is not None) == subtasks
     )
+    shown = [f"{task} {metric}" for task, metric, _, _ in keys]
     columns = []
-    for task, metric in keys:
-        found = next(f for f in (_find_task(row, (task, metric)) for row in report.rows) if f)
-        shots = "" if found.fewshot is None else f", {found.fewshot}-shot"
-        examples = "" if found.examples is None else f", {found.examples} questions"
-        columns.append((f"{task} {metric}", f"{metric}{shots}{examples}"))
+    for name, key in zip(shown, keys, strict=True):
+        how = _how_asked(key)
+        heading = f"{name}, {how}" if shown.count(name) > 1 and how else name
+        columns.append((heading, ", ".join(part for part in (key[1], how) if part)))
     lines = []
     for row in report.rows:
         cells: list[Cell | None] = []
@@ -272,6 +309,16 @@ def cost_table(report: Report) -> Table:
     )
 
 
+def format_perplexity(value: float) -> str:
+    """22.5312 → "22.531"; 33123.4 → "3.312e+04"."""
+    return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
+
+
+def format_kl(nats: float) -> str:
+    """0.0442 → "0.0442"; 0.000023 → "2.3e-05": small ones keep two digits."""
+    return f"{nats:.4f}" if abs(nats) >= 0.001 or nats == 0 else f"{nats:.1e}"
+
+
 def format_bytes(count: float | None) -> str:
     """1234567 → "1.23 MB" (decimal units, as disks and downloads count)."""
     if count is None:
@@ -305,15 +352,21 @@ def protocols(report: Report) -> list[str]:
     found = {}
     for row in report.rows:
         for p in row.perplexity:
-            found[(p.dataset, p.seqlen)] = (
+            found[text_key(p)] = (
                 f"{p.dataset}: {p.protocol}; length {p.seqlen}; {p.tokens:,} predicted tokens"
             )
     return list(found.values())
 
 
 def task_notes(report: Report) -> list[str]:
-    """What is not standard about task results, once per task."""
-    return _unique(f"{t.task}: {t.note}" for row in report.rows for t in row.tasks if t.note)
+    """How the tasks of the main table were asked, and what is not standard about any."""
+    results = [t for row in report.rows for t in row.tasks]
+    asked = [
+        f"{t.task}: {_how_asked(_task_key(t))}"
+        for t in results
+        if t.group is None and _how_asked(_task_key(t))
+    ]
+    return _unique([*asked, *(f"{t.task}: {t.note}" for t in results if t.note)])
 
 
 def render_tables(report: Report) -> str:
@@ -394,7 +447,7 @@ def _markdown_cell(cell: Cell | None) -> str:
 
 def _perplexity_cell(result: PerplexityResult, base: PerplexityResult | None) -> Cell:
     error = "" if result.nll_se is None else f"± {result.perplexity * result.nll_se:.2g}"
-    value = f"{result.perplexity:.3f}" if result.perplexity < 1000 else f"{result.perplexity:.4g}"
+    value = format_perplexity(result.perplexity)
     if base is None or not math.isfinite(result.perplexity) or not math.isfinite(base.perplexity):
         return Cell(value, error)
     delta = result.perplexity - base.perplexity
@@ -404,14 +457,17 @@ def _perplexity_cell(result: PerplexityResult, base: PerplexityResult | None) ->
     return Cell(value, error, f"{delta:+.3f}, {relative:+.1f} %", quality)
 
 
+def is_share(metric: str) -> bool:
+    """Whether lm-eval's metric is a share of 0..1, which is shown in percent."""
+    return metric.startswith(SHARES)
+
+
 def _task_cell(result: TaskResult, base: TaskResult | None) -> Cell:
-    percent = 0 <= result.value <= 1 and (
-        result.metric.startswith(("acc", "exact", "f1", "mcc")) or (result.stderr or 0) < 0.2
-    )
-    scale, digits = (100, 2) if percent else (1, 4)
-    error = "" if result.stderr is None else f"± {scale * result.stderr:.{digits}f}"
+    scale, digits = (100, 2) if is_share(result.metric) else (1, 4)
+    known = result.stderr is not None and math.isfinite(result.stderr)
+    error = f"± {scale * result.stderr:.{digits}f}" if known else ""
     value = f"{scale * result.value:.{digits}f}"
-    if base is None:
+    if base is None or not math.isfinite(result.value - base.value):
         return Cell(value, error)
     delta = result.value - base.value
     noise = 2 * math.hypot(result.stderr or 0.0, base.stderr or 0.0)
@@ -420,12 +476,46 @@ def _task_cell(result: TaskResult, base: TaskResult | None) -> Cell:
     return Cell(value, error, f"{scale * delta:+.{digits}f}", quality)
 
 
-def _find_perplexity(row: Row, key: tuple[str, int]) -> PerplexityResult | None:
-    return next((p for p in row.perplexity if (p.dataset, p.seqlen) == key), None)
+TextKey = tuple[str, int, int]  # data set, length of a window, predicted tokens
+TaskKey = tuple[str, str, int | None, int | None]  # task, metric, examples in prompt, questions
 
 
-def _find_task(row: Row, key: tuple[str, str]) -> TaskResult | None:
-    return next((t for t in row.tasks if (t.task, t.metric) == key), None)
+def text_key(result: PerplexityResult) -> TextKey:
+    """What two perplexities must share to be compared: other tokens are another measurement."""
+    return result.dataset, result.seqlen, result.tokens
+
+
+def _task_key(result: TaskResult) -> TaskKey:
+    return result.task, result.metric, result.fewshot, result.examples
+
+
+def _how_asked(key: TaskKey) -> str:
+    _, _, fewshot, examples = key
+    parts = [] if fewshot is None else [f"{fewshot}-shot"]
+    return ", ".join(parts if examples is None else [*parts, f"{examples:,} questions"])
+
+
+def _texts(report: Report) -> dict[TextKey, str]:
+    """Every measured text and its heading: the data set, and what tells two of one name apart."""
+    keys = _unique(text_key(p) for row in report.rows for p in row.perplexity)
+    headings = {}
+    for dataset, seqlen, tokens in keys:
+        alike = [key for key in keys if key[0] == dataset]
+        parts = [dataset]
+        if len({key[1] for key in alike}) > 1:
+            parts.append(f"length {seqlen}")
+        if sum(key[1] == seqlen for key in alike) > 1:
+            parts.append(f"{tokens:,} tokens")
+        headings[dataset, seqlen, tokens] = ", ".join(parts)
+    return headings
+
+
+def _find_perplexity(row: Row, key: TextKey) -> PerplexityResult | None:
+    return next((p for p in row.perplexity if text_key(p) == key), None)
+
+
+def _find_task(row: Row, key: TaskKey) -> TaskResult | None:
+    return next((t for t in row.tasks if _task_key(t) == key), None)
 
 
 def _unique(items: Any) -> list[Any]:
@@ -436,8 +526,8 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _number(value: float | None) -> float:
-    return math.inf if value is None else value
+def _number(value: float | None, absent: float = math.inf) -> float:
+    return absent if value is None else value
 
 
 def _finite(value: Any) -> Any:
