@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from marlin_kernel.errors import CheckpointError, ConfigError
@@ -24,8 +25,8 @@ def load(
 ) -> nn.Module:
     """Load a packed or plain checkpoint as a causal language model in eval mode.
 
-    Raises CheckpointError if the checkpoint is missing, or if it is packed and its quantizer was
-    not applied: transformers then only warns, and leaves random weights behind.
+    Raises CheckpointError if the checkpoint is missing or damaged, or if it is packed and its
+    quantizer was not applied: transformers then only warns, and leaves random weights behind.
     """
     from marlin_kernel import hf
 
@@ -37,6 +38,10 @@ def load(
         model = hf.load_model(name, device=device, dtype=dtype, verify=verify)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: a weight file is cut short or damaged ({_first_line(error)}); copy it again"
+        ) from error
     check_quantizer_applied(model, name)
     return model
 

@@ -135,7 +135,8 @@ def test_question_files_give_the_standard_prompts(tmp_path, packed):
     ("file", "content", "message"),
     [
         ("mmlu/test/virology_test.csv", "q,a,b,c,d,E\n", "row 1: expected question"),
-        ("mmlu/test/virology_test.csv", "q,a,b,0\n", "found 4 fields"),
+        ("mmlu/test/virology_test.csv", "q,a,b,c,d,12\n", "row 1: .* ending in '12'"),
+        ("mmlu/test/virology_test.csv", "q,a,b,c,d,0\n\nq,a,b,0\n", "row 3: .* found 4 fields"),
         ("lm_tasks/piqa.jsonl", '{"x": 1}\n', "does not hold piqa questions"),
         ("other.txt", "", "holds no task data"),
     ],
