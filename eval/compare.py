@@ -27,23 +27,25 @@ def compare(
     max_tokens: int | None = None,
     quantization: Mapping[str, Mapping[str, Any]] | None = None,
     verify: bool = False,
+    tokenizer: str | None = None,
 ) -> list[Row]:
     """Perplexity of every checkpoint; KL and top-1 against the one named BASELINE, if it is there.
 
     checkpoints: row name -> packed or plain folder, hub name or GGUF file. quantization: the
     quantization report of packed ones, by row name (seconds and peak memory of the row). verify:
-    check hashes and probe logits of packed ones.
+    check hashes and probe logits of packed ones. tokenizer: its path or hub name (default: that of
+    the first checkpoint that has one).
     Raises DataError, CheckpointError before the first forward pass where it can.
     """
     names = {name: str(path) for name, path in checkpoints.items()}
-    tokenizer = load_tokenizer(*names.values())
+    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(*names.values())
     models = {
         name: load(path, device=str(device), dtype=dtype, verify=verify and loading.is_packed(path))
         for name, path in names.items()
     }
     results = evaluate_models(
         models,
-        tokenizer,
+        words,
         sources,
         seqlen=seqlen,
         reference=BASELINE if BASELINE in models and len(models) > 1 else None,

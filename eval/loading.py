@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from marlin_kernel.errors import CheckpointError, ConfigError
 from marlin_kernel.layer import Layer
+from marlin_kernel.weight_types import WEIGHT_TYPES
 
 log = logging.getLogger(__name__)
 
@@ -132,18 +134,36 @@ def quantization_report(path: str | None) -> dict[str, Any] | None:
 
 
 def row_name(path: str, report: dict[str, Any] | None) -> str | None:
-    """Label of a packed folder in tables, such as "GPTQ INT4"; None for a plain checkpoint.
+    """Label of a quantized folder in tables, such as "GPTQ INT4"; None for a plain checkpoint.
 
-    report: its quantization report, if it has one.
+    report: its quantization report, if it has one; without, its config tells what it can.
     """
+    if report and "config" in report:
+        return quantized_name(report["config"])
     if not is_packed(path):
         return None
-    settings = (report or {}).get("config", {})
     file = Path(path).expanduser() / "config.json"
     stored = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]
-    bits = settings.get("wbits") or stored.get("bits", 4)
-    what = settings.get("weight_type") or f"INT{bits}"
-    return f"{'RTN' if settings.get('nearest') else 'GPTQ'} {what}"
+    method = {"gptq": "GPTQ", "awq": "AWQ"}.get(stored["quant_method"], "packed")
+    group = next(iter((stored.get("config_groups") or {}).values()), {}).get("weights") or {}
+    bits = stored.get("bits") or group.get("num_bits", 4)
+    weights = f"{'FP' if group.get('type') == 'float' else 'INT'}{bits}"
+    known = WEIGHT_TYPES.get(stored.get("weight_type"))
+    return f"{method} {known.name if known and known.is_float else weights}"
+
+
+def quantized_name(settings: Mapping[str, Any]) -> str:
+    """Label of what the quantizer makes with these settings: "RTN INT4", "SparseGPT 2:4", ..."""
+    nearest, bits = settings.get("nearest"), settings.get("wbits", 4)
+    name = f"{'RTN' if nearest else 'GPTQ'} {settings.get('weight_type') or f'INT{bits}'}"
+    sparsity = settings.get("sparsity")
+    if not sparsity:
+        return name
+    return (
+        f"{'magnitude' if nearest else 'SparseGPT'} {sparsity}"
+        if bits == 16
+        else (f"{name} {sparsity}")
+    )
 
 
 def context_length(path: str) -> int | None:
