@@ -371,23 +371,12 @@ def task_notes(report: Report) -> list[str]:
 
 def render_tables(report: Report) -> str:
     """The main tables as Markdown, for a terminal: perplexity, distance, tasks, cost."""
-    parts = _markdown_table("Perplexity", perplexity_table(report))
-    parts += _markdown_table("Distance from the original", divergence_table(report))
-    parts += _markdown_table("Tasks", task_table(report))
-    parts += task_notes(report)
-    parts += _markdown_table("Size and cost", cost_table(report))
-    return "\n\n".join(parts)
+    return _blocks(_main_tables(report))
 
 
 def render_markdown(report: Report) -> str:
     """The whole report as GitHub Markdown."""
-    parts = [f"# {report.title}: {report.model}", *report.notes]
-    parts += _markdown_table("Perplexity", perplexity_table(report))
-    parts += [f"- {line}" for line in protocols(report)]
-    parts += _markdown_table("Distance from the original", divergence_table(report))
-    parts += _markdown_table("Tasks", task_table(report))
-    parts += [f"- {line}" for line in task_notes(report)]
-    parts += _markdown_table("Size and cost", cost_table(report))
+    parts = [f"# {report.title}: {report.model}", *report.notes, *_main_tables(report)]
     parts += _markdown_table("Subtasks", task_table(report, subtasks=True), transpose=True)
     for heading, values in (("Settings", report.settings), ("Environment", report.environment)):
         if values:
@@ -400,11 +389,24 @@ def render_markdown(report: Report) -> str:
             )
     if report.command:
         parts.append(f"## Command\n```\n{report.command}\n```")
-    # List items of one list stand together; everything else is a block of its own.
+    return _blocks(parts) + "\n"
+
+
+def _main_tables(report: Report) -> list[str]:
+    parts = _markdown_table("Perplexity", perplexity_table(report))
+    parts += [f"- {line}" for line in protocols(report)]
+    parts += _markdown_table("Distance from the original", divergence_table(report))
+    parts += _markdown_table("Tasks", task_table(report))
+    parts += [f"- {line}" for line in task_notes(report)]
+    return parts + _markdown_table("Size and cost", cost_table(report))
+
+
+def _blocks(parts: Sequence[str]) -> str:
+    """Markdown of blocks: items of one list stand together, a blank line is between others."""
     text = ""
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         text += part + ("\n" if part.startswith("- ") and following.startswith("- ") else "\n\n")
-    return text.rstrip() + "\n"
+    return text.rstrip()
 
 
 def show(value: Any) -> str:

@@ -23,6 +23,7 @@ from eval.report import (
     perplexity_table,
     read_rows,
     render_markdown,
+    render_tables,
     task_table,
     to_json,
     write_report,
@@ -240,6 +241,12 @@ def test_results_that_are_no_numbers_survive_the_file(tmp_path):
     again = Report(model="m", rows=read_rows(path))
     for name, cells in task_table(again).lines:
         assert cells[0].value == "nan" and cells[0].delta == cells[0].error == "", name
+
+
+def test_the_terminal_shows_protocols_too(report):
+    text = render_tables(report)
+    assert "\n\n- pydoc: joined; length 1024; 5,000 predicted tokens\n\n## Distance" in text
+    assert "\n- mmlu: 5-shot, 100 questions\n- mmlu: partial: 2 of 57\n" in text
 
 
 def test_a_single_row_and_infinite_numbers(tmp_path):
