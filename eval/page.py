@@ -46,12 +46,12 @@ h2{font-size:1.2rem;margin:0 0 4px;letter-spacing:-.005em}
 text-transform:uppercase;margin:0 0 6px}
 .sub{color:var(--soft);margin:0 0 16px;font-size:.94rem}
 .chips{display:flex;flex-wrap:wrap;gap:8px;margin:14px 0 26px;padding:0;list-style:none}
-.chips li{background:var(--tint);color:var(--accent);border-radius:999px;padding:3px 12px;
-font-size:.86rem;font-weight:500}
+.chips li{background:var(--tint);color:var(--accent);border-radius:14px;padding:3px 12px;
+font-size:.86rem;font-weight:500;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(var(--n),minmax(0,1fr));gap:16px;
 margin:0 0 20px}
 .tile,section{background:var(--card);border:1px solid var(--line);border-radius:14px}
-.tile{padding:16px 20px}
+.tile{padding:16px 20px;overflow-wrap:anywhere}
 .tile b{display:block;font-size:1.75rem;line-height:1.2;letter-spacing:-.02em;font-weight:650;
 font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.88rem;display:block}
@@ -65,6 +65,9 @@ thead th{border-top:0;color:var(--soft);font-weight:600;font-size:.88rem;vertica
 th:first-child,td:first-child{text-align:left;padding-left:0}
 th:last-child,td:last-child{padding-right:0}
 tbody th{font-weight:600}
+th span{display:block;width:max-content;max-width:15em;white-space:normal;overflow-wrap:anywhere}
+th:first-child span{max-width:28em}
+thead span{margin-left:auto}
 td b{font-weight:600;font-size:1.05rem}
 td small{color:var(--soft);font-size:.82rem;margin-left:5px}
 td em{font-style:normal;font-size:.84rem;display:block;width:fit-content;margin:3px 0 0 auto;
@@ -75,8 +78,8 @@ td em.good{color:var(--good);background:var(--goodbg)}
 .left td{text-align:left}
 .notes{color:var(--soft);font-size:.86rem;margin:14px 0 0;padding-left:1.1em}
 .notes li{margin:2px 0;overflow-wrap:anywhere}
-.bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:9px 14px;
-align-items:center;font-size:.92rem;margin-top:20px}
+.bars{display:grid;grid-template-columns:fit-content(45%) minmax(3em,1fr) max-content;
+gap:9px 14px;align-items:center;font-size:.92rem;margin-top:20px;overflow-wrap:anywhere}
 .bars h3{grid-column:1/-1;font-size:.9rem;margin:8px 0 0;color:var(--soft);font-weight:600}
 .bars i{display:block;height:14px;border-radius:4px;min-width:2px}
 .bars span{font-variant-numeric:tabular-nums}
@@ -100,10 +103,10 @@ details summary{cursor:pointer;font-weight:600;font-size:1.05rem}
 details[open] summary{margin-bottom:10px}
 footer{color:var(--soft);font-size:.86rem;text-align:center;margin-top:32px}
 @media(max-width:640px){main{padding:24px 14px 40px}h1{font-size:1.55rem}
-section{padding:18px 16px 20px}.scroll{margin:0 -16px;padding:0 16px}.tile{padding:13px 15px}
+section{padding:18px 16px 20px}.scroll{margin:0 -16px;padding:0 16px 0 0}.tile{padding:13px 15px}
 .tiles{grid-template-columns:1fr 1fr;gap:10px}.tile b{font-size:1.35rem}
-th,td{padding:9px 10px}.scroll tbody th:first-child,.scroll thead th:first-child{position:sticky;
-left:-16px;background:var(--card);padding-left:16px;margin-left:-16px}}
+th,td{padding:9px 10px}th:first-child span{max-width:8.5em}
+.scroll th:first-child{position:sticky;left:0;background:var(--card);padding-left:16px}}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}}
 """
 
@@ -274,7 +277,7 @@ def _tasks(report: Report) -> str:
     if detail.lines:
         parts.append(
             f"<details style='margin-top:16px'><summary>{len(detail.columns)} subtasks</summary>"
-            + _table(_transposed(detail))
+            + _table(_transposed(detail), models=False)
             + "</details>"
         )
     return "".join(parts) + "</section>"
@@ -364,7 +367,7 @@ def _layers(quantization: Mapping[str, Any] | None) -> str:
         "name.</p>"
         f'{legend(list(series))}<div class="scroll">{plot}</div>'
         f"<details style='margin-top:16px'><summary>The {len(worst)} worst layers</summary>"
-        f"{_table(Table(columns, lines))}</details>{_list(remarks)}</section>"
+        f"{_table(Table(columns, lines), models=False)}</details>{_list(remarks)}</section>"
     )
 
 
@@ -386,15 +389,18 @@ def _command(report: Report) -> str:
     return f"<section><h2>Command</h2><pre>{escape(report.command)}</pre></section>"
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, *, models: bool = True) -> str:
+    """models: each line is a model, and the last one, the newest, is marked."""
     head = "".join(
-        f'<th scope="col" title="{escape(why)}">{escape(name)}</th>' for name, why in table.columns
+        f'<th scope="col" title="{escape(why)}"><span>{escape(name)}</span></th>'
+        for name, why in table.columns
     )
     body = []
     for index, (name, cells) in enumerate(table.lines):
-        mark = ' class="best"' if index and index == len(table.lines) - 1 else ""
+        newest = models and 0 < index == len(table.lines) - 1
+        mark = ' class="best"' if newest else ""
         values = "".join(_cell(cell) for cell in cells)
-        body.append(f'<tr{mark}><th scope="row">{escape(name)}</th>{values}</tr>')
+        body.append(f'<tr{mark}><th scope="row"><span>{escape(name)}</span></th>{values}</tr>')
     return (
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"

@@ -126,6 +126,8 @@ def test_page_is_well_formed_and_self_contained(report, tmp_path):
     assert "<b>tiny" not in text and "&lt;y&gt;" in text  # escaped
     assert "+40.0 %" in text and "3.33×" in text
     assert text.count("<circle") == 6
+    marked = re.findall(r'class="best"><th scope="row"><span>([^<]*)', text)
+    assert set(marked) == {"GPTQ INT4"}  # neither a subtask nor a layer
 
 
 def test_json_schema(report):
