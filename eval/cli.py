@@ -179,9 +179,9 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
     for source in texts:  # before any model is loaded
         documents(source, "heldout", data_dir=config.data_dir)
 
-    from eval.compare import BASELINE, compare
+    from eval.compare import BASELINE, compare, row_of
     from eval.environment import command_line, environment
-    from eval.report import Report, Row, join_rows, read_rows, render_tables, write_report
+    from eval.report import Report, join_rows, read_rows, render_tables, write_report
 
     earlier = read_rows(config.baseline) if config.baseline else []
     evaluated = config.marlin_checkpoint or original
@@ -204,16 +204,7 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
             tokenizer=args.model_args.get("tokenizer"),
         )
     else:
-        totals = (quantization or {}).get("totals", {})
-        rows = [
-            Row(
-                label,
-                bytes=evaluated and loading.checkpoint_bytes(evaluated),
-                seconds=totals.get("seconds"),
-                peak_bytes=totals.get("peak_host_bytes"),
-                path=evaluated,
-            )
-        ]
+        rows = [row_of(label, evaluated, quantization)]
     notes = []
     if args.tasks:
         if args.limit is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
 import torch
 
 from eval import loading
-from eval.loading import checkpoint_bytes, load, load_tokenizer
+from eval.loading import load, load_tokenizer
 from eval.perplexity import evaluate_models
 from eval.report import Cell, Report, Row, Table, divergence_table, perplexity_table
 
@@ -52,20 +53,23 @@ def compare(
         data_dir=data_dir,
         max_tokens=max_tokens,
     )
-    rows = []
-    for name, path in names.items():
-        totals = ((quantization or {}).get(name) or {}).get("totals", {})
-        rows.append(
-            Row(
-                name=name,
-                perplexity=results[name],
-                bytes=checkpoint_bytes(path),
-                seconds=totals.get("seconds"),
-                peak_bytes=totals.get("peak_host_bytes"),
-                path=path,
-            )
-        )
-    return rows
+    return [
+        replace(row_of(name, path, (quantization or {}).get(name)), perplexity=results[name])
+        for name, path in names.items()
+    ]
+
+
+def row_of(name: str, path: str | None, quantization: Mapping[str, Any] | None) -> Row:
+    """What is known of a checkpoint without running it; path None: a model without a folder."""
+    totals = (quantization or {}).get("totals", {})
+    return Row(
+        name=name,
+        bytes=path and loading.checkpoint_bytes(path),
+        dtype=path and loading.weights_dtype(path),
+        seconds=totals.get("seconds"),
+        peak_bytes=totals.get("peak_host_bytes"),
+        path=path,
+    )
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from marlin_kernel.errors import CheckpointError, ConfigError
@@ -41,9 +42,7 @@ def load(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_first_line(error)}") from error
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: a weight file is cut short or damaged ({_first_line(error)}); copy it again"
-        ) from error
+        raise _damaged(path, error) from error
     check_quantizer_applied(model, name)
     return model
 
@@ -121,6 +120,27 @@ def checkpoint_bytes(path: str) -> int | None:
     return None
 
 
+def weights_dtype(path: str) -> str | None:
+    """The dtype of most weights in a local folder's safetensors; None if packed or not local.
+
+    Raises CheckpointError if a file is damaged.
+    """
+    local = Path(path).expanduser()
+    if not local.is_dir() or is_packed(path):
+        return None
+    sizes: dict[str, int] = {}
+    for file in local.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for stored in map(tensors.get_slice, tensors.keys()):
+                    dtype = stored.get_dtype()
+                    sizes[dtype] = sizes.get(dtype, 0) + math.prod(stored.get_shape())
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(most, most)
+
+
 def quantization_report(path: str | None) -> dict[str, Any] | None:
     """What the quantizer wrote beside the packed checkpoint, or None."""
     file = Path(path).expanduser() / QUANTIZATION_REPORT if path else None
@@ -179,6 +199,12 @@ def context_length(path: str) -> int | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_first_line(error)}") from error
     return getattr(config, "max_position_embeddings", None)
+
+
+def _damaged(path: str, error: SafetensorError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: a weight file is cut short or damaged ({_first_line(error)}); copy it again"
+    )
 
 
 def _first_line(error: BaseException) -> str:

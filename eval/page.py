@@ -194,7 +194,8 @@ def _tiles(report: Report) -> str:
     if row.bytes:
         if baseline is not None and baseline is not row and baseline.bytes:
             ratio = f"{baseline.bytes / row.bytes:.2f}×"
-            sizes = f"{format_bytes(baseline.bytes)} → {format_bytes(row.bytes)}"
+            before = " ".join(filter(None, (format_bytes(baseline.bytes), baseline.dtype)))
+            sizes = f"{before} → {format_bytes(row.bytes)}"
             tiles.append(("Smaller", ratio, sizes))
         else:
             tiles.append(("Weights", format_bytes(row.bytes), "weight files"))

@@ -46,14 +46,16 @@ class TaskResult:
 class Row:
     """One model of the report.
 
-    name: "FP16", "RTN INT4", "GPTQ INT4", ... bytes: size of its weight files; seconds: what it
-    took to make it (quantization); peak_bytes: peak host memory while it was made.
+    name: "FP16", "RTN INT4", "GPTQ INT4", ... bytes: size of its weight files; dtype: of weights
+    that are not packed, "float32", ...; seconds: what it took to make it (quantization);
+    peak_bytes: peak host memory while it was made.
     """
 
     name: str
     perplexity: Sequence[PerplexityResult] = ()
     tasks: Sequence[TaskResult] = ()
     bytes: int | None = None
+    dtype: str | None = None
     seconds: float | None = None
     peak_bytes: int | None = None
     path: str | None = None
@@ -296,7 +298,7 @@ def cost_table(report: Report) -> Table:
             (
                 row.name,
                 [
-                    Cell(format_bytes(row.bytes)) if row.bytes else None,
+                    Cell(format_bytes(row.bytes), row.dtype or "") if row.bytes else None,
                     ratio,
                     Cell(format_seconds(row.seconds)) if row.seconds is not None else None,
                     Cell(format_bytes(row.peak_bytes)) if row.peak_bytes else None,

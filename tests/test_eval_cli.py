@@ -111,6 +111,7 @@ def test_perplexity_without_lm_eval(monkeypatch, tmp_path, capsys):
     assert "| **packed INT4** |" in printed.out and "KL pydoc" in printed.out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["rows"][1]["perplexity"][0]["tokens"] == 4 * 63
+    assert [row["dtype"] for row in report["rows"]] == ["float32", None]
 
     code = cli.main(  # alone, beside the rows of the earlier report
         f"--model marlin --model_args pretrained={packed} --perplexity pydoc --seqlen 64 "

@@ -59,7 +59,11 @@ def report():
         model="<b>tiny & model</b>",
         rows=(
             Row(
-                "FP16", (result(20.0, 0.0),), (TaskResult("mmlu", "acc", 0.5, 0.004, 100, 5),), 200
+                "FP16",
+                (result(20.0, 0.0),),
+                (TaskResult("mmlu", "acc", 0.5, 0.004, 100, 5),),
+                200,
+                "float32",
             ),
             Row(
                 "RTN INT4",
@@ -75,6 +79,7 @@ def report():
                     TaskResult("mmlu_virology", "acc", 0.4, 0.1, group="mmlu"),
                 ),
                 60,
+                None,
                 75.0,
                 10**9,
             ),
@@ -124,7 +129,7 @@ def test_page_is_well_formed_and_self_contained(report, tmp_path):
     assert not [v for k, v in page.attributes if k in ("src", "href", "srcset")]
     assert not re.search(r"url\(|@import|https?://", text)
     assert "<b>tiny" not in text and "&lt;y&gt;" in text  # escaped
-    assert "+40.0 %" in text and "3.33×" in text
+    assert "+40.0 %" in text and "3.33×" in text and "200 B float32 → 60 B" in text
     assert text.count("<circle") == 6
     marked = re.findall(r'class="best"><th scope="row"><span>([^<]*)', text)
     assert set(marked) == {"GPTQ INT4"}  # neither a subtask nor a layer
@@ -139,7 +144,7 @@ def test_json_schema(report):
         "environment", "command", "notes",
     }  # fmt: skip
     assert set(content["rows"][0]) == {
-        "name", "perplexity", "tasks", "bytes", "seconds", "peak_bytes", "path",
+        "name", "perplexity", "tasks", "bytes", "dtype", "seconds", "peak_bytes", "path",
     }  # fmt: skip
     assert content["rows"][1]["perplexity"][0]["kl"] == 0.4
 

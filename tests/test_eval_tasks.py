@@ -174,6 +174,11 @@ def test_a_weight_file_cut_short_is_named(tmp_path, packed):
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:50_000])
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         loading.load(str(cut))
+    plain = save_tiny(tmp_path / "plain")
+    assert loading.weights_dtype(str(plain)) == "float32" and not loading.weights_dtype(str(packed))
+    (plain / "model.safetensors").write_bytes(b"\x20" + bytes(20))
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        loading.weights_dtype(str(plain))
 
 
 def test_arguments_that_do_not_apply_are_named(packed, caplog):
