@@ -151,31 +151,21 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
     """Validate everything, then perplexity, then tasks, then the report."""
     from eval import loading
 
-    original = args.model_args.get("pretrained")
     if not args.tasks and not config.perplexity:
         raise ConfigError("nothing to do: give --tasks mmlu,... and/or --perplexity wikitext2,...")
-    own_class = args.model in (*HF_NAMES, "marlin")
-    if original is None and config.marlin_checkpoint is None and (own_class or config.perplexity):
-        raise ConfigError(
-            "no model: give --model_args pretrained=CKPT and/or --marlin_checkpoint OUT"
-        )
-    quantization = loading.quantization_report(config.marlin_checkpoint or original)
-    plain = quantization is None and not loading.is_packed(config.marlin_checkpoint or "")
-    if config.marlin_checkpoint and plain:
-        raise ConfigError(
-            f"marlin_checkpoint={config.marlin_checkpoint!r} holds no packed layers; a checkpoint "
-            "in full precision is given by --model_args pretrained=CKPT alone"
-        )
+    original = args.model_args.get("pretrained")
+    evaluated = config.marlin_checkpoint or original
+    quantization = loading.quantization_report(evaluated)
+    _check_model(config, args, quantization)
     if args.model in HF_NAMES and original is not None and "gguf_file" in args.model_args:
         original = str(Path(original) / args.model_args["gguf_file"])
+        evaluated = config.marlin_checkpoint or original
     args.device = loading.choose_device(args.device)
     dtype = loading.parse_dtype(args.model_args.get("dtype"))
     if args.tasks:
         _check_tasks(config, args)
 
     texts = config.perplexity
-    if texts:
-        _check_model_args(args)
     for source in texts:  # before any model is loaded
         documents(source, "heldout", data_dir=config.data_dir)
 
@@ -184,7 +174,6 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
     from eval.report import Report, join_rows, read_rows, render_tables, write_report
 
     earlier = read_rows(config.baseline) if config.baseline else []
-    evaluated = config.marlin_checkpoint or original
     label = args.model if evaluated is None else loading.row_name(evaluated, quantization)
     label = label or BASELINE
     checkpoints = {label: evaluated}
@@ -207,8 +196,10 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
         rows = [row_of(label, evaluated, quantization)]
     notes = []
     if args.tasks:
+        if texts:  # tasks may take hours, or fail
+            print(render_tables(Report(model="", rows=rows)), flush=True)
         if args.limit is not None:
-            part = f"{args.limit:g}" if args.limit >= 1 else f"{args.limit:.2%} of the"
+            part = f"{args.limit:g}" if args.limit >= 1 else f"{100 * args.limit:g} % of the"
             notes.append(f"Tasks were cut to the first {part} questions each: a test run.")
         rows[-1] = replace(rows[-1], tasks=_run_tasks(config, args))
     if earlier:
@@ -233,6 +224,38 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
         print(f"\nreport: {paths['html']}")
 
 
+def _check_model(
+    config: EvalConfig, args: argparse.Namespace, quantization: dict[str, Any] | None
+) -> None:
+    """Fail where no model is given, or another kind than the options mean.
+
+    quantization: the quantization report of what is evaluated, if it has one.
+    """
+    from eval.loading import is_packed
+
+    packed = config.marlin_checkpoint
+    foreign = args.model not in (*HF_NAMES, "marlin") and not config.perplexity  # a remote one, say
+    if packed is None and "pretrained" not in args.model_args and not foreign:
+        raise ConfigError(
+            "no model: give --model_args pretrained=CKPT and/or --marlin_checkpoint OUT"
+        )
+    if packed is not None and quantization is None and not is_packed(packed):
+        raise ConfigError(
+            f"marlin_checkpoint={packed!r} holds no packed layers; a checkpoint in full precision "
+            "is given by --model_args pretrained=CKPT alone"
+        )
+    if not config.perplexity:
+        return
+    # Perplexity must not ignore in silence what lm-eval's model classes would understand.
+    ignored = ", ".join(sorted(set(args.model_args) - set(PERPLEXITY_ARGS)))
+    if ignored and args.tasks:
+        log.warning("model_args: %s concern the tasks alone, not perplexity", ignored)
+    elif ignored:
+        raise ConfigError(
+            f"model_args: perplexity does not know {ignored}; it takes {', '.join(PERPLEXITY_ARGS)}"
+        )
+
+
 def _check_tasks(config: EvalConfig, args: argparse.Namespace) -> None:
     """Fail on missing packages or local data before any model is loaded."""
     if not has_lm_eval():
@@ -250,17 +273,6 @@ def _check_tasks(config: EvalConfig, args: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="marlin-eval-") as scratch:
         write_overlays(config.data_dir, Path(scratch), TASK_ROOT)
-
-
-def _check_model_args(args: argparse.Namespace) -> None:
-    """Perplexity must not ignore in silence what lm-eval's model classes would understand."""
-    ignored = ", ".join(sorted(set(args.model_args) - set(PERPLEXITY_ARGS)))
-    if ignored and args.tasks:
-        log.warning("model_args: %s concern the tasks alone, not perplexity", ignored)
-    elif ignored:
-        raise ConfigError(
-            f"model_args: perplexity does not know {ignored}; it takes {', '.join(PERPLEXITY_ARGS)}"
-        )
 
 
 def _run_tasks(config: EvalConfig, args: argparse.Namespace) -> tuple:

@@ -106,6 +106,8 @@ def check_arguments(args: argparse.Namespace, *, look_up_tasks: bool) -> None:
     """
     if args.limit is not None and args.limit <= 0:
         raise ConfigError(f"limit={args.limit:g} must be a number of questions or a share above 0")
+    # lm-eval adds to the mapping that it is given
+    args = argparse.Namespace(**{**vars(args), "model_args": dict(args.model_args)})
     try:
         get_model(args.model or "hf")
         config = EvaluatorConfig.from_cli(args)

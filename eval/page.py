@@ -146,6 +146,8 @@ def _header(report: Report) -> str:
         chips.append("one scale per column" if size == -1 else f"group size {size}")
     if "sym" in config and not config.get("weight_type"):
         chips.append("symmetric" if config["sym"] else "asymmetric")
+    if config.get("sparsity"):
+        chips.append(f"{config['sparsity']} sparse")
     if config.get("nearest"):
         chips.append("round to nearest")
     elif config.get("nsamples"):

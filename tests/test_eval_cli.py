@@ -11,7 +11,7 @@ from eval_cases import save_packed, save_tiny
 from eval import cli
 from eval.config import EvalConfig, resolve
 from eval.loading import row_name
-from marlin_kernel.errors import ConfigError
+from marlin_kernel.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -162,6 +162,22 @@ def test_what_lm_eval_refuses_is_one_line(flags, message, capsys):
     found = capsys.readouterr().err
     assert found.startswith("error: ") or "\nerror: " in found
     assert message in found and "Traceback" not in found
+
+
+def test_perplexity_is_shown_before_tasks_start(monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise DataError("the hub could not be reached")
+
+    monkeypatch.setattr(cli, "_check_tasks", lambda *_: None)
+    monkeypatch.setattr(cli, "_run_tasks", fail)
+    plain = save_tiny(tmp_path / "plain")
+    code = cli.main(
+        f"--model_args pretrained={plain} --perplexity pydoc --seqlen 64 --max_tokens 128 "
+        "--device cpu --tasks piqa".split()
+    )
+    printed = capsys.readouterr()
+    assert code == 2 and "error: the hub" in printed.err
+    assert "| **original** |" in printed.out and "pydoc: " in printed.out
 
 
 def test_names_of_quantized_folders(tmp_path):

@@ -85,7 +85,7 @@ def report():
             ),
         ),
         quantization={
-            "config": {"wbits": 4, "groupsize": 64, "sym": True},
+            "config": {"wbits": 4, "groupsize": 64, "sym": True, "sparsity": "2:4"},
             "totals": {"seconds_solve": 3.0, "calibration_tokens": 4096},
             "layers": layers,
         },
@@ -128,6 +128,7 @@ def test_page_is_well_formed_and_self_contained(report, tmp_path):
     assert "svg" in page.tags and "script" not in page.tags and "link" not in page.tags
     assert not [v for k, v in page.attributes if k in ("src", "href", "srcset")]
     assert not re.search(r"url\(|@import|https?://", text)
+    assert "<li>2:4 sparse</li>" in text
     assert "<b>tiny" not in text and "&lt;y&gt;" in text  # escaped
     assert "+40.0 %" in text and "3.33×" in text and "200 B float32 → 60 B" in text
     assert text.count("<circle") == 6
