@@ -12,7 +12,8 @@ import torch
 from eval import loading
 from eval.loading import load, load_tokenizer
 from eval.perplexity import evaluate_models
-from eval.report import Cell, Report, Row, Table, divergence_table, perplexity_table
+from eval.report import Report, Row
+from eval.tables import Cell, Table, divergence_table, perplexity_table
 
 BASELINE = "original"
 

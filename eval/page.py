@@ -8,9 +8,9 @@ from html import escape
 from typing import Any
 
 from eval.plots import legend, line_plot, series_of_layers
-from eval.report import (
+from eval.report import Report, show
+from eval.tables import (
     Cell,
-    Report,
     Table,
     cost_table,
     divergence_table,
@@ -21,7 +21,6 @@ from eval.report import (
     is_share,
     perplexity_table,
     protocols,
-    show,
     task_notes,
     task_table,
     text_key,

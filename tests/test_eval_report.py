@@ -16,17 +16,19 @@ from eval.report import (
     Report,
     Row,
     TaskResult,
-    divergence_table,
-    format_bytes,
-    format_seconds,
     join_rows,
-    perplexity_table,
     read_rows,
     render_markdown,
     render_tables,
-    task_table,
     to_json,
     write_report,
+)
+from eval.tables import (
+    divergence_table,
+    format_bytes,
+    format_seconds,
+    perplexity_table,
+    task_table,
 )
 from marlin_kernel.errors import DataError
 
