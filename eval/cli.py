@@ -18,7 +18,11 @@ from eval.config import OWN_KEYS, EvalConfig, choose_seqlen, load_recipe, resolv
 from gptq.texts import documents
 from marlin_kernel.errors import ConfigError, MarlinError
 
+log = logging.getLogger(__name__)
+
 HF_NAMES = (None, "hf", "hf-auto", "huggingface")
+# What perplexity takes of --model_args; lm-eval's model classes take more
+PERPLEXITY_ARGS = ("pretrained", "tokenizer", "dtype", "gguf_file")
 _EXAMPLES = """
 examples:
   # full precision, then the packed checkpoint (same options), on MMLU
@@ -147,15 +151,15 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
     """Validate everything, then perplexity, then tasks, then the report."""
     from eval import loading
 
-    original = args.model_args.get("pretrained")
     if not args.tasks and not config.perplexity:
         raise ConfigError("nothing to do: give --tasks mmlu,... and/or --perplexity wikitext2,...")
-    if original is None and config.marlin_checkpoint is None:
-        raise ConfigError(
-            "no model: give --model_args pretrained=CKPT and/or --marlin_checkpoint OUT"
-        )
+    original = args.model_args.get("pretrained")
+    evaluated = config.marlin_checkpoint or original
+    quantization = loading.quantization_report(evaluated)
+    _check_model(config, args, quantization)
     if args.model in HF_NAMES and original is not None and "gguf_file" in args.model_args:
         original = str(Path(original) / args.model_args["gguf_file"])
+        evaluated = config.marlin_checkpoint or original
     args.device = loading.choose_device(args.device)
     dtype = loading.parse_dtype(args.model_args.get("dtype"))
     if args.tasks:
@@ -165,14 +169,13 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
     for source in texts:  # before any model is loaded
         documents(source, "heldout", data_dir=config.data_dir)
 
-    from eval.compare import BASELINE, compare
+    from eval.compare import BASELINE, compare, row_of
     from eval.environment import command_line, environment
-    from eval.report import Report, Row, read_rows, render_tables, write_report
+    from eval.report import Report, join_rows, read_rows, render_tables, write_report
 
     earlier = read_rows(config.baseline) if config.baseline else []
-    evaluated = config.marlin_checkpoint or original
-    quantization = loading.quantization_report(evaluated)
-    label = loading.row_name(evaluated, quantization) or BASELINE
+    label = args.model if evaluated is None else loading.row_name(evaluated, quantization)
+    label = label or BASELINE
     checkpoints = {label: evaluated}
     if label != BASELINE and config.marlin_checkpoint and original and config.compare:
         checkpoints = {BASELINE: original, **checkpoints}
@@ -187,27 +190,24 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
             max_tokens=config.max_tokens,
             quantization={label: quantization} if quantization else None,
             verify=config.verify,
+            tokenizer=args.model_args.get("tokenizer"),
         )
     else:
-        totals = (quantization or {}).get("totals", {})
-        rows = [
-            Row(
-                label,
-                bytes=loading.checkpoint_bytes(evaluated),
-                seconds=totals.get("seconds"),
-                peak_bytes=totals.get("peak_host_bytes"),
-                path=evaluated,
-            )
-        ]
+        rows = [row_of(label, evaluated, quantization)]
     notes = []
     if args.tasks:
-        if getattr(args, "limit", None):
-            notes.append(f"Tasks were cut to the first {args.limit:g} questions each: a test run.")
+        if texts:  # tasks may take hours, or fail
+            print(render_tables(Report(model="", rows=rows)), flush=True)
+        if args.limit is not None:
+            part = f"{args.limit:g}" if args.limit >= 1 else f"{100 * args.limit:g} % of the"
+            notes.append(f"Tasks were cut to the first {part} questions each: a test run.")
         rows[-1] = replace(rows[-1], tasks=_run_tasks(config, args))
-    names = {row.name for row in rows}
-    rows = [row for row in earlier if row.name not in names] + rows
+    if earlier:
+        names = ", ".join(row.name for row in earlier)
+        notes.append(f"From an earlier run ({config.baseline}): {names}.")
+    rows = join_rows(earlier, rows)
     report = Report(
-        model=Path(original or evaluated).name,
+        model=Path(original or evaluated or args.model_args.get("model", args.model)).name,
         rows=rows,
         title="Evaluation report",
         quantization=quantization,
@@ -224,6 +224,38 @@ def run(config: EvalConfig, args: argparse.Namespace) -> None:
         print(f"\nreport: {paths['html']}")
 
 
+def _check_model(
+    config: EvalConfig, args: argparse.Namespace, quantization: dict[str, Any] | None
+) -> None:
+    """Fail where no model is given, or another kind than the options mean.
+
+    quantization: the quantization report of what is evaluated, if it has one.
+    """
+    from eval.loading import is_packed
+
+    packed = config.marlin_checkpoint
+    foreign = args.model not in (*HF_NAMES, "marlin") and not config.perplexity  # a remote one, say
+    if packed is None and "pretrained" not in args.model_args and not foreign:
+        raise ConfigError(
+            "no model: give --model_args pretrained=CKPT and/or --marlin_checkpoint OUT"
+        )
+    if packed is not None and quantization is None and not is_packed(packed):
+        raise ConfigError(
+            f"marlin_checkpoint={packed!r} holds no packed layers; a checkpoint in full precision "
+            "is given by --model_args pretrained=CKPT alone"
+        )
+    if not config.perplexity:
+        return
+    # Perplexity must not ignore in silence what lm-eval's model classes would understand.
+    ignored = ", ".join(sorted(set(args.model_args) - set(PERPLEXITY_ARGS)))
+    if ignored and args.tasks:
+        log.warning("model_args: %s concern the tasks alone, not perplexity", ignored)
+    elif ignored:
+        raise ConfigError(
+            f"model_args: perplexity does not know {ignored}; it takes {', '.join(PERPLEXITY_ARGS)}"
+        )
+
+
 def _check_tasks(config: EvalConfig, args: argparse.Namespace) -> None:
     """Fail on missing packages or local data before any model is loaded."""
     if not has_lm_eval():
@@ -231,11 +263,14 @@ def _check_tasks(config: EvalConfig, args: argparse.Namespace) -> None:
             f"tasks={','.join(args.tasks)} need lm-eval: pip install 'marlin-gptq[eval]'; "
             "--perplexity works without it"
         )
-    if config.data_dir is None:
-        return
-    from eval.harness import TASK_ROOT
+    from eval.harness import TASK_ROOT, check_arguments
     from eval.tasks import write_overlays
 
+    if config.report and not args.output_path:
+        args = argparse.Namespace(**{**vars(args), "output_path": config.report})
+    check_arguments(args, look_up_tasks=bool(config.perplexity))
+    if config.data_dir is None:
+        return
     with tempfile.TemporaryDirectory(prefix="marlin-eval-") as scratch:
         write_overlays(config.data_dir, Path(scratch), TASK_ROOT)
 

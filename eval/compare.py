@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
 import torch
 
 from eval import loading
-from eval.loading import checkpoint_bytes, load, load_tokenizer
+from eval.loading import load, load_tokenizer
 from eval.perplexity import evaluate_models
-from eval.report import Cell, Report, Row, Table, divergence_table, perplexity_table
+from eval.report import Report, Row
+from eval.tables import Cell, Table, divergence_table, perplexity_table
 
 BASELINE = "original"
 
@@ -27,43 +29,48 @@ def compare(
     max_tokens: int | None = None,
     quantization: Mapping[str, Mapping[str, Any]] | None = None,
     verify: bool = False,
+    tokenizer: str | None = None,
 ) -> list[Row]:
     """Perplexity of every checkpoint; KL and top-1 against the one named BASELINE, if it is there.
 
     checkpoints: row name -> packed or plain folder, hub name or GGUF file. quantization: the
     quantization report of packed ones, by row name (seconds and peak memory of the row). verify:
-    check hashes and probe logits of packed ones.
+    check hashes and probe logits of packed ones. tokenizer: its path or hub name (default: that of
+    the first checkpoint that has one).
     Raises DataError, CheckpointError before the first forward pass where it can.
     """
     names = {name: str(path) for name, path in checkpoints.items()}
-    tokenizer = load_tokenizer(*names.values())
+    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(*names.values())
     models = {
         name: load(path, device=str(device), dtype=dtype, verify=verify and loading.is_packed(path))
         for name, path in names.items()
     }
     results = evaluate_models(
         models,
-        tokenizer,
+        words,
         sources,
         seqlen=seqlen,
         reference=BASELINE if BASELINE in models and len(models) > 1 else None,
         data_dir=data_dir,
         max_tokens=max_tokens,
     )
-    rows = []
-    for name, path in names.items():
-        totals = ((quantization or {}).get(name) or {}).get("totals", {})
-        rows.append(
-            Row(
-                name=name,
-                perplexity=results[name],
-                bytes=checkpoint_bytes(path),
-                seconds=totals.get("seconds"),
-                peak_bytes=totals.get("peak_host_bytes"),
-                path=path,
-            )
-        )
-    return rows
+    return [
+        replace(row_of(name, path, (quantization or {}).get(name)), perplexity=results[name])
+        for name, path in names.items()
+    ]
+
+
+def row_of(name: str, path: str | None, quantization: Mapping[str, Any] | None) -> Row:
+    """What is known of a checkpoint without running it; path None: a model without a folder."""
+    totals = (quantization or {}).get("totals", {})
+    return Row(
+        name=name,
+        bytes=path and loading.checkpoint_bytes(path),
+        dtype=path and loading.weights_dtype(path),
+        seconds=totals.get("seconds"),
+        peak_bytes=totals.get("peak_host_bytes"),
+        path=path,
+    )
 
 
 def print_table(rows: Sequence[Row]) -> None:

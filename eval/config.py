@@ -45,6 +45,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and not Path(value).expanduser().is_dir():
                 raise ConfigError(f"{name}={value!r} is not an existing folder")
+        if self.report is not None and Path(self.report).expanduser().is_file():
+            raise ConfigError(f"report={self.report!r} is a file; give a folder for the report")
         if self.baseline is not None and not Path(self.baseline).expanduser().is_file():
             raise ConfigError(
                 f"baseline={self.baseline!r} is no file; give the report.json of an earlier run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -18,11 +19,13 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
     import marlin_kernel
 
+    packages = ("lm-eval", "datasets")  # what tasks run with, if it is there
     found: dict[str, Any] = {
         "marlin-gptq": marlin_kernel.__version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **{name: version for name in packages if (version := _version(name))},
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "CPU": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -38,6 +41,13 @@ def command_line() -> str:
     program = Path(sys.argv[0])
     start = ["python", os.path.relpath(program)] if program.suffix == ".py" else [program.name]
     return shlex.join([*start, *sys.argv[1:]])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -8,6 +8,7 @@ is nothing else, `marlin-eval` has our options too.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import tempfile
@@ -18,7 +19,8 @@ from typing import Any
 
 import lm_eval.tasks
 from lm_eval._cli import HarnessCLI
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import get_model, register_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 
 from eval import loading
@@ -66,6 +68,9 @@ class MarlinLM(HFLM):
         )
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = loading.load_tokenizer(tokenizer, pretrained)
+        unknown = sorted(set(kwargs) - set(inspect.signature(HFLM.__init__).parameters))
+        if unknown:
+            log.warning("model_args: %s do not apply to model marlin: ignored", ", ".join(unknown))
         super().__init__(pretrained=model, tokenizer=tokenizer, **kwargs)
         self.pretrained = str(pretrained)  # for lm-eval's record of the run
 
@@ -93,6 +98,34 @@ def run_parser() -> argparse.ArgumentParser:
     return HarnessCLI()._subparsers.choices["run"]
 
 
+def check_arguments(args: argparse.Namespace, *, look_up_tasks: bool) -> None:
+    """Raise ConfigError for what lm-eval would refuse later, after a model was loaded.
+
+    look_up_tasks: task names too, which takes lm-eval some seconds; it does so itself before it
+    loads a model.
+    """
+    if args.limit is not None and args.limit <= 0:
+        raise ConfigError(f"limit={args.limit:g} must be a number of questions or a share above 0")
+    # lm-eval adds to the mapping that it is given
+    args = argparse.Namespace(**{**vars(args), "model_args": dict(args.model_args)})
+    try:
+        get_model(args.model or "hf")
+        config = EvaluatorConfig.from_cli(args)
+        if look_up_tasks:
+            config.process_tasks()
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(_refusal(error)) from error
+
+
+def _refusal(error: Exception) -> str:
+    hint = "; `python eval/eval.py ls tasks` lists them" if _no_such_task(error) else ""
+    return f"lm-eval: {error}{hint}"
+
+
+def _no_such_task(error: Exception) -> bool:
+    return str(error).startswith("Tasks not found")
+
+
 def run_tasks(
     args: argparse.Namespace, *, data_dir: str | None = None, results_dir: Path | None = None
 ) -> TaskRun:
@@ -100,7 +133,8 @@ def run_tasks(
 
     data_dir: local copies of task data. results_dir: where lm-eval writes its results if
     --output_path does not say; None leaves them unwritten and the returned results empty.
-    Raises DataError if a task's local copy is malformed or none was found.
+    Raises DataError if a task's local copy is malformed or none was found, ConfigError for a task
+    that lm-eval does not know.
     """
     args = argparse.Namespace(**vars(args))
     if not args.output_path and results_dir is not None:
@@ -122,6 +156,10 @@ def run_tasks(
                 f"tasks={args.tasks}: their data is neither in data_dir={data_dir!r} nor could the "
                 f"hub be reached ({str(error)[:200]}); docs/evaluation.md has the local layouts"
             ) from error
+        except ValueError as error:
+            if not _no_such_task(error):
+                raise
+            raise ConfigError(_refusal(error)) from error
         seconds = time.time() - start
     file = _newest_results(args.output_path, start)
     results = () if file is None else read_results(file, local.notes if local else {})
@@ -159,13 +197,22 @@ def collect_results(content: dict[str, Any], notes: dict[str, str]) -> tuple[Tas
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
                     examples=samples,
-                    fewshot=content.get("n-shot", {}).get(task),
+                    fewshot=_fewshot(content, task),
                     group=parents.get(task),
                     higher_is_better=higher.get(metric, True) is not False,
                     note=notes.get(task),
                 )
             )
     return tuple(rows)
+
+
+def _fewshot(content: dict[str, Any], task: str) -> int | None:
+    """Examples in the prompts of a task; of a group, if those of all its tasks are as many."""
+    shots = content.get("n-shot", {})
+    if task in shots:
+        return shots[task]
+    found = {_fewshot(content, child) for child in content.get("group_subtasks", {}).get(task, ())}
+    return found.pop() if len(found) == 1 else None
 
 
 def use_packed(args: argparse.Namespace, checkpoint: str, *, verify: bool) -> argparse.Namespace:

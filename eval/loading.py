@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from marlin_kernel.errors import CheckpointError, ConfigError
 from marlin_kernel.layer import Layer
+from marlin_kernel.weight_types import WEIGHT_TYPES
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +28,8 @@ def load(
 ) -> nn.Module:
     """Load a packed or plain checkpoint as a causal language model in eval mode.
 
-    Raises CheckpointError if the checkpoint is missing, or if it is packed and its quantizer was
-    not applied: transformers then only warns, and leaves random weights behind.
+    Raises CheckpointError if the checkpoint is missing or damaged, or if it is packed and its
+    quantizer was not applied: transformers then only warns, and leaves random weights behind.
     """
     from marlin_kernel import hf
 
@@ -37,6 +41,8 @@ def load(
         model = hf.load_model(name, device=device, dtype=dtype, verify=verify)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
     check_quantizer_applied(model, name)
     return model
 
@@ -120,6 +126,27 @@ def checkpoint_bytes(path: str) -> int | None:
     return None
 
 
+def weights_dtype(path: str) -> str | None:
+    """The dtype of most weights in a local folder's safetensors; None if packed or not local.
+
+    Raises CheckpointError if a file is damaged.
+    """
+    local = Path(path).expanduser()
+    if not local.is_dir() or is_packed(path):
+        return None
+    sizes: dict[str, int] = {}
+    for file in local.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for stored in map(tensors.get_slice, tensors.keys()):
+                    dtype = stored.get_dtype()
+                    sizes[dtype] = sizes.get(dtype, 0) + math.prod(stored.get_shape())
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(most, most)
+
+
 def quantization_report(path: str | None) -> dict[str, Any] | None:
     """What the quantizer wrote beside the packed checkpoint, or None."""
     file = Path(path).expanduser() / QUANTIZATION_REPORT if path else None
@@ -133,18 +160,36 @@ def quantization_report(path: str | None) -> dict[str, Any] | None:
 
 
 def row_name(path: str, report: dict[str, Any] | None) -> str | None:
-    """Label of a packed folder in tables, such as "GPTQ INT4"; None for a plain checkpoint.
+    """Label of a quantized folder in tables, such as "GPTQ INT4"; None for a plain checkpoint.
 
-    report: its quantization report, if it has one.
+    report: its quantization report, if it has one; without, its config tells what it can.
     """
+    if report and "config" in report:
+        return quantized_name(report["config"])
     if not is_packed(path):
         return None
-    settings = (report or {}).get("config", {})
     file = Path(path).expanduser() / "config.json"
     stored = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]
-    bits = settings.get("wbits") or stored.get("bits", 4)
-    what = settings.get("weight_type") or f"INT{bits}"
-    return f"{'RTN' if settings.get('nearest') else 'GPTQ'} {what}"
+    method = {"gptq": "GPTQ", "awq": "AWQ"}.get(stored["quant_method"], "packed")
+    group = next(iter((stored.get("config_groups") or {}).values()), {}).get("weights") or {}
+    bits = stored.get("bits") or group.get("num_bits", 4)
+    weights = f"{'FP' if group.get('type') == 'float' else 'INT'}{bits}"
+    known = WEIGHT_TYPES.get(stored.get("weight_type"))
+    return f"{method} {known.name if known and known.is_float else weights}"
+
+
+def quantized_name(settings: Mapping[str, Any]) -> str:
+    """Label of what the quantizer makes with these settings: "RTN INT4", "SparseGPT 2:4", ..."""
+    nearest, bits = settings.get("nearest"), settings.get("wbits", 4)
+    name = f"{'RTN' if nearest else 'GPTQ'} {settings.get('weight_type') or f'INT{bits}'}"
+    sparsity = settings.get("sparsity")
+    if not sparsity:
+        return name
+    return (
+        f"{'magnitude' if nearest else 'SparseGPT'} {sparsity}"
+        if bits == 16
+        else (f"{name} {sparsity}")
+    )
 
 
 def context_length(path: str) -> int | None:
@@ -163,6 +208,12 @@ def context_length(path: str) -> int | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_first_line(error)}") from error
     return getattr(config, "max_position_embeddings", None)
+
+
+def _damaged(path: str, error: SafetensorError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: a weight file is cut short or damaged ({_first_line(error)}); copy it again"
+    )
 
 
 def _first_line(error: BaseException) -> str:

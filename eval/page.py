@@ -8,19 +8,22 @@ from html import escape
 from typing import Any
 
 from eval.plots import legend, line_plot, series_of_layers
-from eval.report import (
+from eval.report import Report, show
+from eval.tables import (
     Cell,
-    Report,
     Table,
     cost_table,
     divergence_table,
     format_bytes,
+    format_kl,
+    format_perplexity,
     format_seconds,
+    is_share,
     perplexity_table,
     protocols,
-    show,
     task_notes,
     task_table,
+    text_key,
 )
 
 STYLE = """
@@ -42,12 +45,12 @@ h2{font-size:1.2rem;margin:0 0 4px;letter-spacing:-.005em}
 text-transform:uppercase;margin:0 0 6px}
 .sub{color:var(--soft);margin:0 0 16px;font-size:.94rem}
 .chips{display:flex;flex-wrap:wrap;gap:8px;margin:14px 0 26px;padding:0;list-style:none}
-.chips li{background:var(--tint);color:var(--accent);border-radius:999px;padding:3px 12px;
-font-size:.86rem;font-weight:500}
+.chips li{background:var(--tint);color:var(--accent);border-radius:14px;padding:3px 12px;
+font-size:.86rem;font-weight:500;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(var(--n),minmax(0,1fr));gap:16px;
 margin:0 0 20px}
 .tile,section{background:var(--card);border:1px solid var(--line);border-radius:14px}
-.tile{padding:16px 20px}
+.tile{padding:16px 20px;overflow-wrap:anywhere}
 .tile b{display:block;font-size:1.75rem;line-height:1.2;letter-spacing:-.02em;font-weight:650;
 font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.88rem;display:block}
@@ -61,6 +64,9 @@ thead th{border-top:0;color:var(--soft);font-weight:600;font-size:.88rem;vertica
 th:first-child,td:first-child{text-align:left;padding-left:0}
 th:last-child,td:last-child{padding-right:0}
 tbody th{font-weight:600}
+th span{display:block;width:max-content;max-width:15em;white-space:normal;overflow-wrap:anywhere}
+th:first-child span{max-width:28em}
+thead span{margin-left:auto}
 td b{font-weight:600;font-size:1.05rem}
 td small{color:var(--soft);font-size:.82rem;margin-left:5px}
 td em{font-style:normal;font-size:.84rem;display:block;width:fit-content;margin:3px 0 0 auto;
@@ -71,8 +77,8 @@ td em.good{color:var(--good);background:var(--goodbg)}
 .left td{text-align:left}
 .notes{color:var(--soft);font-size:.86rem;margin:14px 0 0;padding-left:1.1em}
 .notes li{margin:2px 0;overflow-wrap:anywhere}
-.bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:9px 14px;
-align-items:center;font-size:.92rem;margin-top:20px}
+.bars{display:grid;grid-template-columns:fit-content(45%) minmax(3em,1fr) max-content;
+gap:9px 14px;align-items:center;font-size:.92rem;margin-top:20px;overflow-wrap:anywhere}
 .bars h3{grid-column:1/-1;font-size:.9rem;margin:8px 0 0;color:var(--soft);font-weight:600}
 .bars i{display:block;height:14px;border-radius:4px;min-width:2px}
 .bars span{font-variant-numeric:tabular-nums}
@@ -96,10 +102,10 @@ details summary{cursor:pointer;font-weight:600;font-size:1.05rem}
 details[open] summary{margin-bottom:10px}
 footer{color:var(--soft);font-size:.86rem;text-align:center;margin-top:32px}
 @media(max-width:640px){main{padding:24px 14px 40px}h1{font-size:1.55rem}
-section{padding:18px 16px 20px}.scroll{margin:0 -16px;padding:0 16px}.tile{padding:13px 15px}
+section{padding:18px 16px 20px}.scroll{margin:0 -16px;padding:0 16px 0 0}.tile{padding:13px 15px}
 .tiles{grid-template-columns:1fr 1fr;gap:10px}.tile b{font-size:1.35rem}
-th,td{padding:9px 10px}.scroll tbody th:first-child,.scroll thead th:first-child{position:sticky;
-left:-16px;background:var(--card);padding-left:16px;margin-left:-16px}}
+th,td{padding:9px 10px}th:first-child span{max-width:8.5em}
+.scroll th:first-child{position:sticky;left:0;background:var(--card);padding-left:16px}}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}}
 """
 
@@ -122,8 +128,8 @@ def render_html(report: Report) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
-        + "\n<footer>Every number on this page was measured by the command above it; the same "
-        "numbers are in report.json.</footer>\n</main></body></html>\n"
+        + "\n<footer>The same numbers are in report.json and report.md.</footer>\n"
+        "</main></body></html>\n"
     )
 
 
@@ -139,6 +145,8 @@ def _header(report: Report) -> str:
         chips.append("one scale per column" if size == -1 else f"group size {size}")
     if "sym" in config and not config.get("weight_type"):
         chips.append("symmetric" if config["sym"] else "asymmetric")
+    if config.get("sparsity"):
+        chips.append(f"{config['sparsity']} sparse")
     if config.get("nearest"):
         chips.append("round to nearest")
     elif config.get("nsamples"):
@@ -165,36 +173,30 @@ def _tiles(report: Report) -> str:
     tiles: list[tuple[str, str, str]] = []
     if row.perplexity:
         result = row.perplexity[0]
-        base = (
-            next(
-                (
-                    p
-                    for p in baseline.perplexity
-                    if (p.dataset, p.seqlen) == (result.dataset, result.seqlen)
-                ),
-                None,
-            )
-            if baseline and baseline is not row
-            else None
-        )
+        earlier = baseline.perplexity if baseline and baseline is not row else ()
+        base = next((p for p in earlier if text_key(p) == text_key(result)), None)
         note = f"{result.dataset}, {row.name}"
-        if base is not None:
+        if base is not None and math.isfinite(base.perplexity):
             change = 100 * (result.perplexity / base.perplexity - 1)
-            note = f"{result.dataset}, from {base.perplexity:.3f} ({change:+.1f}\u00a0%)"
-        tiles.append(("Perplexity", f"{result.perplexity:.3f}", note))
+            before = format_perplexity(base.perplexity)
+            note = f"{result.dataset}, from {before} ({change:+.1f}\u00a0%)"
+        tiles.append(("Perplexity", format_perplexity(result.perplexity), note))
         if result.kl is not None and baseline is not row:
-            tiles.append(("KL divergence", f"{result.kl:.4f}", f"nats per token, {result.dataset}"))
+            tiles.append(
+                ("KL divergence", format_kl(result.kl), f"nats per token, {result.dataset}")
+            )
         if result.top1 is not None and baseline is not row:
             tiles.append(
                 ("Same top token", f"{100 * result.top1:.1f} %", "of predictions, as the original")
             )
     leading = next((t for t in row.tasks if t.group is None), None)
-    if leading is not None and leading.value <= 1:
+    if leading is not None and is_share(leading.metric):
         tiles.append((leading.task, f"{100 * leading.value:.2f} %", leading.metric))
     if row.bytes:
         if baseline is not None and baseline is not row and baseline.bytes:
             ratio = f"{baseline.bytes / row.bytes:.2f}×"
-            sizes = f"{format_bytes(baseline.bytes)} → {format_bytes(row.bytes)}"
+            before = " ".join(filter(None, (format_bytes(baseline.bytes), baseline.dtype)))
+            sizes = f"{before} → {format_bytes(row.bytes)}"
             tiles.append(("Smaller", ratio, sizes))
         else:
             tiles.append(("Weights", format_bytes(row.bytes), "weight files"))
@@ -243,7 +245,7 @@ def _bars(report: Report) -> str:
             (index, row, 100 * (p.perplexity / base.perplexity - 1))
             for index, row in enumerate(report.rows)
             for p in row.perplexity
-            if row is not baseline and (p.dataset, p.seqlen) == (base.dataset, base.seqlen)
+            if row is not baseline and text_key(p) == text_key(base)
         ]
         changes = [c for c in changes if math.isfinite(c[2])]
         if len(changes) < 2:
@@ -268,8 +270,8 @@ def _tasks(report: Report) -> str:
     if not table.lines:
         return ""
     parts = [
-        '<section><h2>Tasks</h2><p class="sub">Accuracy in percent, higher is better; ± is one '
-        "standard error. Differences within two standard errors are grey.</p>",
+        '<section><h2>Tasks</h2><p class="sub">Accuracies in percent; ± is one standard error. '
+        "Differences within two standard errors are grey, larger ones green if better.</p>",
         _table(table),
         _list(task_notes(report)),
     ]
@@ -277,7 +279,7 @@ def _tasks(report: Report) -> str:
     if detail.lines:
         parts.append(
             f"<details style='margin-top:16px'><summary>{len(detail.columns)} subtasks</summary>"
-            + _table(_transposed(detail))
+            + _table(_transposed(detail), models=False)
             + "</details>"
         )
     return "".join(parts) + "</section>"
@@ -367,7 +369,7 @@ def _layers(quantization: Mapping[str, Any] | None) -> str:
         "name.</p>"
         f'{legend(list(series))}<div class="scroll">{plot}</div>'
         f"<details style='margin-top:16px'><summary>The {len(worst)} worst layers</summary>"
-        f"{_table(Table(columns, lines))}</details>{_list(remarks)}</section>"
+        f"{_table(Table(columns, lines), models=False)}</details>{_list(remarks)}</section>"
     )
 
 
@@ -389,15 +391,18 @@ def _command(report: Report) -> str:
     return f"<section><h2>Command</h2><pre>{escape(report.command)}</pre></section>"
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, *, models: bool = True) -> str:
+    """models: each line is a model, and the last one, the newest, is marked."""
     head = "".join(
-        f'<th scope="col" title="{escape(why)}">{escape(name)}</th>' for name, why in table.columns
+        f'<th scope="col" title="{escape(why)}"><span>{escape(name)}</span></th>'
+        for name, why in table.columns
     )
     body = []
     for index, (name, cells) in enumerate(table.lines):
-        mark = ' class="best"' if index and index == len(table.lines) - 1 else ""
+        newest = models and 0 < index == len(table.lines) - 1
+        mark = ' class="best"' if newest else ""
         values = "".join(_cell(cell) for cell in cells)
-        body.append(f'<tr{mark}><th scope="row">{escape(name)}</th>{values}</tr>')
+        body.append(f'<tr{mark}><th scope="row"><span>{escape(name)}</span></th>{values}</tr>')
     return (
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gptq.texts import Documents, documents
-from marlin_kernel.errors import ConfigError, DataError
+from marlin_kernel.errors import ConfigError, DataError, NumericalError
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,8 @@ def windows_of(
     Joined text is one string, tokenized once with the tokenizer's own special tokens (Llama-2 puts
     one BOS before the whole stream, SmolLM2 none: the usual protocol of perplexity papers, from
     GPTQ's wikitext2 loader), cut into windows of exactly seqlen; the incomplete rest is dropped.
-    Otherwise each document is tokenized the same way and truncated.
+    Otherwise each document is tokenized the same way and truncated. max_tokens: only the leading
+    windows that fit, or as much of the first. Raises DataError if fewer than two tokens are left.
     """
     if seqlen < 2:
         raise ConfigError(f"seqlen={seqlen} must be at least 2: one token predicts the next")
@@ -174,10 +175,13 @@ def windows_of(
         windows = (
             list(ids[: len(ids) // seqlen * seqlen].split(seqlen)) if len(ids) >= seqlen else []
         )
+        whole = bool(windows)
         if not windows and len(ids) >= 2:
             windows = [ids]
         special = len(ids) > 0 and ids[0].item() in getattr(tokenizer, "all_special_ids", [])
         notes = ["one BOS before the stream" if special else "no BOS"]
+        if not whole:
+            notes.append(f"all {len(ids)} tokens, less than one window")
     else:
         cut = (_token_ids(tokenizer, text)[:seqlen] for text in docs.texts)
         windows = [ids for ids in cut if len(ids) >= 2]
@@ -186,10 +190,13 @@ def windows_of(
     if max_tokens is not None:
         kept, total = [], 0
         for window in windows:
-            if kept and total + len(window) > max_tokens:
+            if total + len(window) > max_tokens:
                 break
             kept.append(window)
             total += len(window)
+        if windows and not kept and max_tokens >= 2:
+            kept = [windows[0][:max_tokens]]
+            notes.append(f"cut to {max_tokens} tokens")
         windows = kept
     if not windows:
         raise DataError(
@@ -254,7 +261,7 @@ def score_models(
 
     windows: int64 [T] each, on any device. reference: key of `models`. progress: label of a
     progress bar, or None. Softmax and sums are fp32 and fp64 whatever the models' dtype.
-    Raises ConfigError if the vocabularies differ, FloatingPointError if a model gives NaN.
+    Raises ConfigError if the vocabularies differ, NumericalError if a model gives NaN.
     """
     if reference is not None and reference not in models:
         raise ConfigError(f"reference={reference!r} is not one of the models {list(models)}")
@@ -307,7 +314,7 @@ def score_models(
     predictions = torch.tensor([len(w) - 1 for w in windows])
     for name in order:
         if not torch.isfinite(nll[name]).all():
-            raise FloatingPointError(
+            raise NumericalError(
                 f"{name} gives NaN or Inf logits; if it runs in fp16, try bf16 or fp32"
             )
     return {

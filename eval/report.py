@@ -9,10 +9,22 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.tables import (
+    Cell,
+    Table,
+    cost_table,
+    divergence_table,
+    perplexity_table,
+    protocols,
+    task_key,
+    task_notes,
+    task_table,
+    text_key,
+)
 from marlin_kernel.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,14 +56,16 @@ class TaskResult:
 class Row:
     """One model of the report.
 
-    name: "FP16", "RTN INT4", "GPTQ INT4", ... bytes: size of its weight files; seconds: what it
-    took to make it (quantization); peak_bytes: peak host memory while it was made.
+    name: "FP16", "RTN INT4", "GPTQ INT4", ... bytes: size of its weight files; dtype: of weights
+    that are not packed, "float32", ...; seconds: what it took to make it (quantization);
+    peak_bytes: peak host memory while it was made.
     """
 
     name: str
     perplexity: Sequence[PerplexityResult] = ()
     tasks: Sequence[TaskResult] = ()
     bytes: int | None = None
+    dtype: str | None = None
     seconds: float | None = None
     peak_bytes: int | None = None
     path: str | None = None
@@ -138,7 +152,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
                         PerplexityResult(**p | {k: _number(p[k]) for k in ("perplexity", "nll")})
                         for p in row["perplexity"]
                     ),
-                    "tasks": tuple(TaskResult(**t) for t in row["tasks"]),
+                    "tasks": tuple(
+                        TaskResult(**t | {"value": _number(t["value"], math.nan)})
+                        for t in row["tasks"]
+                    ),
                 }
             )
             for row in content["rows"]
@@ -147,194 +164,49 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         raise DataError(f"{path} is not a report.json of this program: {error!r}") from error
 
 
-# ---- tables: shared by the Markdown and the HTML page -------------------------------------------
+def join_rows(earlier: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Earlier rows, then new ones; nothing that was measured is lost.
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement as text: value, standard error and difference from the baseline.
-
-    quality: -1 worse, +1 better, 0 neither (no baseline, or within two standard errors).
+    A checkpoint in both (same name and path) is one row: the new numbers, and the earlier ones
+    that were not measured again. Different checkpoints of one name get their path behind it.
     """
-
-    value: str
-    error: str = ""
-    delta: str = ""
-    quality: int = 0
-
-
-@dataclass(frozen=True)
-class Table:
-    """columns: (heading, explanation); one list of cells per row name; None: not measured."""
-
-    columns: list[tuple[str, str]]
-    lines: list[tuple[str, list[Cell | None]]]
-
-
-def perplexity_table(report: Report) -> Table:
-    """Perplexity per data set, with the relative change from the baseline."""
-    baseline = report.baseline_row()
-    names = _unique((p.dataset, p.seqlen) for row in report.rows for p in row.perplexity)
-    columns, lines = [], []
-    for dataset, seqlen in names:
-        columns.append((dataset, f"perplexity at length {seqlen}, lower is better"))
-    for row in report.rows:
-        cells: list[Cell | None] = []
-        for key in names:
-            result = _find_perplexity(row, key)
-            base = None if baseline is None or row is baseline else _find_perplexity(baseline, key)
-            cells.append(None if result is None else _perplexity_cell(result, base))
-        lines.append((row.name, cells))
-    return Table(columns, lines)
-
-
-def divergence_table(report: Report) -> Table:
-    """KL divergence and top-1 agreement with the reference, for the rows that have them."""
-    names = _unique(
-        (p.dataset, p.seqlen) for row in report.rows for p in row.perplexity if p.kl is not None
-    )
-    columns, lines = [], []
-    for dataset, _ in names:
-        columns.append((f"KL {dataset}", "nats per token from the reference, lower is better"))
-        columns.append((f"Top-1 {dataset}", "same most likely token as the reference"))
-    for row in report.rows:
-        cells: list[Cell | None] = []
-        for key in names:
-            found = _find_perplexity(row, key)
-            if found is None or found.kl is None or found.top1 is None:
-                cells += [None, None]
-                continue
-            kl_error = "" if found.kl_se is None else f"± {found.kl_se:.4f}"
-            top1_error = "" if found.top1_se is None else f"± {100 * found.top1_se:.2f}"
-            cells.append(Cell(f"{found.kl:.4f}", kl_error))
-            cells.append(Cell(f"{100 * found.top1:.2f} %", top1_error))
-        # A row compared with itself says nothing.
-        itself = all(c is None or c.value in ("0.0000", "100.00 %") for c in cells)
-        lines.append((row.name, [None] * len(cells) if itself else cells))
-    return Table(columns, [line for line in lines if any(line[1])])
-
-
-def task_table(report: Report, *, subtasks: bool = False) -> Table:
-    """Task results in percent; subtasks=False shows groups and single tasks only."""
-    baseline = report.baseline_row()
-    keys = _unique(
-        (t.task, t.metric)
-        for row in report.rows
-        for t in row.tasks
-        if (t.group is not None) == subtasks
-    )
-    columns = []
-    for task, metric in keys:
-        found = next(f for f in (_find_task(row, (task, metric)) for row in report.rows) if f)
-        shots = "" if found.fewshot is None else f", {found.fewshot}-shot"
-        examples = "" if found.examples is None else f", {found.examples} questions"
-        columns.append((f"{task} {metric}", f"{metric}{shots}{examples}"))
-    lines = []
-    for row in report.rows:
-        cells: list[Cell | None] = []
-        for key in keys:
-            result = _find_task(row, key)
-            base = None if baseline is None or row is baseline else _find_task(baseline, key)
-            cells.append(None if result is None else _task_cell(result, base))
-        if any(cells):
-            lines.append((row.name, cells))
-    return Table(columns, lines)
-
-
-def cost_table(report: Report) -> Table:
-    """Size, compression ratio, time and memory of making each model."""
-    baseline = report.baseline_row()
-    columns = [
-        ("Weights", "weight files"),
-        ("Compression", "of the weight files"),
-        ("Time", "to quantize"),
-        ("Peak memory", "host memory while quantizing"),
+    joined = {(row.name, _place(row.path)): row for row in earlier}
+    for row in rows:
+        key = row.name, _place(row.path)
+        joined[key] = _renewed(joined[key], row) if key in joined else row
+    names = [name for name, _ in joined]
+    short = [(name, Path(path).name) for name, path in joined]
+    return [
+        row
+        if names.count(row.name) == 1
+        else replace(row, name=f"{row.name} ({last if short.count((name, last)) == 1 else path})")
+        for row, (name, last), (_, path) in zip(joined.values(), short, joined, strict=True)
     ]
-    lines = []
-    for row in report.rows:
-        ratio = None
-        if baseline is not None and row is not baseline and baseline.bytes and row.bytes:
-            ratio = Cell(f"{baseline.bytes / row.bytes:.2f}×")
-        lines.append(
-            (
-                row.name,
-                [
-                    Cell(format_bytes(row.bytes)) if row.bytes else None,
-                    ratio,
-                    Cell(format_seconds(row.seconds)) if row.seconds is not None else None,
-                    Cell(format_bytes(row.peak_bytes)) if row.peak_bytes else None,
-                ],
-            )
-        )
-    used = [i for i in range(len(columns)) if any(cells[i] for _, cells in lines)]
-    return Table(
-        [columns[i] for i in used], [(name, [cells[i] for i in used]) for name, cells in lines]
-    )
 
 
-def format_bytes(count: float | None) -> str:
-    """1234567 → "1.23 MB" (decimal units, as disks and downloads count)."""
-    if count is None:
-        return "–"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return (
-                f"{count / size:.3g} {unit}"
-                if count < 1000 * size
-                else f"{count / size:.0f} {unit}"
-            )
-    return f"{count:.0f} B"
+def _place(path: str | None) -> str:
+    """One spelling of a local path; a hub name as it is."""
+    local = Path(path or "").expanduser()
+    return str(local.resolve()) if path and local.exists() else path or ""
 
 
-def format_seconds(seconds: float | None) -> str:
-    """75.3 → "1 min 15 s"; 3.21 → "3.2 s"."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+def _renewed(earlier: Row, row: Row) -> Row:
+    texts = {text_key(p): p for p in (*earlier.perplexity, *row.perplexity)}
+    tasks = {task_key(t): t for t in (*earlier.tasks, *row.tasks)}
+    return replace(row, perplexity=tuple(texts.values()), tasks=tuple(tasks.values()))
 
 
-def protocols(report: Report) -> list[str]:
-    """One line per data set: how its perplexity was measured."""
-    found = {}
-    for row in report.rows:
-        for p in row.perplexity:
-            found[(p.dataset, p.seqlen)] = (
-                f"{p.dataset}: {p.protocol}; length {p.seqlen}; {p.tokens:,} predicted tokens"
-            )
-    return list(found.values())
-
-
-def task_notes(report: Report) -> list[str]:
-    """What is not standard about task results, once per task."""
-    return _unique(f"{t.task}: {t.note}" for row in report.rows for t in row.tasks if t.note)
+# ---- Markdown -----------------------------------------------------------------------------------
 
 
 def render_tables(report: Report) -> str:
     """The main tables as Markdown, for a terminal: perplexity, distance, tasks, cost."""
-    parts = _markdown_table("Perplexity", perplexity_table(report))
-    parts += _markdown_table("Distance from the original", divergence_table(report))
-    parts += _markdown_table("Tasks", task_table(report))
-    parts += task_notes(report)
-    parts += _markdown_table("Size and cost", cost_table(report))
-    return "\n\n".join(parts)
+    return _blocks(_main_tables(report))
 
 
 def render_markdown(report: Report) -> str:
     """The whole report as GitHub Markdown."""
-    parts = [f"# {report.title}: {report.model}", *report.notes]
-    parts += _markdown_table("Perplexity", perplexity_table(report))
-    parts += [f"- {line}" for line in protocols(report)]
-    parts += _markdown_table("Distance from the original", divergence_table(report))
-    parts += _markdown_table("Tasks", task_table(report))
-    parts += [f"- {line}" for line in task_notes(report)]
-    parts += _markdown_table("Size and cost", cost_table(report))
+    parts = [f"# {report.title}: {report.model}", *report.notes, *_main_tables(report)]
     parts += _markdown_table("Subtasks", task_table(report, subtasks=True), transpose=True)
     for heading, values in (("Settings", report.settings), ("Environment", report.environment)):
         if values:
@@ -347,11 +219,24 @@ def render_markdown(report: Report) -> str:
             )
     if report.command:
         parts.append(f"## Command\n```\n{report.command}\n```")
-    # List items of one list stand together; everything else is a block of its own.
+    return _blocks(parts) + "\n"
+
+
+def _main_tables(report: Report) -> list[str]:
+    parts = _markdown_table("Perplexity", perplexity_table(report))
+    parts += [f"- {line}" for line in protocols(report)]
+    parts += _markdown_table("Distance from the original", divergence_table(report))
+    parts += _markdown_table("Tasks", task_table(report))
+    parts += [f"- {line}" for line in task_notes(report)]
+    return parts + _markdown_table("Size and cost", cost_table(report))
+
+
+def _blocks(parts: Sequence[str]) -> str:
+    """Markdown of blocks: items of one list stand together, a blank line is between others."""
     text = ""
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         text += part + ("\n" if part.startswith("- ") and following.startswith("- ") else "\n\n")
-    return text.rstrip() + "\n"
+    return text.rstrip()
 
 
 def show(value: Any) -> str:
@@ -392,52 +277,12 @@ def _markdown_cell(cell: Cell | None) -> str:
     )
 
 
-def _perplexity_cell(result: PerplexityResult, base: PerplexityResult | None) -> Cell:
-    error = "" if result.nll_se is None else f"± {result.perplexity * result.nll_se:.2g}"
-    value = f"{result.perplexity:.3f}" if result.perplexity < 1000 else f"{result.perplexity:.4g}"
-    if base is None or not math.isfinite(result.perplexity) or not math.isfinite(base.perplexity):
-        return Cell(value, error)
-    delta = result.perplexity - base.perplexity
-    relative = 100 * delta / base.perplexity
-    # Both read the same tokens, so their errors are not independent: colour by the relative change.
-    quality = 0 if abs(relative) < 0.5 else (-1 if delta > 0 else 1)
-    return Cell(value, error, f"{delta:+.3f}, {relative:+.1f} %", quality)
-
-
-def _task_cell(result: TaskResult, base: TaskResult | None) -> Cell:
-    percent = 0 <= result.value <= 1 and (
-        result.metric.startswith(("acc", "exact", "f1", "mcc")) or (result.stderr or 0) < 0.2
-    )
-    scale, digits = (100, 2) if percent else (1, 4)
-    error = "" if result.stderr is None else f"± {scale * result.stderr:.{digits}f}"
-    value = f"{scale * result.value:.{digits}f}"
-    if base is None:
-        return Cell(value, error)
-    delta = result.value - base.value
-    noise = 2 * math.hypot(result.stderr or 0.0, base.stderr or 0.0)
-    better = (delta > 0) == result.higher_is_better
-    quality = 0 if abs(delta) <= noise or delta == 0 else (1 if better else -1)
-    return Cell(value, error, f"{scale * delta:+.{digits}f}", quality)
-
-
-def _find_perplexity(row: Row, key: tuple[str, int]) -> PerplexityResult | None:
-    return next((p for p in row.perplexity if (p.dataset, p.seqlen) == key), None)
-
-
-def _find_task(row: Row, key: tuple[str, str]) -> TaskResult | None:
-    return next((t for t in row.tasks if (t.task, t.metric) == key), None)
-
-
-def _unique(items: Any) -> list[Any]:
-    return list(dict.fromkeys(items))
-
-
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _number(value: float | None) -> float:
-    return math.inf if value is None else value
+def _number(value: float | None, absent: float = math.inf) -> float:
+    return absent if value is None else value
 
 
 def _finite(value: Any) -> Any:

@@ -51,7 +51,8 @@ def write_overlays(data_dir: str | Path, folder: Path, task_root: Path) -> Local
         raise DataError(
             f"data_dir={str(data)!r} holds no task data: neither mmlu/test/*_test.csv, "
             "cais/mmlu/<subject>/test-*.parquet nor lm_tasks/<task>.jsonl (docs/evaluation.md has "
-            "the layouts); leave --data_dir out to use the hub"
+            "the layouts); leave --data_dir out to use the hub (the environment variable "
+            "MARLIN_DATA_DIR names a folder for texts alone)"
         )
     return LocalTasks(folder, frozenset(names), notes)
 
@@ -116,15 +117,20 @@ def _mmlu_files(data: Path, folder: Path, subject: str, split: str) -> list[str]
     return [str(target.resolve())]
 
 
+_ANSWERS = {key: i for keys in ("0123", "ABCD") for i, key in enumerate(keys)}
+
+
 def mmlu_questions(file: Path) -> Iterator[dict[str, Any]]:
     """Rows of a CSV: question, four choices, answer 0..3 or A..D; a header is skipped."""
     with file.open(encoding="utf-8", newline="") as stream:
         for number, row in enumerate(csv.reader(stream), 1):
             if number == 1 and row and row[-1].strip().lower() == "answer":
                 continue
-            answer = row[-1].strip().upper() if row else ""
-            index = "0123".find(answer) if answer in "0123" else "ABCD".find(answer)
-            if len(row) != 6 or index < 0 or not answer:
+            if not row:
+                continue
+            answer = row[-1].strip().upper()
+            index = _ANSWERS.get(answer)
+            if len(row) != 6 or index is None:
                 raise DataError(
                     f"{file}, row {number}: expected question, four choices and an answer (0..3 or "
                     f"A..D), found {len(row)} fields ending in {answer[:20]!r}"

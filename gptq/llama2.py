@@ -18,6 +18,7 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
     from transformers import AutoConfig
 
     from eval.compare import compare, print_table
+    from eval.loading import quantized_name
     from gptq.models import resolve_source
     from gptq.run import choose_device, choose_dtype, choose_seqlen
 
@@ -29,12 +30,7 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
     if packed is None or config.report is not None:
         models["original"] = folder
     if packed is not None:
-        method = "RTN" if config.nearest else "GPTQ"
-        name = f"{method} {config.weight_type or f'INT{config.wbits}'}"
-        if config.sparsity:
-            method = "magnitude" if config.nearest else "SparseGPT"
-            name = f"{method} 2:4" if config.wbits == 16 else f"{name} 2:4"
-        models[name] = packed
+        models[quantized_name(config.as_dict())] = packed
     rows = compare(
         models,
         config.eval,
@@ -47,6 +43,7 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
     )
     print_table(rows)
     if config.report is not None:
+        from eval.environment import command_line
         from eval.report import Report, write_report
         from gptq.run import environment
 
@@ -60,7 +57,7 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
                 quantization=quantization,
                 settings=config.as_dict(),
                 environment=environment(device),
-                command="python gptq/llama2.py " + " ".join(sys.argv[1:]),
+                command=command_line(),
             ),
         )
         print(f"report: {paths['html']}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -53,7 +52,9 @@ def embedded_model() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "demo", help="folder for models and report"
+    )
     parser.add_argument("--eval_tokens", type=int, default=12288, help="tokens of the comparison")
     args = parser.parse_args()
     began = time.perf_counter()
@@ -66,8 +67,7 @@ def main() -> None:
 
 
 def demo(out: Path, eval_tokens: int) -> Path:
-    """Run everything; returns the path of the HTML report."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Run everything; returns the path of the HTML report. What else is in `out` stays there."""
     model = embedded_model()
     print(f"model: {model.name}, read once into a float32 copy of its weights\n")
     quantization = {}

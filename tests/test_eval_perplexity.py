@@ -12,7 +12,7 @@ from eval_cases import VOCABULARY, byte_tokenizer
 from eval import perplexity
 from eval.perplexity import evaluate, evaluate_models, score_models, score_windows, windows_of
 from gptq.texts import Documents, documents
-from marlin_kernel.errors import ConfigError, DataError
+from marlin_kernel.errors import ConfigError, DataError, NumericalError
 
 
 def brute_force(model, window, reference=None):
@@ -153,8 +153,18 @@ def test_documents_are_truncated_and_tiny_ones_left_out():
 
 def test_text_shorter_than_a_window_is_one_window():
     docs = Documents("d", "heldout", ("abc", "de"), True, "p", "o", "0")
-    windows, _ = windows_of(docs, byte_tokenizer(), 100)
+    windows, protocol = windows_of(docs, byte_tokenizer(), 100)
     assert [len(w) for w in windows] == [7]  # "abc", blank line, "de"
+    assert "all 7 tokens, less than one window" in protocol
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_max_tokens_is_never_exceeded(joined):
+    docs = Documents("d", "heldout", ("abcdefgh", "ijklmnop"), joined, "p", "o", "0")
+    windows, _ = windows_of(docs, byte_tokenizer(), 8, max_tokens=8)
+    assert [len(w) for w in windows] == [8]
+    windows, protocol = windows_of(docs, byte_tokenizer(), 8, max_tokens=7)
+    assert [len(w) for w in windows] == [7] and "cut to 7 tokens, first 1 of 2 windows" in protocol
 
 
 def test_errors(models):
@@ -168,5 +178,5 @@ def test_errors(models):
         score_windows(other, [torch.arange(3, 20)], models[0])
     broken = tiny_model(vocab_size=VOCABULARY)
     broken.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="model gives NaN"):
+    with pytest.raises(NumericalError, match="model gives NaN"):
         score_windows(broken, [torch.arange(3, 20)])

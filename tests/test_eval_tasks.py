@@ -135,7 +135,8 @@ def test_question_files_give_the_standard_prompts(tmp_path, packed):
     ("file", "content", "message"),
     [
         ("mmlu/test/virology_test.csv", "q,a,b,c,d,E\n", "row 1: expected question"),
-        ("mmlu/test/virology_test.csv", "q,a,b,0\n", "found 4 fields"),
+        ("mmlu/test/virology_test.csv", "q,a,b,c,d,12\n", "row 1: .* ending in '12'"),
+        ("mmlu/test/virology_test.csv", "q,a,b,c,d,0\n\nq,a,b,0\n", "row 3: .* found 4 fields"),
         ("lm_tasks/piqa.jsonl", '{"x": 1}\n', "does not hold piqa questions"),
         ("other.txt", "", "holds no task data"),
     ],
@@ -165,6 +166,26 @@ def test_fails_when_the_quantizer_was_not_applied(tmp_path, packed, monkeypatch)
         loading.load(str(packed))
 
 
+def test_a_weight_file_cut_short_is_named(tmp_path, packed):
+    from eval import loading
+
+    cut = tmp_path / "cut"
+    shutil.copytree(packed, cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:50_000])
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        loading.load(str(cut))
+    plain = save_tiny(tmp_path / "plain")
+    assert loading.weights_dtype(str(plain)) == "float32" and not loading.weights_dtype(str(packed))
+    (plain / "model.safetensors").write_bytes(b"\x20" + bytes(20))
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        loading.weights_dtype(str(plain))
+
+
+def test_arguments_that_do_not_apply_are_named(packed, caplog):
+    MarlinLM(str(packed), device="cpu", dtyp="float16", max_length=64)
+    assert "model_args: dtyp do not apply" in caplog.text
+
+
 def test_tokenizer_of_the_original_serves_a_folder_without_one(tmp_path, packed):
     plain = save_tiny(tmp_path / "plain")
     bare = tmp_path / "bare"
@@ -189,11 +210,21 @@ def test_command_line_end_to_end(tmp_path, packed):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "mmlu (partial: 2 of 57 subjects)" in done.stdout
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["original", "GPTQ INT4"]
+    assert [row["name"] for row in report["rows"]] == ["original", "packed INT4"]
     tasks = {t["task"]: t for t in report["rows"][1]["tasks"]}
     assert tasks["mmlu"]["note"].startswith("partial")
     assert report["rows"][1]["perplexity"][0]["kl"] > 0
     assert (tmp_path / "report" / "eval_config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_unknown_tasks_are_refused_before_a_model_is_loaded(tmp_path, packed, capsys):
+    from eval import cli
+
+    for more in ([], ["--perplexity", "pydoc"]):
+        flags = ["--model_args", f"pretrained={tmp_path}", "--tasks", "list", *more]
+        assert cli.main(flags) == 2
+        assert "Tasks not found: list; `python eval/eval.py ls tasks`" in capsys.readouterr().err
 
 
 @pytest.mark.slow
