@@ -56,6 +56,8 @@ class Family:
 
 
 _LLAMA = Family()
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+_HUB_COPIES = ["consolidated*", "original/*"]  # the same weights again, as their authors keep them
 FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
 
 
@@ -68,6 +70,19 @@ def family_of(config) -> Family:
             f"model_type={config.model_type!r} is not a supported decoder; "
             f"choose a checkpoint of one of: {', '.join(sorted(FAMILIES))}"
         ) from None
+
+
+def read_config(folder: Path):
+    """The transformers config of a folder. Raises CheckpointError if it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # no JSON, an unknown model_type, a value of the wrong type
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: transformers cannot read its config.json: {reason}"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -103,9 +118,7 @@ def resolve_source(checkpoint: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                checkpoint, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]
-            )
+            snapshot_download(checkpoint, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
         )
     except Exception as error:  # the hub client raises many types; all mean "not to be had"
         raise CheckpointError(
@@ -186,21 +199,30 @@ def _convert_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("converting %s once into %s", path.name, target)
-    folder, name = str(path.parent), path.name
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    file = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**file)
+        loaded = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
+    except Exception as error:  # of every type, from the reader of the format and from transformers
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"checkpoint={str(path)!r}: transformers cannot read this GGUF file ({reason}); copy "
+            "it again, or give the Hugging Face folder that it was made from"
+        ) from error
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # transformers refuses to save what it read from GGUF: a fresh model takes the weights
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict(), assign=True)
     if loaded.generation_config is not None:
         fresh.generation_config = loaded.generation_config
     del loaded
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     fresh.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     try:
         os.replace(partial, target)
     except OSError:  # another process was faster
@@ -225,16 +247,10 @@ class StreamedModel:
         *,
         random_seed: int | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.folder, self.dtype, self.device = folder, dtype, device
-        try:
-            self.config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:  # no JSON, or a model_type transformers lacks
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{folder}: transformers cannot read its config.json: {reason}"
-            ) from error
+        self.config = read_config(folder)
         if getattr(self.config, "quantization_config", None):
             raise CheckpointError(
                 f"checkpoint={str(folder)!r} is already quantized; give the full-precision model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 import marlin_kernel
 from marlin_kernel.checkpoint import check_target, source_hash
+from marlin_kernel.checkpoint_files import read_json
 from marlin_kernel.errors import CheckpointError, ConfigError
 
 from . import preflight
@@ -83,7 +83,7 @@ def choose_dtype(config: QuantizeConfig, folder: Path, device: torch.device) -> 
         return getattr(torch, config.dtype)
     if device.type == "cpu":
         return torch.float32
-    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    description = read_json(folder / "config.json")
     stored = description.get("dtype") or description.get("torch_dtype")
     return torch.bfloat16 if stored == "bfloat16" else torch.float16
 

@@ -554,6 +554,16 @@ def test_16_bits_only_evaluate(llama):
     assert seen == [(None, None)]
 
 
+@pytest.mark.parametrize(("file", "content"), [("config.json", "{"), (FILE, "cut off")])
+def test_a_source_that_cannot_be_evaluated_is_named(llama, data, tmp_path, capsys, file, content):
+    from gptq.llama2 import evaluate
+
+    source = copied(llama, tmp_path / "source")
+    (source / file).write_text(content)
+    assert main([str(source), "--eval", str(data / "heldout.txt")], evaluate=evaluate) == 2
+    assert f"{source}" in (error := capsys.readouterr().err) and file in error
+
+
 def test_a_report_without_save_stays(llama, data, tmp_path, monkeypatch):
     """The packed folder is temporary then; the report asked for must not go with it."""
     from gptq.llama2 import evaluate
