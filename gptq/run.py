@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ from .activations import remove_left_over, store_of
 from .calibration import sample_documents, sample_windows
 from .config import QuantizeConfig
 from .distributed import join, local_device
-from .lock import lock
+from .lock import lock, unfinished_folder
 from .models import StreamedModel, config_folder, resolve_source
 from .refine import StoredLinear, refine_model
 from .sequential import STEP_TOKENS, LinearResult, Walker
@@ -55,6 +56,8 @@ def choose_device(config: QuantizeConfig) -> torch.device:
         raise ConfigError(
             f"device={config.device!r} is no device of torch; use cpu, cuda, or cuda:1"
         ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={config.device!r} is not supported; use cpu, cuda, or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ConfigError(
             f"device={config.device!r}: torch sees {torch.cuda.device_count()} GPUs, counted from 0"
@@ -169,7 +172,7 @@ def _run(
 
     origin = {"path": config.from_config or config.checkpoint, "sha256": source_hash(folder)}
     key = fingerprint(config, origin["sha256"], samples, str(dtype))
-    finished, unfinished = None, out.with_name(f".{out.name}.unfinished")
+    finished, unfinished = None, unfinished_folder(out)
     if first:
         finished = FinishedLayers(unfinished, key, config.resume)
         remove_left_over(config.offload_activations, out)
@@ -224,16 +227,22 @@ def _run(
         "layers": rows,
         "refinement": refinement,
     }
-    write_checkpoint(
-        out,
-        config,
-        model,
-        finished,
-        probe=(probe, logits),
-        source=origin,
-        report=report,
-        changed=changed,
-    )
+    try:
+        write_checkpoint(
+            out,
+            config,
+            model,
+            finished,
+            probe=(probe, logits),
+            source=origin,
+            report=report,
+            changed=changed,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"save={str(out)!r}: the checkpoint cannot be written ({error}); all layers are "
+            "finished and kept: make room there, and continue with --resume"
+        ) from error
     finished.remove()
     workers.agree(None)
     return report

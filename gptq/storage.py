@@ -136,8 +136,14 @@ class FinishedLayers:
             self._buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=pinned)
         file = self._file(index, self.part, self.parts)
         partial = file.with_suffix(".partial")
-        _write_tensors(partial, tensors, {"rows": json.dumps(list(rows))}, self._buffer)
-        os.replace(partial, file)
+        try:
+            _write_tensors(partial, tensors, {"rows": json.dumps(list(rows))}, self._buffer)
+            os.replace(partial, file)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} does not take finished layer {index} ({error}); earlier ones are "
+                "kept: make room there, and continue with --resume"
+            ) from error
 
     def load(self, index: int) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
         """(tensors of each linear by name, report rows) of layer `index`.

@@ -409,6 +409,10 @@ def refused(llama, data, tmp_path, monkeypatch, capsys):
         (("--dataset", "TINY"), r"holds 2 document\(s\), too few"),
         (("--seqlen", "65"), "seqlen=65 exceeds the model's context of 64"),
         (("--device", "toaster"), "device='toaster'"),
+        (("--device", "meta"), "device='meta' is not supported; use cpu, cuda"),
+        (("--save", ""), "save='' names no folder"),
+        (("--report", "--eval", "none"), "report='' compares perplexities.*--eval"),
+        (("--report", str(Path(__file__) / "deep")), r"report='.*test_gptq_cli\.py is a file"),
         (("--device", "cuda"), "device='cuda': torch sees no GPU"),
         (("--config", "/no/recipe.yaml"), "no such recipe"),
         (("--wbits", "16"), "with wbits=16.*--wbits 4"),
@@ -547,6 +551,22 @@ def test_the_plan_is_printed_before_the_summary(llama, data, tmp_path, capsys):
     assert f"packed checkpoint: {tmp_path / 'out'}" in output
 
 
+@pytest.mark.parametrize("wbits", ["4", "16"])
+def test_a_run_that_would_leave_nothing_is_refused(wbits, llama, data, capsys):
+    flags = arguments(llama, data, "--wbits", wbits, "--eval", "none")
+    assert main(flags) == 2
+    assert "nothing to do; add" in (error := capsys.readouterr().err) and "--save OUT" in error
+
+
+def test_of_several_processes_one_evaluates(llama, monkeypatch):
+    seen = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        flags = [str(llama), "--eval", "pydoc"]
+        assert main(flags, evaluate=lambda *given: seen.append(given)) == 0
+    assert len(seen) == 1
+
+
 def test_16_bits_only_evaluate(llama):
     seen = []
     flags = [str(llama), "--eval", "pydoc"]
@@ -592,6 +612,15 @@ def test_evaluation_sees_the_packed_folder(llama, data, tmp_path):
     assert main(flags, evaluate=lambda c, out, report: seen.append((c.eval, out, report))) == 0
     ((names, out, report),) = seen
     assert names == ("pydoc",) and out == tmp_path / "out" and len(report["layers"]) == 14
+
+
+def test_interrupting_without_save_promises_nothing(llama, data, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptq.run.Walker.quantize_layer", interrupt)
+    assert main(arguments(llama, data)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 def test_interrupting_keeps_the_finished_layers(llama, data, tmp_path, monkeypatch, capsys):

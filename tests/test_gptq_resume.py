@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -326,6 +328,47 @@ def test_the_format_may_change(flags, tmp_path, monkeypatch):
     stop_after(monkeypatch, 2, flags, out)
     assert main([*flags, "--save", str(out), "--resume", "--format", "gptq"]) == 0
     load_model(out, verify=True)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """Writing further into any file fails, as on a full disk; size: bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_nothing_that_is_finished(flags, uninterrupted, tmp_path, capsys):
+    out = tmp_path / "out"
+    with files_of_at_most(30_000):  # a finished layer has more
+        assert main([*flags, "--save", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "finished layer 0" in error and "--resume" in error
+    with files_of_at_most(100_000):  # the checkpoint has more
+        assert main([*flags, "--save", str(out), "--resume"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: save=") and "cannot be written" in error and "--resume" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.unfinished"]
+    assert len(list(unfinished(out).glob("layer-*.safetensors"))) == LAYERS
+    assert main([*flags, "--save", str(out), "--resume"]) == 0
+    assert (out / FILE).read_bytes() == uninterrupted
+
+
+def test_a_full_gpu_names_the_ways_out(flags, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(Walker, "quantize_layer", full)
+    for save in ((), ("--save", str(tmp_path / "out"))):
+        assert main([*flags, *save]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; lower ")
+        assert "--offload_activations" in error and ("--resume" in error) == bool(save)
 
 
 def test_resume_without_an_unfinished_run_starts_one(flags, uninterrupted, tmp_path):
