@@ -174,7 +174,8 @@ def _run(
     key = fingerprint(config, origin["sha256"], samples, str(dtype))
     finished, unfinished = None, unfinished_folder(out)
     if first:
-        finished = FinishedLayers(unfinished, key, config.resume)
+        settings = config.fingerprint() | {"dtype": str(dtype).removeprefix("torch.")}
+        finished = FinishedLayers(unfinished, key, config.resume, settings)
         remove_left_over(config.offload_activations, out)
     finished = FinishedLayers.shared(finished, unfinished, workers)  # folders are as they must be
     store = held.enter_context(store_of(config.offload_activations, device, out, workers.rank))

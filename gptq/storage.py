@@ -60,29 +60,47 @@ class FinishedLayers:
     finished when all parts of it are there.
     """
 
-    def __init__(self, folder: Path, key: str, resume: bool | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        resume: bool | None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         """key: fingerprint of the run. resume: True continues, False discards, None refuses to
-        choose. Raises ConfigError if what lies there belongs to another run or needs a decision."""
+        choose. settings: JSON values by name, to say what differs. Raises ConfigError if what lies
+        there belongs to another run or needs a decision."""
         self._open(folder)
+        settings = dict(settings or {})
         stamp = folder / "run.json"
         if stamp.is_file():
-            found = json.loads(stamp.read_text(encoding="utf-8"))["fingerprint"]
+            found = json.loads(stamp.read_text(encoding="utf-8"))
             if resume is None and self.count():
                 raise ConfigError(
                     f"an unfinished run with {self.count()} finished layers lies in {folder}; "
                     "continue it with --resume, or discard it with --no-resume"
                 )
-            if resume and found != key:
+            if resume and found["fingerprint"] != key:
+                before = found.get("settings", {})
+                changed = [
+                    f"{name} {before[name]!r} there, {settings[name]!r} here"
+                    for name in sorted(before.keys() & settings.keys())
+                    if before[name] != settings[name]
+                ]
+                other = (
+                    f"other settings ({', '.join(changed)})"
+                    if changed
+                    else "another source or another calibration text"
+                )
                 raise ConfigError(
-                    f"--resume: the unfinished run in {folder} has other settings, another "
-                    "source or "
-                    "another calibration text; repeat its options, or discard it with --no-resume"
+                    f"--resume: the unfinished run in {folder} has {other}; repeat its options, or "
+                    "discard it with --no-resume"
                 )
             if not resume:
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not stamp.is_file():
-            _write(stamp, json.dumps({"fingerprint": key}).encode())
+            _write(stamp, json.dumps({"fingerprint": key, "settings": settings}).encode())
 
     def _open(self, folder: Path) -> None:
         self.folder = folder

@@ -301,7 +301,9 @@ def test_other_settings_do_not_continue_a_run(changed, flags, tmp_path, monkeypa
     capsys.readouterr()
     assert main([*flags, "--save", str(out), "--resume", *changed]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "other settings" in error and "--no-resume" in error
+    setting, value = changed[0].lstrip("-"), changed[-1] if len(changed) == 2 else "True"
+    assert f"other settings ({setting} " in error and "--no-resume" in error
+    assert f"{value} here" in error.replace("'", "")
     assert not out.exists() and len(list(unfinished(out).glob("layer-*"))) == 1
 
 
@@ -538,5 +540,5 @@ def test_discarding_removes_the_old_layers(tmp_path):
     FinishedLayers(tmp_path / "run", "one", None)
     (tmp_path / "run" / "layer-0000.safetensors").touch()
     assert FinishedLayers(tmp_path / "run", "other", False).count() == 0
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="another source or another calibration text"):
         FinishedLayers(tmp_path / "run", "one", True)
