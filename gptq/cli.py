@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
     def switch(group, name: str, text: str) -> None:
         default = _DEFAULT[name.lstrip("-").replace("-", "_")]
-        state = "on" if default else "off"
+        state = {True: "on", False: "off", None: "stop if there is one"}[default]
         group.add_argument(
             name,
             help=f"{text} (default: {state})",
@@ -95,7 +95,12 @@ def parser() -> argparse.ArgumentParser:
         "2:4: two weights of every four inputs become zero; with --nearest the smallest",
         choices=SPARSITIES,
     )
-    flag(what, "--save", "folder for the packed checkpoint", metavar="OUT")
+    flag(
+        what,
+        "--save",
+        "folder for the packed checkpoint; without it that is evaluated and gone",
+        metavar="OUT",
+    )
     flag(what, "--format", "layout of the packed tensors", choices=FORMATS)
     switch(what, "--overwrite", "replace a checkpoint that is already at OUT")
     switch(what, "--skip_gq", "keep k and v projections of grouped-query models unquantized")
@@ -142,7 +147,12 @@ def parser() -> argparse.ArgumentParser:
     run_group = top.add_argument_group("run")
     run_group.add_argument("--config", help="YAML recipe (configs/quantize/); flags override it")
     flag(run_group, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    flag(run_group, "--dtype", "of activations (default: float32 on CPU)", choices=DTYPES)
+    flag(
+        run_group,
+        "--dtype",
+        "of activations (default: float32 on a CPU, on a GPU the checkpoint's half precision)",
+        choices=DTYPES,
+    )
     run_group.add_argument(
         "--offload_activations",
         nargs="?",
@@ -176,16 +186,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="compare with the original model and write an HTML report (default DIR: OUT/report)",
     )
-    run_group.add_argument("--verbose", action="store_true", help="log every step")
+    run_group.add_argument(
+        "--verbose", action="store_true", help="log every step, and the losses of every layer"
+    )
     return top
 
 
 def main(argv: Sequence[str] | None = None, evaluate: Evaluate | None = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 with one line about what was wrong."""
     flags = vars(parser().parse_args(argv))
+    verbose = flags.pop("verbose")
     logging.basicConfig(
-        level=logging.INFO if flags.pop("verbose") else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
+        level=logging.INFO if verbose else logging.WARNING,
+        format=("%(asctime)s " if verbose else "") + "%(levelname)s %(name)s: %(message)s",
     )
     recipe, config = flags.pop("config"), None
     try:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import marlin_kernel
 from marlin_kernel.checkpoint import check_target, source_hash
@@ -168,8 +169,10 @@ def _run(
     if first:
         say(_table(planned.rows(config, model)))
         preflight.check_room(planned, config, model, out)
+        log.info("the largest linear passes the whole path once")
         preflight.rehearse(model, config, linears)
 
+    log.info("hashing the source")
     origin = {"path": config.from_config or config.checkpoint, "sha256": source_hash(folder)}
     key = fingerprint(config, origin["sha256"], samples, str(dtype))
     finished, unfinished = None, unfinished_folder(out)
@@ -199,6 +202,7 @@ def _run(
 
     changed, refinement = {}, None
     if config.refine_norms:
+        log.info("learning scales and norm weights end to end, %d steps", config.refine_norms)
         changed, refinement = _refine_end_to_end(model, walker, finished, config, probe)
     with torch.no_grad():
         logits = model.head(changed.get(model.final_norm_name))(walker.probe)[0].cpu()
@@ -228,6 +232,7 @@ def _run(
         "layers": rows,
         "refinement": refinement,
     }
+    log.info("writing the checkpoint")
     try:
         write_checkpoint(
             out,
@@ -264,6 +269,7 @@ def _walk(
     with (
         tqdm(total=total, unit="stage", desc="quantize", disable=not first) as bar,
         BackgroundWriter(finished, model.device) if finished else nullcontext() as writer,
+        logging_redirect_tqdm(),
     ):
         for index in range(model.num_layers):
             if index < done:
@@ -274,6 +280,7 @@ def _walk(
                 prefix = model.layer_name(index)
                 wtype = walker.options.wtype
                 walker.advance(index, layer_weights(layers, wtype, prefix, model.device))
+                log.info("layer %d of %d was finished before", index, model.num_layers)
                 rows += added
                 bar.update(stages)
                 continue
@@ -291,12 +298,25 @@ def _walk(
             if not first:
                 continue
             rows += added
+            _log_layer(model.layer_name(index), added)
             worst = max(row["relative_error"] for row in added)
             note = f"layer {index}: error up to {worst:.3f}"
             if walker.tokens:
                 note += f", {walker.tokens / (time.perf_counter() - began):,.0f} tokens/s"
             bar.set_postfix_str(note, refresh=False)
     return rows
+
+
+def _log_layer(prefix: str, rows: Sequence[dict[str, Any]]) -> None:
+    parts = [
+        f"{row['name'].removeprefix(prefix + '.')} {row['relative_error']:.4f} ({row['loss']:.3g})"
+        for row in rows
+    ]
+    parts.append(f"damping up to {max(row['damping'] for row in rows):.3g}")
+    if refined := rows[0]["refinement"]:
+        learned = f"{refined['before']:.4g} -> {refined['after']:.4g}"
+        parts.append(f"held-out loss by learning {learned}")
+    log.info("%s: relative error (loss): %s", prefix, ", ".join(parts))
 
 
 def _refine_end_to_end(

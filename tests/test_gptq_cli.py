@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -428,8 +429,6 @@ def refused(llama, data, tmp_path, monkeypatch, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_settings_that_cannot_work_are_refused(flags, message, refused, data):
-    import re
-
     if flags == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     flags = tuple(str(data / "tiny.txt") if flag == "TINY" else flag for flag in flags)
@@ -565,6 +564,22 @@ def test_of_several_processes_one_evaluates(llama, monkeypatch):
         flags = [str(llama), "--eval", "pydoc"]
         assert main(flags, evaluate=lambda *given: seen.append(given)) == 0
     assert len(seen) == 1
+
+
+def test_verbose_logs_every_step_with_its_time(llama, data, tmp_path):
+    flags = arguments(llama, data, "--save", "out", "--eval", "none", "--refine", "1", "--verbose")
+    done = subprocess.run(
+        [sys.executable, ROOT / "gptq" / "llama2.py", *flags],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^\d{4}-\d\d-\d\d [\d:,]+ INFO gptq\.run: (.*)$", done.stderr, re.M)
+    for index in range(2):
+        (line,) = [line for line in lines if line.startswith(f"model.layers.{index}: ")]
+        assert len(re.findall(r"_proj 0\.\d+ \(", line)) == 7 and "damping up to 0.1," in line
+        assert "held-out loss by learning" in line
+    assert lines[-1] == "writing the checkpoint"
 
 
 def test_16_bits_only_evaluate(llama):
