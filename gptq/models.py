@@ -266,6 +266,8 @@ class StreamedModel:
         self._layers = list(getattr(self.base, self.family.layers))
         self.num_layers = len(self._layers)
         self._check_tensors()
+        if random_seed is None:
+            self._drop_unknown()
         first = self.tensors[f"{self.layer_name(0)}.{self.family.linears[0]}.weight"]
         self.storage = torch.bfloat16 if first.dtype == torch.bfloat16 else torch.float16
         # rotary frequencies are computed, not stored: build that module where it will be used
@@ -299,6 +301,22 @@ class StreamedModel:
                     f"{self.folder}: tensor {name!r} has shape {shape}, the config says "
                     f"{list(expected.shape)}; weights and config.json do not belong together"
                 )
+
+    def _drop_unknown(self) -> None:
+        """Forget tensors that the model does not have: readers of a packed folder would stumble."""
+        known = self.skeleton.state_dict().keys()
+        unknown = [name for name in self.tensors if name not in known]
+        for name in unknown:
+            del self.tensors.files[name]
+        told = [name for name in unknown if not name.endswith("rotary_emb.inv_freq")]
+        if told:
+            log.warning(
+                "%s: %d tensors are none of a %s with this config.json, and are left out: %s",
+                self.folder,
+                len(told),
+                self.config.model_type,
+                ", ".join(told[:3]) + (", ..." if len(told) > 3 else ""),
+            )
 
     def quantizable(self) -> list[str]:
         """Names of all linears of all decoder layers."""

@@ -403,9 +403,8 @@ def write_checkpoint(
         for name in model.tensors:
             if name in pruned_names or name.startswith(prefixes):
                 continue
-            if not name.endswith("rotary_emb.inv_freq"):
-                new = changed.get(name)
-                writer.add(name, model.stored(name) if new is None else new.to(model.storage).cpu())
+            new = changed.get(name)
+            writer.add(name, model.stored(name) if new is None else new.to(model.storage).cpu())
         for name in TOKENIZER_FILES:
             if (model.folder / name).is_file():
                 writer.add_file(name, model.folder / name)

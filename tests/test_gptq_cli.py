@@ -173,6 +173,25 @@ def test_a_float32_source_passes_its_own_verification(sources, data, tmp_path):
     assert relative(probe_logits(loaded, token_ids), stored) < 1e-5
 
 
+@pytest.mark.parametrize("flags", [(), ("--format", "gptq")], ids=["marlin", "gptq"])
+def test_tensors_that_the_model_lacks_are_left_out(flags, llama, data, tmp_path, caplog):
+    """Neither does transformers use them, nor could the packed folder be loaded with them."""
+    from safetensors.torch import save_file
+
+    source = copied(llama, tmp_path / "source")
+    tensors = load_file(source / FILE)
+    layer, norm = "model.layers.0.self_attn", "model.layers.2.input_layernorm.weight"
+    own = {f"{layer}.q_proj.bias": torch.ones(96), norm: torch.ones(96)}
+    buffers = {f"{layer}.rotary_emb.inv_freq": torch.ones(8)}  # which old checkpoints have
+    save_file(tensors | own | buffers, source / FILE, {"format": "pt"})
+    assert quantize(source, data, tmp_path / "out", *flags) == 0
+    assert "2 tensors are none of a llama with this config.json, and are left out" in caplog.text
+    assert all(name in caplog.text for name in own)
+    loaded = load_model(tmp_path / "out", verify=True)
+    assert relative(logits(loaded), logits(original(llama))) < 0.4
+    assert not (own | buffers).keys() & set(open_checkpoint(tmp_path / "out"))
+
+
 def test_unquantized_tensors_are_copied(sources, data, tmp_path):
     source = sources["qwen2"]
     assert quantize(source, data, tmp_path / "out", "--skip_gq") == 0
