@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,11 @@ def family_of(config) -> Family:
         ) from None
 
 
-def read_config(folder: Path):
-    """The transformers config of a folder. Raises CheckpointError if it cannot be read."""
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, or of a config's file.
+
+    Raises CheckpointError if it cannot be read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -130,11 +134,12 @@ def resolve_source(checkpoint: str) -> Path:
 def config_folder(config: str) -> Path:
     """A folder that holds `config` (a transformers config file) as config.json, and no weights.
 
-    Raises ConfigError if there is no such file.
+    Raises ConfigError if there is no such file, CheckpointError if transformers cannot read it.
     """
     path = Path(config).expanduser()
     if not path.is_file():
         raise ConfigError(f"from_config={config!r}: no such file; give a model's config.json")
+    read_config(path)  # an error names this file, not the copy of it
     content = path.read_bytes()
     folder = cache_dir() / "configs" / hashlib.sha256(content).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

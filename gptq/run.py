@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -471,7 +472,7 @@ def _peak_device(device: torch.device) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for reports."""
+    """Versions and hardware, for reports; the commit, where this is a checkout."""
     import transformers
 
     facts = {
@@ -486,7 +487,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
+    if commit := _commit():
+        facts["commit"] = commit
     return facts
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

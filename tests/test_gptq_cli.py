@@ -310,6 +310,14 @@ def test_report_has_a_row_per_linear(llama, packed):
         assert row["relative_weight_error"] == pytest.approx(weight_error[row["name"]], rel=1e-3)
 
 
+def test_report_names_the_commit_of_a_checkout(packed):
+    found = strict_json(packed / "quantization_report.json")["environment"].get("commit")
+    asked = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    assert found == (asked.stdout.strip() or None if (ROOT / ".git").exists() else None)
+
+
 def test_report_of_nearest_holds_numbers_only(llama, data, tmp_path):
     assert quantize(llama, data, tmp_path / "out", "--nearest") == 0
     report = strict_json(tmp_path / "out" / "quantization_report.json")

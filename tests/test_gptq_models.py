@@ -424,6 +424,9 @@ def test_random_weights_follow_from_seed_and_name(config_file, monkeypatch, tmp_
 def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(ConfigError, match="from_config=.*none.json.*no such file"):
         config_folder(str(tmp_path / "none.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"broken\.json: transformers cannot read"):
+        config_folder(str(tmp_path / "broken.json"))
 
 
 def test_a_shape_is_quantized_from_the_command_line(config_file, tmp_path, monkeypatch, capsys):
