@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser; every default is None, so that recipes stand below flags."""
     top = argparse.ArgumentParser(
         prog="llama2.py",
-        description="Compress a Llama-family checkpoint with GPTQ into 4 or 8 bits per weight.",
+        description="Compress a Llama-family checkpoint with GPTQ into 4 or 8 bits per weight. "
+        "Options may be spelled with - or _.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -192,9 +193,25 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Flags by name, None where not given. Options may be spelled with either - or _ throughout."""
+    top = parser()
+    options = {
+        option.replace("-", "_"): option
+        for action in top._actions
+        for option in action.option_strings
+    }
+
+    def spelled(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        return options.get(name.replace("-", "_"), name) + equals + value
+
+    return vars(top.parse_args([spelled(a) if a.startswith("--") else a for a in argv]))
+
+
 def main(argv: Sequence[str] | None = None, evaluate: Evaluate | None = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 with one line about what was wrong."""
-    flags = vars(parser().parse_args(argv))
+    flags = parse(sys.argv[1:] if argv is None else argv)
     verbose = flags.pop("verbose")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
