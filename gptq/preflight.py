@@ -354,7 +354,9 @@ def rehearse(
 
 
 def _size(count: float) -> str:
-    return f"{count / _MIB / 1024:.2f} GiB" if count >= 1 << 30 else f"{count / _MIB:.0f} MiB"
+    if count >= 1 << 30:
+        return f"{count / _MIB / 1024:.2f} GiB"
+    return f"{count / _MIB:.0f} MiB" if count >= 10 * _MIB else f"{count / 1024:,.0f} KiB"
 
 
 def _duration(seconds: float) -> str:
