@@ -342,6 +342,7 @@ def _summarize(report: dict[str, Any], out: Path | None) -> None:
         print(f"  {row['relative_error']:.4f}  {row['name']}")
     raised = [row["name"] for row in report["layers"] if row["damping_retries"]]
     if raised:
-        print(f"damping was raised for {len(raised)} linears: {', '.join(raised[:4])}")
+        more = ", ..." if len(raised) > 4 else ""
+        print(f"damping was raised for {len(raised)} linears: {', '.join(raised[:4])}{more}")
     if out is not None:
         print(f"packed checkpoint: {out}")

@@ -125,9 +125,10 @@ def resolve_source(checkpoint: str) -> Path:
             snapshot_download(checkpoint, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
         )
     except Exception as error:  # the hub client raises many types; all mean "not to be had"
+        reason = " ".join(str(error).split())
         raise CheckpointError(
             f"checkpoint={checkpoint!r} is no local folder, and the hub did not provide it "
-            f"({type(error).__name__}: {error}); without network access give a local folder"
+            f"({type(error).__name__}: {reason}); without network access give a local folder"
         ) from error
 
 

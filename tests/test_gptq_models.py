@@ -274,8 +274,9 @@ def test_folders_and_files_that_are_no_checkpoint(tmp_path):
 
 
 def test_a_hub_name_without_network_says_what_to_do():
-    with pytest.raises(CheckpointError, match="nobody/nothing.*local folder"):
+    with pytest.raises(CheckpointError, match="nobody/nothing.*local folder") as caught:
         resolve_source("nobody/nothing")
+    assert "\n" not in str(caught.value)
 
 
 def test_all_files_of_a_model_come_from_the_hub_and_no_weight_twice(tmp_path, monkeypatch):
