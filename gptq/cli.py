@@ -213,8 +213,9 @@ def main(argv: Sequence[str] | None = None, evaluate: Evaluate | None = None) ->
     """Run the command line. Returns the exit code: 0, or 2 with one line about what was wrong."""
     flags = parse(sys.argv[1:] if argv is None else argv)
     verbose = flags.pop("verbose")
+    level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
+        level=level if speaks() else logging.ERROR,  # the others would say the same
         format=("%(asctime)s " if verbose else "") + "%(levelname)s %(name)s: %(message)s",
     )
     recipe, config = flags.pop("config"), None

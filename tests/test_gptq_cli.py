@@ -593,6 +593,19 @@ def test_of_several_processes_one_evaluates(llama, monkeypatch):
     assert len(seen) == 1
 
 
+def test_of_several_processes_one_warns(llama, data, tmp_path):
+    few = ["--nsamples", "1", "--percdamp", "0", "--shrinkage", "0", "--eval", "none"]
+    for rank in ("0", "1"):
+        flags = arguments(llama, data, "--save", rank, *few)
+        done = subprocess.run(
+            [sys.executable, ROOT / "gptq" / "llama2.py", *flags],
+            cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "RANK": rank},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("WARNING gptq.hessian: model.layers.0.self_attn" in done.stderr) == (rank == "0")
+
+
 def test_verbose_logs_every_step_with_its_time(llama, data, tmp_path):
     flags = arguments(llama, data, "--save", "out", "--eval", "none", "--refine", "1", "--verbose")
     done = subprocess.run(
