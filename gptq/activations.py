@@ -19,6 +19,8 @@ from torch import Tensor
 
 from marlin_kernel.errors import ConfigError
 
+from .lock import unfinished_folder
+
 # Copies to the host that may be under way, and fetched tensors not yet used: the host runs ahead of
 # the device, and each of them takes device memory.
 _IN_FLIGHT = 2
@@ -200,7 +202,7 @@ def remove_left_over(where: str | None, out: Path) -> None:
 def disk_folder(where: str, out: Path) -> Path:
     """Folder of the files: inside that of the unfinished run ("disk"), or in a folder `where`."""
     if where == "disk":
-        return out.with_name(f".{out.name}.unfinished") / "activations"
+        return unfinished_folder(out) / "activations"
     key = hashlib.sha256(str(out).encode()).hexdigest()[:8]
     return Path(where).expanduser().absolute() / f"marlin-activations-{out.name}-{key}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -12,12 +11,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from marlin_kernel.errors import ConfigError, DataError, MarlinError
 from marlin_kernel.formats import FORMATS
 from marlin_kernel.weight_types import WEIGHT_TYPES
 
 from .config import DTYPES, WBITS, QuantizeConfig, load_recipe, resolve
-from .distributed import launched_by_torchrun, leave
+from .distributed import launched_by_torchrun, leave, speaks
+from .lock import unfinished_folder
 from .run import run
 from .sparsity import SPARSITIES
 from .texts import documents
@@ -38,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser; every default is None, so that recipes stand below flags."""
     top = argparse.ArgumentParser(
         prog="llama2.py",
-        description="Compress a Llama-family checkpoint with GPTQ into 4 or 8 bits per weight.",
+        description="Compress a Llama-family checkpoint with GPTQ into 4 or 8 bits per weight. "
+        "Options may be spelled with - or _.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
     def switch(group, name: str, text: str) -> None:
         default = _DEFAULT[name.lstrip("-").replace("-", "_")]
-        state = "on" if default else "off"
+        state = {True: "on", False: "off", None: "stop if there is one"}[default]
         group.add_argument(
             name,
             help=f"{text} (default: {state})",
@@ -93,7 +96,12 @@ def parser() -> argparse.ArgumentParser:
         "2:4: two weights of every four inputs become zero; with --nearest the smallest",
         choices=SPARSITIES,
     )
-    flag(what, "--save", "folder for the packed checkpoint", metavar="OUT")
+    flag(
+        what,
+        "--save",
+        "folder for the packed checkpoint; without it that is evaluated and gone",
+        metavar="OUT",
+    )
     flag(what, "--format", "layout of the packed tensors", choices=FORMATS)
     switch(what, "--overwrite", "replace a checkpoint that is already at OUT")
     switch(what, "--skip_gq", "keep k and v projections of grouped-query models unquantized")
@@ -140,7 +148,12 @@ def parser() -> argparse.ArgumentParser:
     run_group = top.add_argument_group("run")
     run_group.add_argument("--config", help="YAML recipe (configs/quantize/); flags override it")
     flag(run_group, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    flag(run_group, "--dtype", "of activations (default: float32 on CPU)", choices=DTYPES)
+    flag(
+        run_group,
+        "--dtype",
+        "of activations (default: float32 on a CPU, on a GPU the checkpoint's half precision)",
+        choices=DTYPES,
+    )
     run_group.add_argument(
         "--offload_activations",
         nargs="?",
@@ -174,41 +187,76 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="compare with the original model and write an HTML report (default DIR: OUT/report)",
     )
-    run_group.add_argument("--verbose", action="store_true", help="log every step")
+    run_group.add_argument(
+        "--verbose", action="store_true", help="log every step, and the losses of every layer"
+    )
     return top
+
+
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Flags by name, None where not given. Options may be spelled with either - or _ throughout."""
+    top = parser()
+    options = {
+        option.replace("-", "_"): option
+        for action in top._actions
+        for option in action.option_strings
+    }
+
+    def spelled(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        return options.get(name.replace("-", "_"), name) + equals + value
+
+    return vars(top.parse_args([spelled(a) if a.startswith("--") else a for a in argv]))
 
 
 def main(argv: Sequence[str] | None = None, evaluate: Evaluate | None = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 with one line about what was wrong."""
-    flags = vars(parser().parse_args(argv))
+    flags = parse(sys.argv[1:] if argv is None else argv)
+    verbose = flags.pop("verbose")
+    level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(
-        level=logging.INFO if flags.pop("verbose") else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
+        level=level if speaks() else logging.ERROR,  # the others would say the same
+        format=("%(asctime)s " if verbose else "") + "%(levelname)s %(name)s: %(message)s",
     )
-    recipe = flags.pop("config")
+    recipe, config = flags.pop("config"), None
     try:
         config = resolve(load_recipe(recipe) if recipe else {}, flags)
         _execute(config, evaluate)
     except MarlinError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])
+        print(
+            f"error: {reason}; lower --nsamples or --seqlen, or keep activations elsewhere "
+            f"(--offload_activations){_kept(config)}",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; finished layers are kept, continue with --resume", file=sys.stderr)
+        print(f"interrupted{_kept(config)}", file=sys.stderr)
         return 130
     finally:
         leave()
     return 0
 
 
+def _kept(config: QuantizeConfig | None) -> str:
+    """How a run that has ended early can go on, if it can."""
+    if config is None or not config.save:
+        return ""
+    folder = unfinished_folder(Path(config.save).expanduser().absolute())
+    return "; finished layers are kept, continue with --resume" if folder.is_dir() else ""
+
+
 def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
-    if not config.checkpoint and not config.from_config:
-        raise ConfigError("no model; give a checkpoint, or --from_config CONFIG.json")
+    _check_purpose(config)
     if config.from_config:
         evaluate = None  # random weights
     if evaluate is not None:
         _check_evaluation_text(config)
     if config.wbits == 16 and not config.sparsity:
-        if evaluate is not None:
+        if evaluate is not None and speaks():
             evaluate(config, None, None)
         return
     if config.save:
@@ -230,6 +278,30 @@ def _execute(config: QuantizeConfig, evaluate: Evaluate | None) -> None:
             evaluate(config, out, report)
 
 
+def _check_purpose(config: QuantizeConfig) -> None:
+    """Raise ConfigError if there is no model, or if nothing would be left of the work."""
+    if not config.checkpoint and not config.from_config:
+        raise ConfigError("no model; give a checkpoint, or --from_config CONFIG.json")
+    evaluates = bool(config.eval) and not config.from_config
+    if config.save is None and not evaluates and not config.from_config:
+        way_out = "add --wbits 4 and --save OUT" if config.wbits == 16 else "add --save OUT"
+        raise ConfigError(
+            f"eval is none and save is not given: nothing to do; {way_out}, or --eval"
+        )
+    if config.report is None:
+        return
+    if not evaluates:
+        raise ConfigError(
+            f"report={config.report!r} compares perplexities, and none are measured "
+            f"({'random weights' if config.from_config else 'eval is none'}); leave it out"
+            + ("" if config.from_config else ", or name texts with --eval")
+        )
+    folder = Path(config.report).absolute()
+    found = next(place for place in (folder, *folder.parents) if place.exists())
+    if config.report and not found.is_dir():
+        raise ConfigError(f"report={config.report!r}: {found} is a file; choose another folder")
+
+
 def _check_evaluation_text(config: QuantizeConfig) -> None:
     """Find the held-out text before hours of work, not after. Raises DataError with the way out."""
     for source in config.eval:
@@ -237,6 +309,19 @@ def _check_evaluation_text(config: QuantizeConfig) -> None:
             documents(source, "heldout", data_dir=config.data_dir)
         except DataError as error:
             raise DataError(f"{error}; or choose other texts with --eval, or --eval none") from None
+
+
+def _rank(rank: dict[str, Any]) -> str:
+    """What one of several processes did."""
+    seconds = rank["seconds"]
+    waits = sum(spent for kind, spent in seconds.items() if kind.startswith("collective."))
+    memory = rank["peak_device_bytes"] or rank["peak_host_bytes"]
+    return (
+        f"process {rank['rank']} on {rank['device']}: {rank['tokens']:,} tokens, forward "
+        f"{seconds['forward']:.1f} s, Hessians {seconds['hessian']:.1f} s, solver "
+        f"{seconds['solve']:.1f} s (exchange {waits:.1f} s of these), peak memory "
+        f"{memory / 2**30:.2f} GiB"
+    )
 
 
 def _summarize(report: dict[str, Any], out: Path | None) -> None:
@@ -251,12 +336,14 @@ def _summarize(report: dict[str, Any], out: Path | None) -> None:
         f"{totals['peak_host_bytes'] / 2**30:.2f} GiB"
     )
     if totals["processes"] > 1:
-        print(json.dumps({"ranks": totals["ranks"]}))
+        for rank in totals["ranks"]:
+            print(f"  {_rank(rank)}")
     print(f"mean relative error of a linear {mean:.4f}; largest:")
     for row in worst:
         print(f"  {row['relative_error']:.4f}  {row['name']}")
     raised = [row["name"] for row in report["layers"] if row["damping_retries"]]
     if raised:
-        print(f"damping was raised for {len(raised)} linears: {', '.join(raised[:4])}")
+        more = ", ..." if len(raised) > 4 else ""
+        print(f"damping was raised for {len(raised)} linears: {', '.join(raised[:4])}{more}")
     if out is not None:
         print(f"packed checkpoint: {out}")

@@ -91,6 +91,8 @@ class QuantizeConfig:
             raise ConfigError(
                 f"groupsize={self.groupsize} is not one of {', '.join(map(str, sizes))}{of}"
             )
+        if self.save == "":
+            raise ConfigError("save='' names no folder; give one, or leave it out")
         if self.sparsity is not None:
             _choice("sparsity", self.sparsity, SPARSITIES)
         if self.dtype is not None:

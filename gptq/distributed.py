@@ -121,6 +121,11 @@ def launched_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def speaks() -> bool:
+    """Whether this process is the one that reads and prints for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def local_device(name: str | None) -> str | None:
     """Device of this process: `--device cuda` means the GPU with the process's local rank.
 

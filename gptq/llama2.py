@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str, Any] | None):
     """Perplexity of the packed model (of the original with wbits=16); with --report, of both."""
-    from transformers import AutoConfig
-
     from eval.compare import compare, print_table
     from eval.loading import quantized_name
-    from gptq.models import resolve_source
+    from gptq.models import read_config, resolve_source
     from gptq.run import choose_device, choose_dtype, choose_seqlen
+    from marlin_kernel import open_checkpoint
 
     if not config.eval:
         return
     device = choose_device(config)
     folder = resolve_source(config.checkpoint)
+    open_checkpoint(folder)  # names a missing or damaged file, which transformers does not
     models = {}
     if packed is None or config.report is not None:
         models["original"] = folder
@@ -34,7 +34,7 @@ def evaluate(config: QuantizeConfig, packed: Path | None, quantization: dict[str
     rows = compare(
         models,
         config.eval,
-        seqlen=choose_seqlen(config, AutoConfig.from_pretrained(folder)),
+        seqlen=choose_seqlen(config, read_config(folder)),
         device=device,
         dtype=choose_dtype(config, folder, device),
         data_dir=config.data_dir,

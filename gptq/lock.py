@@ -1,4 +1,4 @@
-"""One run at a time for a folder OUT."""
+"""What lies beside a folder OUT while a run writes it: its lock, and its finished layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from marlin_kernel.errors import ConfigError
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Where a run keeps its finished layers until OUT is complete."""
+    return out.with_name(f".{out.name}.unfinished")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class Family:
 
 
 _LLAMA = Family()
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+_HUB_COPIES = ["consolidated*", "original/*"]  # the same weights again, as their authors keep them
 FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
 
 
@@ -68,6 +71,22 @@ def family_of(config) -> Family:
             f"model_type={config.model_type!r} is not a supported decoder; "
             f"choose a checkpoint of one of: {', '.join(sorted(FAMILIES))}"
         ) from None
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, or of a config's file.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # no JSON, an unknown model_type, a value of the wrong type
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: transformers cannot read its config.json: {reason}"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -103,25 +122,25 @@ def resolve_source(checkpoint: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                checkpoint, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]
-            )
+            snapshot_download(checkpoint, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)
         )
     except Exception as error:  # the hub client raises many types; all mean "not to be had"
+        reason = " ".join(str(error).split())
         raise CheckpointError(
             f"checkpoint={checkpoint!r} is no local folder, and the hub did not provide it "
-            f"({type(error).__name__}: {error}); without network access give a local folder"
+            f"({type(error).__name__}: {reason}); without network access give a local folder"
         ) from error
 
 
 def config_folder(config: str) -> Path:
     """A folder that holds `config` (a transformers config file) as config.json, and no weights.
 
-    Raises ConfigError if there is no such file.
+    Raises ConfigError if there is no such file, CheckpointError if transformers cannot read it.
     """
     path = Path(config).expanduser()
     if not path.is_file():
         raise ConfigError(f"from_config={config!r}: no such file; give a model's config.json")
+    read_config(path)  # an error names this file, not the copy of it
     content = path.read_bytes()
     folder = cache_dir() / "configs" / hashlib.sha256(content).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,21 +205,30 @@ def _convert_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("converting %s once into %s", path.name, target)
-    folder, name = str(path.parent), path.name
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    file = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**file)
+        loaded = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
+    except Exception as error:  # of every type, from the reader of the format and from transformers
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"checkpoint={str(path)!r}: transformers cannot read this GGUF file ({reason}); copy "
+            "it again, or give the Hugging Face folder that it was made from"
+        ) from error
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # transformers refuses to save what it read from GGUF: a fresh model takes the weights
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict(), assign=True)
     if loaded.generation_config is not None:
         fresh.generation_config = loaded.generation_config
     del loaded
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     fresh.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     try:
         os.replace(partial, target)
     except OSError:  # another process was faster
@@ -225,16 +253,10 @@ class StreamedModel:
         *,
         random_seed: int | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.folder, self.dtype, self.device = folder, dtype, device
-        try:
-            self.config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:  # no JSON, or a model_type transformers lacks
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{folder}: transformers cannot read its config.json: {reason}"
-            ) from error
+        self.config = read_config(folder)
         if getattr(self.config, "quantization_config", None):
             raise CheckpointError(
                 f"checkpoint={str(folder)!r} is already quantized; give the full-precision model"
@@ -250,6 +272,8 @@ class StreamedModel:
         self._layers = list(getattr(self.base, self.family.layers))
         self.num_layers = len(self._layers)
         self._check_tensors()
+        if random_seed is None:
+            self._drop_unknown()
         first = self.tensors[f"{self.layer_name(0)}.{self.family.linears[0]}.weight"]
         self.storage = torch.bfloat16 if first.dtype == torch.bfloat16 else torch.float16
         # rotary frequencies are computed, not stored: build that module where it will be used
@@ -283,6 +307,22 @@ class StreamedModel:
                     f"{self.folder}: tensor {name!r} has shape {shape}, the config says "
                     f"{list(expected.shape)}; weights and config.json do not belong together"
                 )
+
+    def _drop_unknown(self) -> None:
+        """Forget tensors that the model does not have: readers of a packed folder would stumble."""
+        known = self.skeleton.state_dict().keys()
+        unknown = [name for name in self.tensors if name not in known]
+        for name in unknown:
+            del self.tensors.files[name]
+        told = [name for name in unknown if not name.endswith("rotary_emb.inv_freq")]
+        if told:
+            log.warning(
+                "%s: %d tensors are none of a %s with this config.json, and are left out: %s",
+                self.folder,
+                len(told),
+                self.config.model_type,
+                ", ".join(told[:3]) + (", ..." if len(told) > 3 else ""),
+            )
 
     def quantizable(self) -> list[str]:
         """Names of all linears of all decoder layers."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -30,6 +33,7 @@ from .storage import quantized_linear, stored_tensors
 
 _SOLVER_MATRICES = 6  # H, its damped copy, R, U, and two temporaries of the factorization, float32
 _MIB = 1 << 20
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,15 @@ class Plan:
         wtype = "16 bits" if config.wtype is None else config.wtype.name
         wtype += f", {config.sparsity} sparse" if config.sparsity else ""
         group = "one per column" if config.groupsize == -1 else str(config.groupsize)
-        method = "round to nearest" if config.nearest else _method(config)
         device = model.device.type
-        source = "random ids" if config.from_config else config.dataset
-        each = "" if self.processes == 1 else f" in each of {self.processes} processes"
+        verb = "pruned" if config.wtype is None else "quantized"
         rows = [
-            ("quantized", f"{self.linears} linears, {self.parameters / 1e6:,.1f} M weights"),
+            (verb, f"{self.linears} linears, {self.parameters / 1e6:,.1f} M weights"),
             ("type", wtype)
             if config.wtype is None
             else ("type", f"{wtype}, group size {group}, format {config.stored_format}"),
-            ("method", method),
-            ("calibration", f"{self.samples} samples, {self.tokens:,} tokens of {source}{each}"),
+            ("method", _method(config)),
+            ("calibration", self._calibration(config)),
             ("compute", f"{device}, {str(model.dtype).removeprefix('torch.')}"),
             ("peak host memory", f"about {_size(self.peak_host_bytes)}"),
             ("packed size", _size(self.packed_bytes)),
@@ -76,6 +78,15 @@ class Plan:
         if device == "cuda":
             rows.insert(5, ("peak GPU memory", f"about {_size(self.peak_device_bytes)}"))
         return rows
+
+    def _calibration(self, config: QuantizeConfig) -> str:
+        if config.nearest:
+            return "none"
+        source = "random ids" if config.from_config else config.dataset
+        each = "" if self.processes == 1 else f" in each of {self.processes} processes"
+        few = self.samples < config.nsamples // self.processes
+        note = f" (it has no more; nsamples is {config.nsamples})" if few else ""
+        return f"{self.samples} samples, {self.tokens:,} tokens of {source}{each}{note}"
 
     def _disk(self, config: QuantizeConfig) -> str:
         """Room for the checkpoint, and for activations that are kept on disk."""
@@ -87,12 +98,14 @@ class Plan:
 
 
 def _method(config: QuantizeConfig) -> str:
-    parts = ["GPTQ"]
+    if config.nearest:
+        return "magnitude pruning" if config.wtype is None else "round to nearest"
+    parts = ["GPTQ" if config.wtype is not None else "SparseGPT"]
     parts += ["asymmetric calibration"] if config.asymmetric else []
     parts += ["true-sequential"] if config.true_sequential else []
     if config.act_order:
         parts.append("act-order" + (" with static groups" if config.static_groups else ""))
-    parts += [] if config.no_clip else ["Hessian clipping"]
+    parts += [] if config.no_clip or config.wtype is None else ["Hessian clipping"]
     parts += ["scale refit"] if config.refit and refits(config.wtype) else []
     parts += [f"{config.refine} steps per layer"] if config.refine else []
     parts += [f"{config.refine_norms} steps end to end"] if config.refine_norms else []
@@ -149,7 +162,8 @@ def plan(
         tokens=tokens,
         packed_bytes=packed + max(unquantized, 0),
         peak_device_bytes=memory if gpu else 0,
-        peak_host_bytes=(2 * layer_parameters * 4 + offloaded - on_disk if gpu else memory)
+        peak_host_bytes=_resident()
+        + (2 * layer_parameters * 4 + offloaded - on_disk if gpu else memory)
         + 2 * shard,
         disk_bytes=codes + packed + max(unquantized, 0),
         activation_bytes=on_disk * processes,
@@ -225,7 +239,7 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def check_room(plan: Plan, config: QuantizeConfig, model: StreamedModel, folder: Path) -> None:
-    """Raise ConfigError if disk or GPU memory cannot hold the run."""
+    """Raise ConfigError if disk or GPU memory cannot hold the run; warn if host memory may not."""
     _check_disk("save", folder, plan.disk_bytes)
     if plan.activation_bytes:
         place = disk_folder(config.offload_activations, folder)
@@ -238,7 +252,36 @@ def check_room(plan: Plan, config: QuantizeConfig, model: StreamedModel, folder:
             raise ConfigError(
                 f"{model.device} has {_size(available)} free, the run needs about "
                 f"{_size(plan.peak_device_bytes)}; lower --nsamples or --seqlen"
+                + ("" if config.offload_activations else ", or add --offload_activations")
             )
+    needed, available = plan.peak_host_bytes - _resident(), _available()
+    if available is not None and available < needed:
+        log.warning(
+            "this machine has %s of memory free, the run needs about %s more; if it does not fit, "
+            "lower --nsamples or --seqlen%s",
+            _size(available),
+            _size(needed),
+            "" if config.offload_activations == "disk" else ", or use --offload_activations disk",
+        )
+
+
+def _resident() -> int:
+    """Memory that this process holds now, bytes; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _available() -> int | None:
+    """Host memory that programs may still take, bytes; None where the system does not say."""
+    try:
+        facts = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", facts, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _check_disk(setting: str, folder: Path, needed: int) -> None:
@@ -269,6 +312,10 @@ def rehearse(
     if config.sparsity:
         for linear, (inputs, _) in linears.items():
             check_inputs(inputs, linear)
+    quantized = {f"{linear}.weight" for linear in linears}
+    for other in model.tensors:
+        if other not in quantized:
+            model.stored(other)  # raises if the checkpoint's dtype cannot hold it
     if wtype is None:
         return
     for inputs, outputs in set(linears.values()):
@@ -281,10 +328,6 @@ def rehearse(
         group = normalize_group_size(config.groupsize, inputs)
         spec = LayerSpec(inputs, outputs, wtype, group, config.moves_groups and group < inputs)
         formats.check_exportable(config.stored_format, spec)
-    quantized = {f"{linear}.weight" for linear in linears}
-    for other in model.tensors:
-        if other not in quantized:
-            model.stored(other)  # raises if the checkpoint's dtype cannot hold it
     weight = model.tensor(f"{name}.weight")
     identity = torch.eye(k, device=model.device)
     nearest = SolverOptions(wtype, config.groupsize, grid=options.grid, nearest=True)
@@ -311,7 +354,9 @@ def rehearse(
 
 
 def _size(count: float) -> str:
-    return f"{count / _MIB / 1024:.2f} GiB" if count >= 1 << 30 else f"{count / _MIB:.0f} MiB"
+    if count >= 1 << 30:
+        return f"{count / _MIB / 1024:.2f} GiB"
+    return f"{count / _MIB:.0f} MiB" if count >= 10 * _MIB else f"{count / 1024:,.0f} KiB"
 
 
 def _duration(seconds: float) -> str:

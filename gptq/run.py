@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import marlin_kernel
 from marlin_kernel.checkpoint import check_target, source_hash
+from marlin_kernel.checkpoint_files import read_json
 from marlin_kernel.errors import CheckpointError, ConfigError
 
 from . import preflight
@@ -28,7 +31,7 @@ from .activations import remove_left_over, store_of
 from .calibration import sample_documents, sample_windows
 from .config import QuantizeConfig
 from .distributed import join, local_device
-from .lock import lock
+from .lock import lock, unfinished_folder
 from .models import StreamedModel, config_folder, resolve_source
 from .refine import StoredLinear, refine_model
 from .sequential import STEP_TOKENS, LinearResult, Walker
@@ -55,6 +58,8 @@ def choose_device(config: QuantizeConfig) -> torch.device:
         raise ConfigError(
             f"device={config.device!r} is no device of torch; use cpu, cuda, or cuda:1"
         ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={config.device!r} is not supported; use cpu, cuda, or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ConfigError(
             f"device={config.device!r}: torch sees {torch.cuda.device_count()} GPUs, counted from 0"
@@ -83,7 +88,7 @@ def choose_dtype(config: QuantizeConfig, folder: Path, device: torch.device) -> 
         return getattr(torch, config.dtype)
     if device.type == "cpu":
         return torch.float32
-    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    description = read_json(folder / "config.json")
     stored = description.get("dtype") or description.get("torch_dtype")
     return torch.bfloat16 if stored == "bfloat16" else torch.float16
 
@@ -165,13 +170,16 @@ def _run(
     if first:
         say(_table(planned.rows(config, model)))
         preflight.check_room(planned, config, model, out)
+        log.info("the largest linear passes the whole path once")
         preflight.rehearse(model, config, linears)
 
+    log.info("hashing the source")
     origin = {"path": config.from_config or config.checkpoint, "sha256": source_hash(folder)}
     key = fingerprint(config, origin["sha256"], samples, str(dtype))
-    finished, unfinished = None, out.with_name(f".{out.name}.unfinished")
+    finished, unfinished = None, unfinished_folder(out)
     if first:
-        finished = FinishedLayers(unfinished, key, config.resume)
+        settings = config.fingerprint() | {"dtype": str(dtype).removeprefix("torch.")}
+        finished = FinishedLayers(unfinished, key, config.resume, settings)
         remove_left_over(config.offload_activations, out)
     finished = FinishedLayers.shared(finished, unfinished, workers)  # folders are as they must be
     store = held.enter_context(store_of(config.offload_activations, device, out, workers.rank))
@@ -195,6 +203,7 @@ def _run(
 
     changed, refinement = {}, None
     if config.refine_norms:
+        log.info("learning scales and norm weights end to end, %d steps", config.refine_norms)
         changed, refinement = _refine_end_to_end(model, walker, finished, config, probe)
     with torch.no_grad():
         logits = model.head(changed.get(model.final_norm_name))(walker.probe)[0].cpu()
@@ -224,16 +233,23 @@ def _run(
         "layers": rows,
         "refinement": refinement,
     }
-    write_checkpoint(
-        out,
-        config,
-        model,
-        finished,
-        probe=(probe, logits),
-        source=origin,
-        report=report,
-        changed=changed,
-    )
+    log.info("writing the checkpoint")
+    try:
+        write_checkpoint(
+            out,
+            config,
+            model,
+            finished,
+            probe=(probe, logits),
+            source=origin,
+            report=report,
+            changed=changed,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"save={str(out)!r}: the checkpoint cannot be written ({error}); all layers are "
+            "finished and kept: make room there, and continue with --resume"
+        ) from error
     finished.remove()
     workers.agree(None)
     return report
@@ -254,6 +270,7 @@ def _walk(
     with (
         tqdm(total=total, unit="stage", desc="quantize", disable=not first) as bar,
         BackgroundWriter(finished, model.device) if finished else nullcontext() as writer,
+        logging_redirect_tqdm(),
     ):
         for index in range(model.num_layers):
             if index < done:
@@ -264,6 +281,7 @@ def _walk(
                 prefix = model.layer_name(index)
                 wtype = walker.options.wtype
                 walker.advance(index, layer_weights(layers, wtype, prefix, model.device))
+                log.info("layer %d of %d was finished before", index, model.num_layers)
                 rows += added
                 bar.update(stages)
                 continue
@@ -281,12 +299,25 @@ def _walk(
             if not first:
                 continue
             rows += added
+            _log_layer(model.layer_name(index), added)
             worst = max(row["relative_error"] for row in added)
             note = f"layer {index}: error up to {worst:.3f}"
             if walker.tokens:
                 note += f", {walker.tokens / (time.perf_counter() - began):,.0f} tokens/s"
             bar.set_postfix_str(note, refresh=False)
     return rows
+
+
+def _log_layer(prefix: str, rows: Sequence[dict[str, Any]]) -> None:
+    parts = [
+        f"{row['name'].removeprefix(prefix + '.')} {row['relative_error']:.4f} ({row['loss']:.3g})"
+        for row in rows
+    ]
+    parts.append(f"damping up to {max(row['damping'] for row in rows):.3g}")
+    if refined := rows[0]["refinement"]:
+        learned = f"{refined['before']:.4g} -> {refined['after']:.4g}"
+        parts.append(f"held-out loss by learning {learned}")
+    log.info("%s: relative error (loss): %s", prefix, ", ".join(parts))
 
 
 def _refine_end_to_end(
@@ -442,7 +473,7 @@ def _peak_device(device: torch.device) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for reports."""
+    """Versions and hardware, for reports; the commit, where this is a checkout."""
     import transformers
 
     facts = {
@@ -457,7 +488,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
+    if commit := _commit():
+        facts["commit"] = commit
     return facts
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

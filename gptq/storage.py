@@ -60,29 +60,47 @@ class FinishedLayers:
     finished when all parts of it are there.
     """
 
-    def __init__(self, folder: Path, key: str, resume: bool | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        resume: bool | None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         """key: fingerprint of the run. resume: True continues, False discards, None refuses to
-        choose. Raises ConfigError if what lies there belongs to another run or needs a decision."""
+        choose. settings: JSON values by name, to say what differs. Raises ConfigError if what lies
+        there belongs to another run or needs a decision."""
         self._open(folder)
+        settings = dict(settings or {})
         stamp = folder / "run.json"
         if stamp.is_file():
-            found = json.loads(stamp.read_text(encoding="utf-8"))["fingerprint"]
+            found = json.loads(stamp.read_text(encoding="utf-8"))
             if resume is None and self.count():
                 raise ConfigError(
                     f"an unfinished run with {self.count()} finished layers lies in {folder}; "
                     "continue it with --resume, or discard it with --no-resume"
                 )
-            if resume and found != key:
+            if resume and found["fingerprint"] != key:
+                before = found.get("settings", {})
+                changed = [
+                    f"{name} {before[name]!r} there, {settings[name]!r} here"
+                    for name in sorted(before.keys() & settings.keys())
+                    if before[name] != settings[name]
+                ]
+                other = (
+                    f"other settings ({', '.join(changed)})"
+                    if changed
+                    else "another source or another calibration text"
+                )
                 raise ConfigError(
-                    f"--resume: the unfinished run in {folder} has other settings, another "
-                    "source or "
-                    "another calibration text; repeat its options, or discard it with --no-resume"
+                    f"--resume: the unfinished run in {folder} has {other}; repeat its options, or "
+                    "discard it with --no-resume"
                 )
             if not resume:
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not stamp.is_file():
-            _write(stamp, json.dumps({"fingerprint": key}).encode())
+            _write(stamp, json.dumps({"fingerprint": key, "settings": settings}).encode())
 
     def _open(self, folder: Path) -> None:
         self.folder = folder
@@ -136,8 +154,14 @@ class FinishedLayers:
             self._buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=pinned)
         file = self._file(index, self.part, self.parts)
         partial = file.with_suffix(".partial")
-        _write_tensors(partial, tensors, {"rows": json.dumps(list(rows))}, self._buffer)
-        os.replace(partial, file)
+        try:
+            _write_tensors(partial, tensors, {"rows": json.dumps(list(rows))}, self._buffer)
+            os.replace(partial, file)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} does not take finished layer {index} ({error}); earlier ones are "
+                "kept: make room there, and continue with --resume"
+            ) from error
 
     def load(self, index: int) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
         """(tensors of each linear by name, report rows) of layer `index`.
@@ -381,9 +405,8 @@ def write_checkpoint(
         for name in model.tensors:
             if name in pruned_names or name.startswith(prefixes):
                 continue
-            if not name.endswith("rotary_emb.inv_freq"):
-                new = changed.get(name)
-                writer.add(name, model.stored(name) if new is None else new.to(model.storage).cpu())
+            new = changed.get(name)
+            writer.add(name, model.stored(name) if new is None else new.to(model.storage).cpu())
         for name in TOKENIZER_FILES:
             if (model.folder / name).is_file():
                 writer.add_file(name, model.folder / name)

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -146,10 +147,15 @@ def documents(source: str, split: Split, *, data_dir: str | None = None) -> Docu
             f"text source {source!r} is neither one of {', '.join(NAMES)} nor an existing file or "
             f"folder; give a path to {', '.join(SUFFIXES)} or a folder of such files"
         )
+    if path.is_file() and not path.name.endswith(SUFFIXES):
+        raise DataError(
+            f"text source {source!r} ends in none of {', '.join(SUFFIXES)}, which say how to read "
+            "it; rename it"
+        )
     files = _files_in(path) if path.is_dir() else [path]
     if not files:
         raise DataError(f"folder {source!r} holds no file ending in {', '.join(SUFFIXES)}")
-    return _from_files(path.name, _Source(f"{path.name}, {_WINDOWS}"), split, files, str(path))
+    return _from_files(path.name, _Source(f"local text, {_WINDOWS}"), split, files, str(path))
 
 
 def _named(name: str, split: Split, data_dir: str | None) -> Documents:
@@ -211,7 +217,8 @@ def _divide(name: str, files: list[Path]) -> dict[str, list[str]]:
         raise DataError(
             f"{name}: {', '.join(map(str, files[:3]))} holds {total} document(s), too few to "
             "divide into a calibration and a held-out part (4 or more); a .txt without blank lines "
-            "holds one document per line; or provide two files named *train* and *test*"
+            "holds one document per line, JSON one object per line; or provide two files named "
+            "*train* and *test*"
         )
     # RandomState's stream is frozen by NumPy's compatibility policy: the split never moves.
     order = np.random.RandomState(PERMUTATION_SEED).permutation(total)
@@ -322,10 +329,8 @@ def _iterate(file: Path) -> Iterator[str]:
         for batch in _parquet(file).iter_batches(batch_size=1024, columns=[_column(file)]):
             yield from (text or "" for text in batch.column(0).to_pylist())
     else:
-        with _open_json(file) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _json_text(file, number, line)
+        for number, line in enumerate(_json_lines(file), 1):
+            yield _json_text(file, number, line)
 
 
 def _count(file: Path) -> int:
@@ -333,8 +338,7 @@ def _count(file: Path) -> int:
         return _parquet(file).metadata.num_rows
     if file.name.endswith((".txt", ".raw")):
         return sum(1 for _ in _iterate(file))
-    with _open_json(file) as stream:
-        return sum(1 for line in stream if line.strip())
+    return sum(1 for _ in _json_lines(file))
 
 
 def _pick(file: Path, wanted: np.ndarray) -> Iterator[tuple[int, str]]:
@@ -343,11 +347,9 @@ def _pick(file: Path, wanted: np.ndarray) -> Iterator[tuple[int, str]]:
         return
     if file.name.endswith((".jsonl", ".json", ".gz")):
         chosen = set(wanted.tolist())
-        with _open_json(file) as stream:
-            lines = (line for line in stream if line.strip())
-            for index, line in enumerate(lines):
-                if index in chosen:
-                    yield index, _json_text(file, index + 1, line)
+        for index, line in enumerate(_json_lines(file)):
+            if index in chosen:
+                yield index, _json_text(file, index + 1, line)
         return
     if file.name.endswith(".parquet"):
         parquet, start = _parquet(file), 0
@@ -363,10 +365,15 @@ def _pick(file: Path, wanted: np.ndarray) -> Iterator[tuple[int, str]]:
     yield from ((int(i), texts[int(i)]) for i in wanted)
 
 
-def _open_json(file: Path) -> io.TextIOBase:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8", newline="\n")
-    return file.open(encoding="utf-8", newline="\n")
+def _json_lines(file: Path) -> Iterator[str]:
+    """Lines that are not blank of a file that may be gzipped."""
+    opener = gzip.open if file.name.endswith(".gz") else open
+    try:
+        with opener(file, "rt", encoding="utf-8", newline="\n") as stream:
+            yield from (line for line in stream if line.strip())
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        kind = "gzipped " if opener is gzip.open else ""
+        raise DataError(f"{file} is no readable {kind}UTF-8 text: {error}") from error
 
 
 def _json_text(file: Path, line_number: int, line: str) -> str:

@@ -44,6 +44,7 @@ from .checkpoint_files import (
 from .errors import CheckpointError, ConfigError
 from .formats import LayerSpec, QuantizedLinear
 from .schemes import Scheme, quantization_config
+from .sparse_format import SPARSE_FORMAT
 
 __all__ = [
     "Checkpoint",
@@ -147,7 +148,8 @@ class CheckpointWriter:
         act_order = expected.act_order or layer.g_idx is not None
         if replace(layer.spec, act_order=act_order) != expected:
             raise ConfigError(f"layer {name} is {layer.spec}, which is not of the {self.scheme}")
-        if scheme.fmt != "marlin" and scheme.group_size > layer.spec.k:
+        foreign = scheme.fmt not in ("marlin", SPARSE_FORMAT)
+        if foreign and scheme.group_size > layer.spec.k:
             raise ConfigError(
                 f"group_size={scheme.group_size} is larger than the {layer.spec.k} inputs of "
                 f"{name}, which readers of {scheme.fmt} refuse; use --format marlin, or a smaller "

@@ -359,6 +359,11 @@ def check_exportable(fmt: str, spec: LayerSpec) -> None:
             f"format 'gptq' packs {factor} codes per word along both sides, which {spec.k} inputs "
             f"and {spec.n} outputs do not fill; use --format marlin"
         )
+    if fmt == "compressed-tensors" and spec.k % factor:
+        raise ConfigError(
+            f"format 'compressed-tensors' packs {factor} codes per word along the inputs, which "
+            f"{spec.k} inputs do not fill: readers take that for more; use --format marlin"
+        )
     if fmt == "compressed-tensors" and spec.act_order:
         raise ConfigError(
             "compressed-tensors readers no longer accept a group index (act-order with moving "

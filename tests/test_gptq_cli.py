@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,25 @@ def test_a_float32_source_passes_its_own_verification(sources, data, tmp_path):
     assert relative(probe_logits(loaded, token_ids), stored) < 1e-5
 
 
+@pytest.mark.parametrize("flags", [(), ("--format", "gptq")], ids=["marlin", "gptq"])
+def test_tensors_that_the_model_lacks_are_left_out(flags, llama, data, tmp_path, caplog):
+    """Neither does transformers use them, nor could the packed folder be loaded with them."""
+    from safetensors.torch import save_file
+
+    source = copied(llama, tmp_path / "source")
+    tensors = load_file(source / FILE)
+    layer, norm = "model.layers.0.self_attn", "model.layers.2.input_layernorm.weight"
+    own = {f"{layer}.q_proj.bias": torch.ones(96), norm: torch.ones(96)}
+    buffers = {f"{layer}.rotary_emb.inv_freq": torch.ones(8)}  # which old checkpoints have
+    save_file(tensors | own | buffers, source / FILE, {"format": "pt"})
+    assert quantize(source, data, tmp_path / "out", *flags) == 0
+    assert "2 tensors are none of a llama with this config.json, and are left out" in caplog.text
+    assert all(name in caplog.text for name in own)
+    loaded = load_model(tmp_path / "out", verify=True)
+    assert relative(logits(loaded), logits(original(llama))) < 0.4
+    assert not (own | buffers).keys() & set(open_checkpoint(tmp_path / "out"))
+
+
 def test_unquantized_tensors_are_copied(sources, data, tmp_path):
     source = sources["qwen2"]
     assert quantize(source, data, tmp_path / "out", "--skip_gq") == 0
@@ -285,6 +305,14 @@ def test_report_has_a_row_per_linear(llama, packed):
     }
     for row in report["layers"]:
         assert row["relative_weight_error"] == pytest.approx(weight_error[row["name"]], rel=1e-3)
+
+
+def test_report_names_the_commit_of_a_checkout(packed):
+    found = strict_json(packed / "quantization_report.json")["environment"].get("commit")
+    asked = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    assert found == (asked.stdout.strip() or None if (ROOT / ".git").exists() else None)
 
 
 def test_report_of_nearest_holds_numbers_only(llama, data, tmp_path):
@@ -406,6 +434,10 @@ def refused(llama, data, tmp_path, monkeypatch, capsys):
         (("--dataset", "TINY"), r"holds 2 document\(s\), too few"),
         (("--seqlen", "65"), "seqlen=65 exceeds the model's context of 64"),
         (("--device", "toaster"), "device='toaster'"),
+        (("--device", "meta"), "device='meta' is not supported; use cpu, cuda"),
+        (("--save", ""), "save='' names no folder"),
+        (("--report", "--eval", "none"), "report='' compares perplexities.*--eval"),
+        (("--report", str(Path(__file__) / "deep")), r"report='.*test_gptq_cli\.py is a file"),
         (("--device", "cuda"), "device='cuda': torch sees no GPU"),
         (("--config", "/no/recipe.yaml"), "no such recipe"),
         (("--wbits", "16"), "with wbits=16.*--wbits 4"),
@@ -421,8 +453,6 @@ def refused(llama, data, tmp_path, monkeypatch, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_settings_that_cannot_work_are_refused(flags, message, refused, data):
-    import re
-
     if flags == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     flags = tuple(str(data / "tiny.txt") if flag == "TINY" else flag for flag in flags)
@@ -544,11 +574,66 @@ def test_the_plan_is_printed_before_the_summary(llama, data, tmp_path, capsys):
     assert f"packed checkpoint: {tmp_path / 'out'}" in output
 
 
+@pytest.mark.parametrize("wbits", ["4", "16"])
+def test_a_run_that_would_leave_nothing_is_refused(wbits, llama, data, capsys):
+    flags = arguments(llama, data, "--wbits", wbits, "--eval", "none")
+    assert main(flags) == 2
+    assert "nothing to do; add" in (error := capsys.readouterr().err) and "--save OUT" in error
+
+
+def test_of_several_processes_one_evaluates(llama, monkeypatch):
+    seen = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        flags = [str(llama), "--eval", "pydoc"]
+        assert main(flags, evaluate=lambda *given: seen.append(given)) == 0
+    assert len(seen) == 1
+
+
+def test_of_several_processes_one_warns(llama, data, tmp_path):
+    few = ["--nsamples", "1", "--percdamp", "0", "--shrinkage", "0", "--eval", "none"]
+    for rank in ("0", "1"):
+        flags = arguments(llama, data, "--save", rank, *few)
+        done = subprocess.run(
+            [sys.executable, ROOT / "gptq" / "llama2.py", *flags],
+            cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "RANK": rank},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("WARNING gptq.hessian: model.layers.0.self_attn" in done.stderr) == (rank == "0")
+
+
+def test_verbose_logs_every_step_with_its_time(llama, data, tmp_path):
+    flags = arguments(llama, data, "--save", "out", "--eval", "none", "--refine", "1", "--verbose")
+    done = subprocess.run(
+        [sys.executable, ROOT / "gptq" / "llama2.py", *flags],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^\d{4}-\d\d-\d\d [\d:,]+ INFO gptq\.run: (.*)$", done.stderr, re.M)
+    for index in range(2):
+        (line,) = [line for line in lines if line.startswith(f"model.layers.{index}: ")]
+        assert len(re.findall(r"_proj 0\.\d+ \(", line)) == 7 and "damping up to 0.1," in line
+        assert "held-out loss by learning" in line
+    assert lines[-1] == "writing the checkpoint"
+
+
 def test_16_bits_only_evaluate(llama):
     seen = []
     flags = [str(llama), "--eval", "pydoc"]
     assert main(flags, evaluate=lambda *given: seen.append(given[1:])) == 0
     assert seen == [(None, None)]
+
+
+@pytest.mark.parametrize(("file", "content"), [("config.json", "{"), (FILE, "cut off")])
+def test_a_source_that_cannot_be_evaluated_is_named(llama, data, tmp_path, capsys, file, content):
+    from gptq.llama2 import evaluate
+
+    source = copied(llama, tmp_path / "source")
+    (source / file).write_text(content)
+    assert main([str(source), "--eval", str(data / "heldout.txt")], evaluate=evaluate) == 2
+    assert f"{source}" in (error := capsys.readouterr().err) and file in error
 
 
 def test_a_report_without_save_stays(llama, data, tmp_path, monkeypatch):
@@ -579,6 +664,15 @@ def test_evaluation_sees_the_packed_folder(llama, data, tmp_path):
     assert main(flags, evaluate=lambda c, out, report: seen.append((c.eval, out, report))) == 0
     ((names, out, report),) = seen
     assert names == ("pydoc",) and out == tmp_path / "out" and len(report["layers"]) == 14
+
+
+def test_interrupting_without_save_promises_nothing(llama, data, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptq.run.Walker.quantize_layer", interrupt)
+    assert main(arguments(llama, data)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
 def test_interrupting_keeps_the_finished_layers(llama, data, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptq.cli import parser
+from gptq.cli import parse, parser
 from gptq.config import QuantizeConfig, load_recipe, resolve
 from marlin_kernel import WEIGHT_TYPES, ConfigError
 
@@ -145,6 +145,20 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     assert found.percdamp == 0.01 and isinstance(found.percdamp, float)
     assert found.act_order is True and found.nsamples == 256
     assert found.eval == ("pydoc",)
+
+
+def test_options_may_be_spelled_with_dashes_or_underscores():
+    given = [
+        "m-1", "--act_order", "--no-clip", "--no_static_groups", "--weight-type=uint4_hqq",
+        "--refine_norms", "3", "--no-no-clip", "--data-dir", "a-b_c", "--config=my-own_r.yaml",
+    ]  # fmt: skip
+    flags = {key: value for key, value in parse(given).items() if value is not None}
+    assert flags == dict(
+        checkpoint="m-1", act_order=True, no_clip=False, static_groups=False, verbose=False,
+        weight_type="uint4_hqq", refine_norms=3, data_dir="a-b_c", config="my-own_r.yaml",
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        parse(["m", "--act_sequential"])
 
 
 def test_every_setting_has_a_flag_and_every_flag_a_setting():

@@ -229,6 +229,13 @@ def test_unsupported_architecture_names_itself_and_the_supported(tmp_path):
         stream(tmp_path)
 
 
+def test_a_config_with_a_wrong_value_is_named(llama, tmp_path):
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, num_hidden_layers="two")
+    with pytest.raises(CheckpointError, match=r"cannot read its config\.json.*num_hidden_layers"):
+        stream(tmp_path)
+
+
 def test_a_quantized_source_is_refused(llama, tmp_path):
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
@@ -268,8 +275,31 @@ def test_folders_and_files_that_are_no_checkpoint(tmp_path):
 
 
 def test_a_hub_name_without_network_says_what_to_do():
-    with pytest.raises(CheckpointError, match="nobody/nothing.*local folder"):
+    with pytest.raises(CheckpointError, match="nobody/nothing.*local folder") as caught:
         resolve_source("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_files_of_a_model_come_from_the_hub_and_no_weight_twice(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    wanted = {
+        "config.json", "generation_config.json", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+        "tokenizer.model", "merges.txt", "chat_template.jinja",
+    }  # fmt: skip
+    others = {
+        "consolidated.safetensors", "consolidated.00.pth", "original/params.json",
+        "pytorch_model.bin", "modeling.py", "README.md",
+    }  # fmt: skip
+
+    def download(name: str, **patterns) -> str:
+        assert name == "owner/model"
+        found = hub.utils.filter_repo_objects(sorted(wanted | others), **patterns)
+        assert set(found) == wanted
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert resolve_source("owner/model") == tmp_path
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------
@@ -339,11 +369,30 @@ def test_gguf_becomes_the_same_model_once(tmp_path, monkeypatch):
     with torch.no_grad():
         wanted = source(ids[None], use_cache=False).logits[0]
     torch.testing.assert_close(walk(stream(folder), ids), wanted, rtol=1e-2, atol=1e-2)
+    for name, tensor in source.state_dict().items():
+        if "q_proj" not in name and "k_proj" not in name:  # their rows are interleaved and back
+            assert torch.equal(stream(folder).tensors[name], tensor), name
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert resolve_source(str(tmp_path / "tiny.gguf")) == folder
     assert (folder / "config.json").stat().st_mtime_ns == stamp
     assert tiny_config(SOURCES["llama"]).hidden_size == stream(folder).config.hidden_size
     assert not list(folder.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize("content", ["", "no GGUF at all", "truncated"])
+def test_a_damaged_gguf_is_named(content, tmp_path, monkeypatch):
+    from tests.gptq_models import tiny_model
+
+    monkeypatch.setenv("MARLIN_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "bad.gguf"
+    if content == "truncated":
+        write_gguf(file, tiny_model(SOURCES["llama"]))
+        file.write_bytes(file.read_bytes()[:-4000])
+    else:
+        file.write_text(content)
+    with pytest.raises(CheckpointError, match=r"bad\.gguf'.*cannot read this GGUF file"):
+        resolve_source(str(file))
+    assert not (tmp_path / "cache").exists()
 
 
 # ---- a config without weights --------------------------------------------------------------------
@@ -377,6 +426,9 @@ def test_random_weights_follow_from_seed_and_name(config_file, monkeypatch, tmp_
 def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(ConfigError, match="from_config=.*none.json.*no such file"):
         config_folder(str(tmp_path / "none.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"broken\.json: transformers cannot read"):
+        config_folder(str(tmp_path / "broken.json"))
 
 
 def test_a_shape_is_quantized_from_the_command_line(config_file, tmp_path, monkeypatch, capsys):

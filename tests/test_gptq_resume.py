@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -296,7 +298,9 @@ def test_other_settings_do_not_continue_a_run(changed, flags, tmp_path, monkeypa
     capsys.readouterr()
     assert main([*flags, "--save", str(out), "--resume", *changed]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "other settings" in error and "--no-resume" in error
+    setting, value = changed[0].lstrip("-"), changed[-1] if len(changed) == 2 else "True"
+    assert f"other settings ({setting} " in error and "--no-resume" in error
+    assert f"{value} here" in error.replace("'", "")
     assert not out.exists() and len(list(unfinished(out).glob("layer-*"))) == 1
 
 
@@ -323,6 +327,47 @@ def test_the_format_may_change(flags, tmp_path, monkeypatch):
     stop_after(monkeypatch, 2, flags, out)
     assert main([*flags, "--save", str(out), "--resume", "--format", "gptq"]) == 0
     load_model(out, verify=True)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """Writing further into any file fails, as on a full disk; size: bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_nothing_that_is_finished(flags, uninterrupted, tmp_path, capsys):
+    out = tmp_path / "out"
+    with files_of_at_most(30_000):  # a finished layer has more
+        assert main([*flags, "--save", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "finished layer 0" in error and "--resume" in error
+    with files_of_at_most(100_000):  # the checkpoint has more
+        assert main([*flags, "--save", str(out), "--resume"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: save=") and "cannot be written" in error and "--resume" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.unfinished"]
+    assert len(list(unfinished(out).glob("layer-*.safetensors"))) == LAYERS
+    assert main([*flags, "--save", str(out), "--resume"]) == 0
+    assert (out / FILE).read_bytes() == uninterrupted
+
+
+def test_a_full_gpu_names_the_ways_out(flags, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(Walker, "quantize_layer", full)
+    for save in ((), ("--save", str(tmp_path / "out"))):
+        assert main([*flags, *save]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; lower ")
+        assert "--offload_activations" in error and ("--resume" in error) == bool(save)
 
 
 def test_resume_without_an_unfinished_run_starts_one(flags, uninterrupted, tmp_path):
@@ -492,5 +537,5 @@ def test_discarding_removes_the_old_layers(tmp_path):
     FinishedLayers(tmp_path / "run", "one", None)
     (tmp_path / "run" / "layer-0000.safetensors").touch()
     assert FinishedLayers(tmp_path / "run", "other", False).count() == 0
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="another source or another calibration text"):
         FinishedLayers(tmp_path / "run", "one", True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptq import sparsity
 from gptq.cli import main
@@ -153,6 +155,7 @@ def logits(folder: Path, **options: bool) -> torch.Tensor:
         ("--wbits", "4", "--no-act-order", "--groupsize", "-1"),
         ("--wbits", "4", "--format", "gptq"),
         ("--wbits", "4", "--refine", "2"),
+        ("--wbits", "4", "--groupsize", "128"),  # more than a layer has
     ),
     ids=" ".join,
 )
@@ -188,6 +191,17 @@ def test_pruning_alone_writes_a_plain_checkpoint(flags, source, tmp_path) -> Non
         else:
             assert torch.equal(checkpoint[name], original[name])
     assert bool(logits(tmp_path / "out").isfinite().all())
+
+
+@pytest.mark.parametrize("flags", (("--wbits", "4"), ("--wbits", "16")), ids=" ".join)
+def test_a_damaged_tensor_is_found_before_the_work(flags, source, tmp_path, capsys) -> None:
+    copied = Path(shutil.copytree(source, tmp_path / "source"))
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    assert quantize(copied, tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert "model.norm.weight" in error and "quantize:" not in error  # no progress yet
 
 
 @pytest.mark.gpu

@@ -161,6 +161,7 @@ def test_uneven_groups_cannot_be_marlin():
         ("compressed-tensors", LayerSpec(96, 64, U4B8, 64), "group_size=64 does not divide the 96"),
         ("gptq", LayerSpec(64, 60, U4B8, 64), "60 outputs do not fill"),
         ("compressed-tensors", LayerSpec(64, 64, U4B8, 32, True), "--format gptq, or --static"),
+        ("compressed-tensors", LayerSpec(151, 64, U4B8, 151), "151 inputs do not fill.*marlin"),
         ("awq", LayerSpec(64, 64, U4B8, 32), "'awq' is not known; choose one of marlin, gptq"),
     ],
 )

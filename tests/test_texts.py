@@ -127,12 +127,18 @@ def test_data_dir_from_the_environment(tmp_path, monkeypatch):
         ("bad.jsonl", "{not json}\n" * 9, "heldout", "document 1: not one JSON object"),
         ("field.jsonl", '{"body": "x"}\n' * 9, "heldout", "no string field named 'text'"),
         ("empty.valid.txt", "  \n ", "heldout", "holds no text"),
+        ("array.json", '[{"text": "a"}, {"text": "b"}]', "heldout", "JSON one object per line"),
+        ("latin.jsonl", b'{"text": "\xe9"}\n' * 9, "heldout", "latin.jsonl is no readable UTF-8"),
+        ("plain.jsonl.gz", b"not gzip", "heldout", "plain.jsonl.gz is no readable gzipped UTF-8"),
+        ("cut.json.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "heldout", "no readable gzip"),
+        ("damaged.json.gz", gzip.compress(b"x" * 99)[:10] + b"\xff" * 99, "heldout", "no readable"),
+        ("readme.md", "a\n\nb\n\nc\n\nd\n", "heldout", "ends in none of .txt.*rename it"),
     ],
 )
 def test_errors_say_what_and_where(tmp_path, name, content, split, message):
     file = tmp_path / name
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         documents(str(file), split)
 
