@@ -1,7 +1,7 @@
 """The operator `torch.ops.marlin_kernel.gemm` and the original Marlin entry point `mul`.
 
-The operator has a fake implementation, so that torch.compile traces through it. It has no gradient:
-packed layers are for inference.
+The operator has a fake implementation, so that torch.compile traces through it. Activations
+and bias have gradients, packed weights have none (`gradient`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends, dense, formats, reference
+from . import backends, dense, formats, gradient, reference
 from .errors import ConfigError
 from .formats import LayerSpec
 from .weight_types import weight_type as lookup
@@ -116,6 +116,7 @@ activation: "", "int8" or "float8_e4m3fn": `a` is rounded to 8 bits with one sca
 reduce_half: blocks of the sm80 kernel may exchange sums in fp16 (`a` float16). Returns a new tensor
 of the dtype of `a`, accumulated in float32.
 """
+gradient.register(_library, gemm)
 
 
 def eager_gemm(a: Tensor, layout: str) -> Callable[..., Tensor]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import launch, sparse_sm80
+from . import gradient, launch, sparse_sm80
 from .compiler import KernelSource
 from .errors import ConfigError
 from .formats import LayerSpec
@@ -381,3 +381,4 @@ sparse_gemm = torch.ops.marlin_kernel.sparse_gemm.default
 a: float16 or bfloat16; weights, scales: of `device_weights`; bias: [n] or None; group_size: inputs
 per scale (128, or k for one group); weight_type: "uint4b8" or "uint8b128".
 """
+gradient.register(_library, sparse_gemm)

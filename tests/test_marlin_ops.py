@@ -13,10 +13,12 @@ from marlin_kernel import (
     backends,
     dense,
     gemm,
+    gradient,
     mul,
     ops,
     reference,
 )
+from marlin_kernel import Layer as PackedLayer
 from marlin_kernel.backends import Prepared, prepare, restore, select_backend
 from marlin_kernel.formats import LayerSpec, write
 from marlin_kernel.layout import permute_columns
@@ -195,6 +197,72 @@ def test_rounded_activations(activation, layout):
     expected = rounded @ layer.dequantize(torch.float64) + layer.bias.double()
     assert relative_error(out, expected) < TOLERANCE[torch.float16]
     assert relative_error(out, reference.matmul(a, layer.dequantize(), layer.bias)) > 2e-3
+
+
+def check_gradients(a, bias, product, weights, tolerance):
+    """Gradients of `a` [..., K] and `bias` against a plain product with `weights` [K, N]."""
+    a, bias = a.requires_grad_(), bias.to(a.dtype).requires_grad_()
+    out = product(a, bias)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (a, bias), grad)
+    expected = grad.double() @ weights.double().T, grad.double().reshape(-1, grad.shape[-1]).sum(0)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == a.dtype
+        assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,)])
+@pytest.mark.parametrize(("k", "n", "wtype", "g"), [s for s in TYPED_SIZES if s[0] < 200][:4])
+def test_gradients(layout, shape, k, n, wtype, g, monkeypatch):
+    monkeypatch.setattr(gradient, "_ROWS", 50)
+    layer = random_layer(k, n, wtype, g, act_order=True, bias=True)
+    args = list(arguments(layer, layout))
+
+    def product(a, bias):
+        return gemm(a, *args[:4], bias, *args[5:])
+
+    if shape == (0,):
+        a = torch.empty(0, k, requires_grad=True)
+        gemm(a, *args).sum().backward()
+        assert a.grad.shape == a.shape
+    else:
+        check_gradients(torch.randn(*shape, k), layer.bias, product, layer.dequantize(), 1e-6)
+
+
+@pytest.mark.parametrize("wtype", OTHER_TYPES, ids=lambda t: t.name)
+def test_gradients_of_other_types(wtype):
+    layer = any_layer(192, 64, wtype, wtype.group_sizes[0], bias=True)
+    a = torch.randn(7, 192, requires_grad=True)
+    gemm(a, *arguments(layer, "codes")).sum().backward()
+    assert relative_error(a.grad[0], layer.dequantize().sum(1)) < 1e-6
+
+
+def test_gradients_of_rounded_activations_are_those_without_rounding():
+    layer = any_layer(200, 100, U4B8, 64, bias=True)
+    a = torch.randn(5, 200, requires_grad=True)
+    out = gemm(a, *arguments(layer, "codes"), activation="int8")
+    grad = torch.randn_like(out)
+    expected = grad @ layer.dequantize().T
+    assert relative_error(torch.autograd.grad(out, a, grad)[0], expected) < 1e-6
+
+
+def test_an_adapter_trains_on_a_compiled_packed_layer():
+    """LoRA: two small matrices beside a frozen packed layer."""
+    layer = random_layer(128, 64, U4B8, 64)
+    packed = PackedLayer.from_quantized(layer).prepare(torch.float32)
+    down, up = torch.nn.Linear(128, 4, bias=False), torch.nn.Linear(4, 64, bias=False)
+    first = torch.nn.Linear(128, 128)
+
+    def loss(x):
+        x = first(x)
+        return (packed(x) + up(down(x))).square().mean()
+
+    x, parameters = torch.randn(9, 128), [*first.parameters(), *down.parameters()]
+    plain = torch.autograd.grad(loss(x), parameters)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), parameters), plain)
+    assert all(bool(g.abs().sum() > 0) for g in plain)
 
 
 class FakeKernels:
@@ -396,3 +464,20 @@ def test_gpu_layouts_equal_the_reference(dtype, k, n, g):
         assert relative_error(out, expected) < TOLERANCE[dtype], chosen
         back = restore(prepared, layer.spec)
         assert all(torch.equal(back[name], t) for name, t in stored.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WEIGHT_TYPES)
+def test_gpu_gradients(name):
+    wtype = WEIGHT_TYPES[name]
+    dtype = torch.bfloat16 if name == "mxfp4" else torch.float16
+    layer = any_layer(1152, 192, wtype, wtype.group_sizes[-1], bias=True).to("cuda")
+    for layout in ("marlin", "sm80", select_backend(layer.codes.device, layer.spec, dtype).layout):
+        args = list(arguments(layer, layout, dtype))
+
+        def product(a, bias, args=args):
+            return gemm(a, *args[:4], bias, *args[5:])
+
+        a = torch.randn(2, 33, 1152, device="cuda", dtype=dtype)
+        weights = layer.dequantize()
+        check_gradients(a, layer.bias, product, weights, TOLERANCE[dtype])

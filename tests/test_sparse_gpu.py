@@ -218,6 +218,18 @@ def test_sparse_layer_moves_saves_and_multiplies(group_size: int) -> None:
     assert float((again.double() - want).norm() / want.norm()) < 6e-3
 
 
+@pytest.mark.parametrize("type_name", ("uint4b8", "uint8b128"))
+def test_sparse_layer_has_gradients(type_name: str) -> None:
+    a, layer, _ = sparse_problem(33, 200, 1152, torch.float16, type_name, 128)
+    module = SparseLayer.from_quantized(layer).prepare(torch.float16)
+    assert module.layout == "sparse24"
+    out = module(a.requires_grad_())
+    grad = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, a, grad)
+    want = grad.double() @ layer.dequantize(torch.float64).T
+    assert float((found.double() - want).norm() / want.norm()) < 6e-4
+
+
 def test_sparse_layer_in_graphs_and_compiled() -> None:
     a, layer, _ = sparse_problem(5, 512, 1024, torch.float16, "uint4b8", 128)
     module = SparseLayer.from_quantized(layer).prepare(torch.float16)
