@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from eval.config import OWN_KEYS, EvalConfig, choose_seqlen, load_recipe, resolve
+from eval.config import OWN_KEYS, EvalConfig, choose_seqlen, resolve
+from gptq.recipes import read_recipe
 from gptq.texts import documents
 from marlin_kernel.errors import ConfigError, MarlinError
 
@@ -51,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
         top.usage = None
     else:
         top = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-        top.add_argument("--config", help="YAML recipe (configs/eval/); flags override it")
+        top.add_argument(
+            "--config", help="YAML recipe, or the name of one in configs/eval; flags override it"
+        )
         top.add_argument("--model", help="hf or marlin")
         top.add_argument("--model_args", action=_KeyValues, nargs="+", help="pretrained=CKPT,...")
         top.add_argument("--tasks", nargs="+", help="needs the extra [eval]")
@@ -103,7 +106,7 @@ def parse(argv: Sequence[str]) -> tuple[EvalConfig, argparse.Namespace]:
     top = parser()
     args = top.parse_args(list(argv))
     known = {a.dest: a for a in top._actions if a.dest not in ("help", "config")}
-    recipe = load_recipe(args.config, known) if args.config else {}
+    recipe = read_recipe(args.config, "eval", known) if args.config else {}
     own = {key: getattr(args, key) for key in OWN_KEYS}
     config = resolve(
         {

@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from marlin_kernel.errors import ConfigError
 
 MAX_SEQLEN = 4096  # longest default window; the model's context if that is shorter
@@ -54,29 +52,6 @@ class EvalConfig:
 
 
 OWN_KEYS = tuple(field.name for field in fields(EvalConfig))
-
-
-def load_recipe(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a YAML recipe (configs/eval/*.yaml): ours and lm-eval's option names.
-
-    known: every accepted key. Raises ConfigError if the file is missing, no mapping, or holds
-    unknown keys.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"config={path!r}: no such recipe; see configs/eval/")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config={path!r} is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"config={path!r} is not a mapping of settings")
-    unknown = sorted(set(content) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"config={path!r} holds unknown keys {unknown}; known are {', '.join(sorted(known))}"
-        )
-    return dict(content)
 
 
 def resolve(values: Mapping[str, Any]) -> EvalConfig:

@@ -146,7 +146,11 @@ def parser() -> argparse.ArgumentParser:
     flag(how, "--blocksize", "inputs per lazy update; no effect on the result", type=int)
 
     run_group = top.add_argument_group("run")
-    run_group.add_argument("--config", help="YAML recipe (configs/quantize/); flags override it")
+    run_group.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help="YAML recipe, or the name of one in configs/quantize, such as best; flags override it",
+    )
     flag(run_group, "--device", "cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     flag(
         run_group,

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from marlin_kernel.errors import ConfigError
 from marlin_kernel.formats import FORMATS, check_type
 from marlin_kernel.sparse_format import SPARSE_FORMAT, SPARSE_TYPES
@@ -21,6 +19,7 @@ from marlin_kernel.weight_types import (
 )
 
 from .grid import GridOptions
+from .recipes import read_recipe
 from .refine import RefineOptions
 from .solver import SolverOptions
 from .sparsity import SPARSITIES
@@ -265,28 +264,12 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(f"{name}={value} is too small; it must be at least {least}")
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Settings of a YAML recipe (`configs/quantize/*.yaml`).
+def load_recipe(recipe: str | Path) -> dict[str, Any]:
+    """Settings of a recipe: a YAML file, or the name of one in configs/quantize (`recipes`).
 
-    Raises ConfigError if the file is missing, is no YAML mapping, or holds unknown keys.
+    Raises ConfigError as `recipes.read_recipe` does.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config={str(path)!r}: no such recipe; see configs/quantize/")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config={str(path)!r} is not valid YAML: {reason}") from None
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"config={str(path)!r} is not a mapping of settings")
-    known = {field.name for field in fields(QuantizeConfig)}
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise ConfigError(
-            f"config={str(path)!r} holds unknown keys {unknown}; known are {sorted(known)}"
-        )
-    return dict(content)
+    return read_recipe(recipe, "quantize", {field.name for field in fields(QuantizeConfig)})
 
 
 def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> QuantizeConfig:

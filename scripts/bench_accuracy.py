@@ -323,7 +323,7 @@ def tasks(args: argparse.Namespace, recipe: dict) -> list[Task]:
     found = []
     for name, changes in chosen.items():
         changes = dict(changes)
-        base = load_recipe(ROOT / "configs" / "quantize" / f"{changes.pop('recipe')}.yaml")
+        base = load_recipe(changes.pop("recipe"))
         count, seeds = changes.pop("rows", recipe["rows"]), changes.pop("seeds", 1)
         config = resolve({**base, "groupsize": recipe["groupsize"]}, changes)
         found += [Task(name, replace(config, seed=seed), count, seed) for seed in range(seeds)]

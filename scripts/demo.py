@@ -74,7 +74,7 @@ def demo(out: Path, eval_tokens: int) -> Path:
     for name, recipe in (("RTN INT4", "nearest"), ("GPTQ INT4", "fast")):
         print(f"=== {name}")
         folder = out / name.lower().replace(" ", "-")
-        settings = load_recipe(ROOT / "configs" / "quantize" / f"{recipe}.yaml") | SETTINGS
+        settings = load_recipe(recipe) | SETTINGS
         config = resolve(settings, {"checkpoint": str(model), "save": str(folder)})
         quantization[name] = run(config, folder)
     print("\n=== comparison on held-out text")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq import recipes
 from gptq.cli import parse, parser
 from gptq.config import QuantizeConfig, load_recipe, resolve
 from marlin_kernel import WEIGHT_TYPES, ConfigError
@@ -236,9 +237,15 @@ def test_recipe_values_of_the_wrong_type_are_named(tmp_path, text):
         resolve(load_recipe(recipe), {"wbits": 4})
 
 
-def test_a_missing_recipe_says_where_recipes_are(tmp_path):
-    with pytest.raises(ConfigError, match="no such recipe; see configs/quantize/"):
-        load_recipe(tmp_path / "none.yaml")
+def test_recipes_have_names(tmp_path, monkeypatch):
+    """From any folder; what is missing or is not one of them says which there are."""
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("best") == load_recipe(recipes.CONFIGS / "quantize" / "best.yaml")
+    for name in (tmp_path / "none.yaml", "none", "quick"):  # that one is of eval
+        with pytest.raises(ConfigError, match="no such recipe; give a YAML file, or one of best, "):
+            load_recipe(name)
+    (tmp_path / "best").write_text("wbits: 8")
+    assert load_recipe("best") == {"wbits": 8}, "a file comes first"
 
 
 def test_an_empty_recipe_changes_nothing(tmp_path):
