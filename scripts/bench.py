@@ -2,7 +2,8 @@
 
     python scripts/bench.py                                 # configs/bench/anchors.yaml
     python scripts/bench.py --dtype float16 bfloat16 --group_size 32 64 128 -1 --m 1 16
-    python scripts/bench.py --peers docs/results/h200_peers.csv    # beside other kernels
+    python scripts/bench.py --run_peers                     # beside other kernels, as installed
+    python scripts/bench.py --peers docs/results/h200_peers.csv    # beside their stored times
     python scripts/bench.py --batch_invariant               # what that option costs
     python scripts/bench.py --overhead                      # host time of eager calls
 
@@ -35,16 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import yaml
-from bench_tables import (
-    HEADER,
-    add_peers,
-    print_models,
-    print_row,
-    read_peers,
-    summarize,
-)
-from call_overhead import call_overhead
-from gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
 from torch import Tensor
 
 from marlin_kernel import kernel_configs, launch, sm90_layout
@@ -54,8 +45,26 @@ from marlin_kernel.kernel_configs import KernelConfig
 from marlin_kernel.layout import permute_columns
 from marlin_kernel.packing import pack
 from marlin_kernel.weight_types import weight_type
-from scripts import plot_bench
+from scripts import kernel_peers, plot_bench
+from scripts.bench_tables import (
+    HEADER,
+    add_peers,
+    print_models,
+    print_row,
+    read_peers,
+    summarize,
+)
+from scripts.call_overhead import call_overhead
 from scripts.command_line import make_parser, positive, require_gpu, shape, write_json
+from scripts.gpu_timing import (
+    CHECKED_TOKENS,
+    ERROR_LIMITS,
+    ROTATE_BYTES,
+    RotatingWeights,
+    circumstances,
+    graph_time,
+    relative_error,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -83,6 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
                 for k, n in shapes if part else ():
                     found = bench_shape(k, n, part, dtype, group_size, options)
                     add_peers(found, peers)
+                    if options.run_peers is not None:
+                        run_peers(found, options.run_peers or list(kernel_peers.PEERS), report)
                     for row in found:
                         print_row(row)
                     rows += found
@@ -123,6 +134,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_baseline", action="store_true", help="skip torch.matmul")
     parser.add_argument(
         "--sustained", type=float, default=0.0, metavar="S", help="also S seconds per entry"
+    )
+    parser.add_argument(
+        "--run_peers",
+        nargs="*",
+        choices=kernel_peers.PEERS,
+        help="time these other kernels in the same run, if they are installed (no name: all)",
     )
     parser.add_argument(
         "--peers",
@@ -202,7 +219,7 @@ def bench_shape(
     for m in tokens:
         config = select(k, n, m, group_size, dtype_name, batch_invariant=False)
         a = torch.randn(m, k, device="cuda").to(dtype)
-        error = relative_error(config, a, weights, exact)
+        error = checked_error(config, a, weights, exact)
         count = max(2, weights.copies if m <= 256 else weights.copies // 4)
         out = torch.empty(m, n, device="cuda", dtype=dtype)
 
@@ -240,6 +257,28 @@ def bench_shape(
     return rows
 
 
+def run_peers(rows: list[dict], names: list[str], report: dict) -> None:
+    """Time other kernels at the rows of one shape, and give each row their times, `peers`; the
+    fastest becomes its `peer` and `us_peer`. Into report: versions, and why one was not timed."""
+    first, versions = rows[0], report.setdefault("peers", {})
+    reasons = report.setdefault("not_timed", {})
+    problem = first["k"], first["n"], [row["m"] for row in rows], first["group_size"]
+    for name in names:
+        try:
+            us = kernel_peers.times(name, *problem, DTYPES[first["dtype"]])
+        except (kernel_peers.NotInstalled, ValueError) as error:
+            if reasons.get(name) != str(error):
+                print(f"{name} is not timed: {error}", flush=True)
+            reasons[name] = str(error)
+            continue
+        versions[name] = kernel_peers.version(name)
+        for row in rows:
+            row.setdefault("peers", {})[name] = us[row["m"]]
+    for row in rows:
+        if row.get("peers"):
+            row["peer"], row["us_peer"] = min(row["peers"].items(), key=lambda item: item[1])
+
+
 def _invariant_call(a: Tensor, w: RotatingWeights, i: int, out: Tensor):
     """The whole interface: many rows may take several launches."""
     return lambda: launch.gemm(
@@ -269,20 +308,14 @@ def fill_known(weights: RotatingWeights) -> Tensor:
     return (codes - 8).float() * scales.float().repeat_interleave(k // groups, 0)
 
 
-def relative_error(config, a: Tensor, weights: RotatingWeights, exact: Tensor) -> float:
-    """|out - ref| / |ref| of a poisoned output against float64, on at most 512 tokens."""
-    a = a[:512]
-    out = torch.full((a.shape[0], weights.n), math.nan, device="cuda", dtype=a.dtype)
-    _launch(config, a, weights, 0, out)()
-    difference = total = 0.0
-    for columns in range(0, weights.n, 4096):
-        part = slice(columns, columns + 4096)
-        reference = a.double() @ exact[:, part].double()
-        difference += (out[:, part].double() - reference).square().sum().item()
-        total += reference.square().sum().item()
-    error = math.sqrt(difference / total)
-    limit = 1e-3 if a.dtype == torch.float16 else 8e-3
-    if not error < limit:
+def checked_error(config, a: Tensor, weights: RotatingWeights, exact: Tensor) -> float:
+    """Relative error of a poisoned output; AssertionError if it is wrong."""
+    out = torch.full(
+        (min(a.shape[0], CHECKED_TOKENS), weights.n), math.nan, device="cuda", dtype=a.dtype
+    )
+    _launch(config, a[:CHECKED_TOKENS], weights, 0, out)()
+    error = relative_error(out, a, exact)
+    if not error < ERROR_LIMITS[a.dtype]:
         raise AssertionError(f"{config}: relative error {error}")
     return error
 

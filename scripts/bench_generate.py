@@ -37,12 +37,12 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 import yaml
-from gpu_timing import circumstances
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, StaticCache
 
 from marlin_kernel import Layer, QuantizedLinear, hf, weight_type
 from scripts.command_line import make_parser, positive, require_gpu, write_json
+from scripts.gpu_timing import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ROOT / "configs" / "bench" / "generate.yaml"

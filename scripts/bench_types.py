@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import yaml
 from bench import read_floor
-from gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
 from torch import Tensor
 
 from marlin_kernel import (
@@ -49,6 +48,7 @@ from marlin_kernel.packing import pack
 from marlin_kernel.repack import repack, unpack_source
 from marlin_kernel.sm80_layout import KernelTensors
 from scripts.command_line import command, make_parser, require_gpu, write_json
+from scripts.gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))

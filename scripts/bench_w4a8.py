@@ -25,7 +25,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_timing import ROTATE_BYTES, circumstances, graph_time  # noqa: E402
 from tune_w4a8 import (  # noqa: E402
     DTYPES,
     KEYS,
@@ -49,6 +48,7 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
 from marlin_kernel.sm90_8bit_layout import Records, stored_tensors  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu, shape, write_json  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, circumstances, graph_time  # noqa: E402
 from scripts.tuned_tables import read_rows  # noqa: E402
 
 DEFAULT_TYPES = ("uint4b8-int8-0", "uint4b8-int8-128", "uint4b8-float8_e4m3fn-128")

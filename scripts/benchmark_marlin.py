@@ -63,7 +63,7 @@ from marlin_kernel.validity import (
 from marlin_kernel.weight_types import WEIGHT_TYPES
 from scripts import plot_bench
 from scripts.command_line import make_parser, positive, require_gpu, write_json
-from scripts.gpu_timing import circumstances
+from scripts.gpu_timing import CHECKED_TOKENS, circumstances, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "configs" / "bench" / "marlin.yaml"
@@ -71,7 +71,6 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # ||out - reference|| / ||reference|| by the dtypes of output and reduction: that of one rounding of
 # the output and one of each weight is about a third of it
 ERROR_LIMITS = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3}
-CHECKED_TOKENS = 512
 # Products outside the type table: activations, and the type of 2:4 sparse 16-bit-activation weights
 OTHERS = {
     "scaled float8_e4m3fn": (torch.float8_e4m3fn, None),
@@ -268,20 +267,6 @@ def make_layer(c: Combination, shape: Shape, device: str) -> QuantizedLinear:
         g_idx=index,
         shard_groups=None if c.k_full else groups,
     )
-
-
-def relative_error(out: Tensor, a: Tensor, weight: Tensor) -> float:
-    """||out - ref|| / ||ref|| with ref = a @ weight in float64, a part of the columns at a time.
-
-    out: [M, N]; a: float64 [M, K]; weight: float32 [K, N].
-    """
-    difference = total = 0.0
-    for first in range(0, weight.shape[1], 4096):
-        part = slice(first, first + 4096)
-        exact = a @ weight[:, part].double()
-        difference += (out[:, part].double() - exact).square().sum().item()
-        total += exact.square().sum().item()
-    return math.sqrt(difference / total)
 
 
 class Product:

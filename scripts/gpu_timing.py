@@ -8,6 +8,7 @@ median over replays of the time of one replay divided by its launches.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -23,6 +24,8 @@ from torch import Tensor
 from marlin_kernel import WEIGHT_TYPES, kernel_configs
 
 ROTATE_BYTES = 400_000_000
+ERROR_LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of a product that is to be timed
+CHECKED_TOKENS = 512  # of it, at most
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,6 +63,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def relative_error(out: Tensor, a: Tensor, exact: Tensor) -> float:
+    """|out - a W| / |a W| in float64, of the first 512 tokens; W: `exact`, float32 [K, N]."""
+    difference = total = 0.0
+    rows = a[:CHECKED_TOKENS].double()
+    for start in range(0, exact.shape[1], 4096):
+        part = slice(start, start + 4096)
+        reference = rows @ exact[:, part].double()
+        wrong = out[:CHECKED_TOKENS, part].double() - reference
+        difference += wrong.square().sum().item()
+        total += reference.square().sum().item()
+    return math.sqrt(difference / total)
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> float:

@@ -40,11 +40,10 @@ from torch.utils.benchmark.utils.common import TaskSpec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_timing import ROTATE_BYTES, circumstances, replay_times  # noqa: E402
-
 from marlin_kernel.scaled_mm import reference, scaled_mm, scaled_sparse_mm  # noqa: E402
 from marlin_kernel.sparse import GROUP, compress_2_4, prune_2_4  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, circumstances, replay_times  # noqa: E402
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MODELS = ROOT / "configs" / "bench" / "sparse_models.yaml"

@@ -27,12 +27,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from gpu_timing import RotatingWeights, graph_time
 
 from marlin_kernel import WEIGHT_TYPES, kernel_configs, launch
 from marlin_kernel.compiler import CompileError, compile_kernel
 from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
 from scripts.command_line import command, make_parser, positive, require_gpu, shape, write_json
+from scripts.gpu_timing import RotatingWeights, graph_time
 
 SHAPES = (
     "4096x12288 4096x4096 4096x22016 11008x4096 "  # Llama-2-7B, fused

@@ -20,12 +20,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
-
 from marlin_kernel import scaled_configs, scaled_mm  # noqa: E402
 from marlin_kernel.scaled_configs import ScaledConfig  # noqa: E402
 from marlin_kernel.sparse import compress_2_4, prune_2_4  # noqa: E402
 from scripts.command_line import make_parser, require_gpu  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
 from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 SHAPES = (

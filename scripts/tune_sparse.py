@@ -19,7 +19,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
 from tune_scaled import SHAPES  # noqa: E402
 
 from marlin_kernel import sparse_marlin  # noqa: E402
@@ -28,6 +27,7 @@ from marlin_kernel.sparse_format import pack_codes, pack_positions  # noqa: E402
 from marlin_kernel.sparse_marlin import SparseConfig  # noqa: E402
 from marlin_kernel.weight_types import weight_type  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
 from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

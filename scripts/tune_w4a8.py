@@ -24,8 +24,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
-
 from marlin_kernel import (  # noqa: E402
     compiler,
     launch,
@@ -48,6 +46,7 @@ from marlin_kernel.sm90_8bit_layout import Records, records  # noqa: E402
 from marlin_kernel.validity import Combination, violated_rule  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu, shape  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
 from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 SHAPES = (
