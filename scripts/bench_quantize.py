@@ -5,7 +5,8 @@
 A real model, through the whole pipeline. The floor is two forward passes over the calibration
 tokens (one feeds the statistics, one carries the quantized activations on) plus the Hessian
 products 2 X Xᵀ, both timed in the same process. Peak memory is counted over an interpreter that has
-torch loaded. Writes bench_quantize_<recipe>.json into --out.
+torch loaded. Writes bench_quantize_<recipe>.json into --out. --peers also times other quantizers
+(scripts/peers.py), with their own settings, on as many tokens and on the same device.
 
     python scripts/bench_quantize.py MODEL --dataset c4_sample.txt --layers 2
 
@@ -71,6 +72,7 @@ from gptq.run import (  # noqa: E402
 from gptq.sequential import Walker  # noqa: E402
 from gptq.solver import solve  # noqa: E402
 from gptq.storage import BackgroundWriter, FinishedLayers  # noqa: E402
+from scripts import peers  # noqa: E402
 from scripts.command_line import command, make_parser, positive  # noqa: E402
 from scripts.gpu_timing import circumstances  # noqa: E402
 
@@ -163,6 +165,7 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         plain = full = hessian_seconds(model, count, args.seqlen, 2, False) * scale
         if config.asymmetric:
             full = hessian_seconds(model, count, args.seqlen, 2, True) * scale
+        others = {name: peer_seconds(name, model, count, args) for name in args.peers}
     totals = report["totals"]
     floor = 2 * forward + plain
     floor_full = 2 * forward + full
@@ -186,8 +189,22 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "ratio": totals["seconds"] / floor,
         "ratio_with_target_products": totals["seconds"] / floor_full,
         "peak_bytes_over_torch": max(peak - BASE_BYTES, 0),
+        "peers": others,
     }
     return f"bench_quantize_{Path(args.config).stem}.json", result
+
+
+def peer_seconds(
+    name: str, model: StreamedModel, count: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Version and seconds of another quantizer that is given the loaded model and random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, model.config.vocab_size, (count, args.seqlen), generator=generator)
+    spent, _ = peers.quantize(
+        name, model.folder, rows, args.groupsize, settings={}, device=str(model.device),
+        threads=torch.get_num_threads(), python=args.peer_python,
+    )  # fmt: skip
+    return spent
 
 
 def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -472,7 +489,7 @@ def slowest_kernels(walker: Walker, index: int, count: int = 40) -> list[dict[st
 
 
 def noted_command() -> str:
-    return command("scripts/bench_quantize.py", without=("--out", "--scratch"))
+    return command("scripts/bench_quantize.py", without=("--out", "--scratch", "--peer_python"))
 
 
 def main() -> None:
@@ -496,6 +513,14 @@ def main() -> None:
     )
     parser.add_argument("--reference", action="store_true", help="time the solver in torch too")
     parser.add_argument("--profile", action="store_true", help="list kernels of one layer more")
+    parser.add_argument(
+        "--peers", nargs="+", default=[], choices=peers.PEERS,
+        help="other quantizers to time on a real model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer_python", default=sys.executable, metavar="PYTHON",
+        help="interpreter whose environment holds them (default: this one)",
+    )  # fmt: skip
     parser.add_argument("--scratch", help="folder for the finished layers (default: the system's)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument(
@@ -507,6 +532,10 @@ def main() -> None:
     shape = args.from_config is not None
     if args.profile and not shape:
         parser.error("--profile goes with --from_config")
+    if args.peers and (shape or args.layers):
+        parser.error("--peers goes with a whole real model")
+    for name in args.peers:
+        peers.version(name, args.peer_python)
     args.nsamples = args.nsamples or (128 if shape else 32)
     args.seqlen = args.seqlen or (2048 if shape else 1024)
     args.groupsize = args.groupsize or (128 if shape else 64)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import bench_quantize
 from tests.gptq_models import Source, tiny_config, write_source, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +79,31 @@ def test_kernels_of_one_layer_more(tmp_path):
     floor = result["floor_of_a_layer"]
     assert all(floor[part] > 0 for part in ("factor", "target", "update", "refit", "sweep"))
     assert {"solve.refit", "solve.sweep"} <= result["ranks"][0]["seconds_of_a_layer"].keys()
+
+
+def test_other_quantizers_are_timed_beside_it(tmp_path, monkeypatch, capsys):
+    """On as many tokens as ours; options that do not go together are refused at once."""
+    write_source(tmp_path / "source")
+    text = write_text(tmp_path / "calibration.txt")
+    asked = []
+
+    def quantize(name, folder, rows, group_size, **options):
+        asked.append((name, folder, tuple(rows.shape), group_size, options["device"]))
+        return {"version": "x 1", "seconds": 3.0}, {}
+
+    monkeypatch.setattr(bench_quantize.peers, "quantize", quantize)
+    monkeypatch.setattr(bench_quantize.peers, "version", lambda name, python: "x 1")
+    source, out = tmp_path / "source", tmp_path / "results"
+    words = [str(source), "--dataset", str(text), *SMALL, "--out", str(out), "--peers", "autoround"]
+    monkeypatch.setattr(sys, "argv", ["bench_quantize.py", *words])
+    bench_quantize.main()
+    result = json.loads((out / "bench_quantize_fast.json").read_text())
+    assert result["peers"] == {"autoround": {"version": "x 1", "seconds": 3.0}}
+    ((name, folder, (rows, length), *rest),) = asked
+    assert (name, folder, length, rest) == ("autoround", source, 32, [32, "cpu"])
+    assert rows == round(result["calibration_tokens"] / 32)
+
+    monkeypatch.setattr(sys, "argv", ["bench_quantize.py", *words, "--layers", "1"])
+    with pytest.raises(SystemExit):
+        bench_quantize.main()
+    assert "--peers goes with a whole real model" in capsys.readouterr().err
