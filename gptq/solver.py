@@ -448,11 +448,13 @@ def _update(
     if options.sparsity:
         width = -(-width // sparsity.QUAD) * sparsity.QUAD
         costs = sparsity.pair_costs(u)
+    # A group must be up to date when its grid is searched: it begins where a step does.
+    begins = not dynamic or g >= k or (g % _STEP == 0 and width % _STEP == 0)
+    step = _STEP if begins else width
     for start in range(0, k, width):
         stop = min(start + width, k)
         errors = torch.empty(stop - start, n, device=w.device)
         block, triangle = work[start:stop], u[start:stop, start:stop]
-        step = width if dynamic else _STEP  # a group must be up to date when its grid is searched
         if not dynamic:
             block_scales = scales.index_select(0, sequence[start:stop]).unbind()
             block_zeros = zeros.index_select(0, sequence[start:stop]).unbind()
