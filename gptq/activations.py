@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from marlin_kernel.errors import ConfigError
 
+from .background import background_thread
 from .lock import unfinished_folder
 
 # Copies to the host that may be under way, and fetched tensors not yet used: the host runs ahead of
@@ -113,7 +114,7 @@ class DiskOffload(Store):
                 f"offload_activations: {folder} cannot be made ({error}); name another folder"
             ) from error
         self._names = itertools.count()
-        self._thread = ThreadPoolExecutor(1, "activations")
+        self._thread = background_thread("activations")
         self._leaving: deque[Future[None]] = deque()
 
     def store(self, tensor: Tensor) -> _File:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from marlin_kernel.checkpoint import open_checkpoint
 from marlin_kernel.errors import CheckpointError, ConfigError, NumericalError
 
+from .background import background_thread
 from .hessian import is_finite
 
 log = logging.getLogger(__name__)
@@ -280,7 +281,7 @@ class StreamedModel:
         rotary = self.base.rotary_emb
         self.base.rotary_emb = type(rotary)(config=self.config).to(device)
         self._arguments: dict[int, list[dict]] = {}
-        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._reader = background_thread("read-ahead")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from marlin_kernel.formats import QuantizedLinear, zero_dtype
 from marlin_kernel.schemes import Scheme
 from marlin_kernel.weight_types import WeightType
 
+from .background import background_thread
 from .config import QuantizeConfig
 from .distributed import Workers
 from .grid import stored_scales
@@ -218,7 +219,7 @@ class BackgroundWriter:
 
     def __init__(self, finished: FinishedLayers, device: torch.device) -> None:
         self._finished, self._device = finished, device
-        self._thread = ThreadPoolExecutor(1, "write-behind")
+        self._thread = background_thread("write-behind")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pending: Future[None] | None = None
 
