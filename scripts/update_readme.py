@@ -163,9 +163,11 @@ def quantize() -> str:
         lines.append(f"| {label} | {' | '.join(shown(run) for run in runs)} |")
     where = runs[0]["environment"]
     commits = " and ".join(dict.fromkeys(run["commit"] for run in runs))
+    for peer in runs[0]["peers"].values():
+        lines.append(f"| {peer['version']} (GPTQ), in the same run | {peer['seconds']:.0f} s | |")
     lines.append(
         f"\n{runs[0]['calibration_tokens']:,} calibration tokens, {where['threads']} CPU threads, "
-        f"torch {where['torch']}, commits {commits}: `{runs[0]['command']}`, and with `--config "
+        f"torch {where['torch']}, commit {commits}: `{runs[0]['command']}`, and with `--config "
         "configs/quantize/marlin.yaml`."
     )
     return "\n".join(lines)
