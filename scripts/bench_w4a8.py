@@ -28,9 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from tune_w4a8 import (  # noqa: E402
     DTYPES,
     KEYS,
-    SHAPES,
-    TOKENS,
-    parse_types,
+    add_problems,
     random_tokens,
     rotating_records,
 )
@@ -47,7 +45,7 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
 )
 from marlin_kernel.sm90_8bit_layout import Records, stored_tensors  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
-from scripts.command_line import make_parser, positive, require_gpu, shape, write_json  # noqa: E402
+from scripts.command_line import make_parser, require_gpu, write_json  # noqa: E402
 from scripts.gpu_timing import ROTATE_BYTES, circumstances, graph_time  # noqa: E402
 from scripts.tuned_tables import read_rows  # noqa: E402
 
@@ -202,23 +200,7 @@ def summarize(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--types",
-        nargs="+",
-        type=parse_types,
-        metavar="TYPES",
-        default=list(map(parse_types, DEFAULT_TYPES)),
-        help=f"weight-activation-group (0: one group; default: {' '.join(DEFAULT_TYPES)})",
-    )
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        type=shape,
-        metavar="KxN",
-        default=SHAPES,
-        help="default: the fused linears of Llama-2-7B and 70B",
-    )
-    parser.add_argument("--m", nargs="+", type=positive, default=TOKENS, help="numbers of tokens")
+    add_problems(parser, DEFAULT_TYPES)
     parser.add_argument(
         "--peers",
         type=Path,

@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -161,16 +162,15 @@ def compile_candidates(chosen: list[EightBitTypes], shapes, tokens, count: int) 
             raise cubin
 
 
-def main() -> int:
-    """Write the table. Returns the process exit status."""
-    parser = make_parser(__doc__)
+def add_problems(parser: argparse.ArgumentParser, types: Sequence[str]) -> None:
+    """The options --types (default: `types`), --shapes and --m."""
     parser.add_argument(
         "--types",
         nargs="+",
         type=parse_types,
         metavar="TYPES",
-        default=list(map(parse_types, TYPES)),
-        help=f"weight-activation-group (0: one group; default: {' '.join(TYPES)})",
+        default=list(map(parse_types, types)),
+        help=f"weight-activation-group (0: one group; default: {' '.join(types)})",
     )
     parser.add_argument(
         "--shapes",
@@ -181,6 +181,12 @@ def main() -> int:
         help="default: the fused linears of Llama-2-7B and 70B",
     )
     parser.add_argument("--m", nargs="+", type=positive, default=TOKENS, help="numbers of tokens")
+
+
+def main() -> int:
+    """Write the table. Returns the process exit status."""
+    parser = make_parser(__doc__)
+    add_problems(parser, TYPES)
     parser.add_argument("--candidates", type=int, default=16, help="timed for each entry")
     parser.add_argument("--verbose", action="store_true", help="print every candidate's time")
     parser.add_argument(
