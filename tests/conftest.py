@@ -21,6 +21,12 @@ _PLACES = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PLACES))
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Bytes are not spelled out in names of tests: those of gzip tell the time, and the workers
+    of a run must find the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "exhaustive" not in config.getoption("-m"):
         left_out = [item for item in items if "exhaustive" in item.keywords]
