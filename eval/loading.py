@@ -185,11 +185,9 @@ def quantized_name(settings: Mapping[str, Any]) -> str:
     sparsity = settings.get("sparsity")
     if not sparsity:
         return name
-    return (
-        f"{'magnitude' if nearest else 'SparseGPT'} {sparsity}"
-        if bits == 16
-        else (f"{name} {sparsity}")
-    )
+    if bits == 16:
+        name = "magnitude" if nearest else "SparseGPT"
+    return f"{name} {sparsity}"
 
 
 def context_length(path: str) -> int | None:

@@ -14,6 +14,7 @@ from eval.tables import (
     Table,
     cost_table,
     divergence_table,
+    find_perplexity,
     format_bytes,
     format_kl,
     format_perplexity,
@@ -169,23 +170,23 @@ def _tiles(report: Report) -> str:
     """The few numbers that a reader wants first, for the last row (the newest model)."""
     if not report.rows:
         return ""
-    row, baseline = report.rows[-1], report.baseline_row()
+    row = report.rows[-1]
+    baseline, itself = report.compared_with(row), report.baseline_row() is row
     tiles: list[tuple[str, str, str]] = []
     if row.perplexity:
         result = row.perplexity[0]
-        earlier = baseline.perplexity if baseline and baseline is not row else ()
-        base = next((p for p in earlier if text_key(p) == text_key(result)), None)
+        base = find_perplexity(baseline, text_key(result))
         note = f"{result.dataset}, {row.name}"
         if base is not None and math.isfinite(base.perplexity):
             change = 100 * (result.perplexity / base.perplexity - 1)
             before = format_perplexity(base.perplexity)
             note = f"{result.dataset}, from {before} ({change:+.1f}\u00a0%)"
         tiles.append(("Perplexity", format_perplexity(result.perplexity), note))
-        if result.kl is not None and baseline is not row:
+        if result.kl is not None and not itself:
             tiles.append(
                 ("KL divergence", format_kl(result.kl), f"nats per token, {result.dataset}")
             )
-        if result.top1 is not None and baseline is not row:
+        if result.top1 is not None and not itself:
             tiles.append(
                 ("Same top token", f"{100 * result.top1:.1f} %", "of predictions, as the original")
             )
@@ -193,7 +194,7 @@ def _tiles(report: Report) -> str:
     if leading is not None and is_share(leading.metric):
         tiles.append((leading.task, f"{100 * leading.value:.2f} %", leading.metric))
     if row.bytes:
-        if baseline is not None and baseline is not row and baseline.bytes:
+        if baseline is not None and baseline.bytes:
             ratio = f"{baseline.bytes / row.bytes:.2f}×"
             before = " ".join(filter(None, (format_bytes(baseline.bytes), baseline.dtype)))
             sizes = f"{before} → {format_bytes(row.bytes)}"

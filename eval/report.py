@@ -97,6 +97,11 @@ class Report:
             return None
         return next((row for row in self.rows if row.name == self.baseline), self.rows[0])
 
+    def compared_with(self, row: Row) -> Row | None:
+        """The row that `row` is compared with: the baseline, unless it is that itself."""
+        baseline = self.baseline_row()
+        return None if baseline is row else baseline
+
 
 def write_report(out_dir: str | os.PathLike[str], report: Report) -> dict[str, Path]:
     """Write report.html, report.md and report.json; returns their paths by "html", "md", "json".

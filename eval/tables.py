@@ -41,7 +41,6 @@ class Table:
 
 def perplexity_table(report: Report) -> Table:
     """Perplexity per data set, with the relative change from the baseline."""
-    baseline = report.baseline_row()
     texts = _texts(report)
     columns = [
         (name, f"perplexity at length {seqlen}, lower is better")
@@ -49,10 +48,10 @@ def perplexity_table(report: Report) -> Table:
     ]
     lines = []
     for row in report.rows:
+        baseline = report.compared_with(row)
         cells: list[Cell | None] = []
         for key in texts:
-            result = _find_perplexity(row, key)
-            base = None if baseline is None or row is baseline else _find_perplexity(baseline, key)
+            result, base = find_perplexity(row, key), find_perplexity(baseline, key)
             cells.append(None if result is None else _perplexity_cell(result, base))
         lines.append((row.name, cells))
     return Table(columns, lines)
@@ -69,7 +68,7 @@ def divergence_table(report: Report) -> Table:
     for row in report.rows:
         cells: list[Cell | None] = []
         for key in texts:
-            found = _find_perplexity(row, key)
+            found = find_perplexity(row, key)
             if found is None or found.kl is None or found.top1 is None:
                 cells += [None, None]
                 continue
@@ -86,7 +85,6 @@ def divergence_table(report: Report) -> Table:
 
 def task_table(report: Report, *, subtasks: bool = False) -> Table:
     """Task results in percent; subtasks=False shows groups and single tasks only."""
-    baseline = report.baseline_row()
     keys = _unique(
         task_key(t) for row in report.rows for t in row.tasks if (t.group is not None) == subtasks
     )
@@ -98,10 +96,10 @@ def task_table(report: Report, *, subtasks: bool = False) -> Table:
         columns.append((heading, ", ".join(part for part in (key[1], how) if part)))
     lines = []
     for row in report.rows:
+        baseline = report.compared_with(row)
         cells: list[Cell | None] = []
         for key in keys:
-            result = _find_task(row, key)
-            base = None if baseline is None or row is baseline else _find_task(baseline, key)
+            result, base = _find_task(row, key), _find_task(baseline, key)
             cells.append(None if result is None else _task_cell(result, base))
         if any(cells):
             lines.append((row.name, cells))
@@ -110,7 +108,6 @@ def task_table(report: Report, *, subtasks: bool = False) -> Table:
 
 def cost_table(report: Report) -> Table:
     """Size, compression ratio, time and memory of making each model."""
-    baseline = report.baseline_row()
     columns = [
         ("Weights", "weight files"),
         ("Compression", "of the weight files"),
@@ -119,8 +116,8 @@ def cost_table(report: Report) -> Table:
     ]
     lines = []
     for row in report.rows:
-        ratio = None
-        if baseline is not None and row is not baseline and baseline.bytes and row.bytes:
+        ratio, baseline = None, report.compared_with(row)
+        if baseline is not None and baseline.bytes and row.bytes:
             ratio = Cell(f"{baseline.bytes / row.bytes:.2f}×")
         lines.append(
             (
@@ -264,12 +261,13 @@ def _texts(report: Report) -> dict[TextKey, str]:
     return headings
 
 
-def _find_perplexity(row: Row, key: TextKey) -> PerplexityResult | None:
-    return next((p for p in row.perplexity if text_key(p) == key), None)
+def find_perplexity(row: Row | None, key: TextKey) -> PerplexityResult | None:
+    """What a row measured on a text; None if it did not, or if there is no row."""
+    return next((p for p in row.perplexity if text_key(p) == key), None) if row else None
 
 
-def _find_task(row: Row, key: TaskKey) -> TaskResult | None:
-    return next((t for t in row.tasks if task_key(t) == key), None)
+def _find_task(row: Row | None, key: TaskKey) -> TaskResult | None:
+    return next((t for t in row.tasks if task_key(t) == key), None) if row else None
 
 
 def _unique(items: Any) -> list[Any]:

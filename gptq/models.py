@@ -292,8 +292,8 @@ class StreamedModel:
         return shapes
 
     def _check_tensors(self) -> None:
-        """Raise CheckpointError naming a tensor that is missing or has another shape than it "
-        "must."""
+        """Raise CheckpointError naming a tensor that is missing or has another shape than it
+        must."""
         head = f"{self.family.head}.weight"
         for name, expected in self.skeleton.state_dict().items():
             if name not in self.tensors:

@@ -29,7 +29,6 @@ import multiprocessing
 import random
 import re
 import statistics
-import subprocess
 import sys
 import sysconfig
 import time
@@ -60,7 +59,7 @@ from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_model, load_tokenizer  # noqa: E402
 from marlin_kernel.layer import Layer  # noqa: E402
 from scripts import peers  # noqa: E402
-from scripts.command_line import command, make_parser, positive  # noqa: E402
+from scripts.command_line import command, commit, make_parser, positive  # noqa: E402
 
 HELDOUT_ROWS = 64  # calibration rows whose documents are never evaluated
 WINDOW = 2048
@@ -380,13 +379,6 @@ def table(results: Sequence[dict]) -> str:
             cells[0] += f" ({r['version']})" if "version" in r else ""
         lines.append("| " + " | ".join([*cells, str(len(r.get("seeds", [0])))]) + " |")
     return "\n".join(lines)
-
-
-def commit() -> str | None:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:

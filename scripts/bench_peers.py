@@ -35,8 +35,8 @@ from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_tokenizer  # noqa: E402
 from marlin_kernel.weight_types import weight_type  # noqa: E402
 from scripts import peers  # noqa: E402
-from scripts.bench_accuracy import calibration, commit, texts  # noqa: E402
-from scripts.command_line import command, make_parser, positive  # noqa: E402
+from scripts.bench_accuracy import calibration, texts  # noqa: E402
+from scripts.command_line import command, commit, make_parser, positive  # noqa: E402
 
 CPU = torch.device("cpu")
 ITERATIONS = 200  # of AutoRound, its default

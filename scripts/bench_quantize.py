@@ -73,8 +73,7 @@ from gptq.sequential import Walker  # noqa: E402
 from gptq.solver import solve  # noqa: E402
 from gptq.storage import BackgroundWriter, FinishedLayers  # noqa: E402
 from scripts import peers  # noqa: E402
-from scripts.command_line import command, make_parser, positive  # noqa: E402
-from scripts.gpu_timing import circumstances  # noqa: E402
+from scripts.command_line import command, commit, make_parser, positive  # noqa: E402
 
 # ---- a real model --------------------------------------------------------------------------------
 
@@ -171,7 +170,7 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     floor_full = 2 * forward + full
     result = {
         "command": noted_command(),
-        "commit": circumstances("", args)["commit"],
+        "commit": commit(),
         "environment": report["environment"] | environment(device),
         "settings": config.fingerprint(),
         "calibration_tokens": tokens,
@@ -234,7 +233,7 @@ def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         full = hessian_seconds(model, len(samples), args.seqlen, layers, True, now)
     result = {
         "command": noted_command(),
-        "commit": circumstances("", args)["commit"],
+        "commit": commit(),
         "environment": environment(model.device),
         "settings": config.fingerprint(),
         "calibration_tokens": len(samples) * args.seqlen,
@@ -441,7 +440,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         slowest = slowest_kernels(walker, layers) if args.profile else None
     result = {
         "command": noted_command(),
-        "commit": circumstances("", args)["commit"],
+        "commit": commit(),
         "environment": environment(device),
         "settings": config.fingerprint(),
         "processes": workers.count,

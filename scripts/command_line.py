@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +71,17 @@ def command(script: str, without: Sequence[str] = ()) -> str:
         return name + equals + (path.rpartition("/")[2] if path.startswith("/") else path)
 
     return shlex.join(["python", script, *map(by_name, words)])
+
+
+def commit() -> str | None:
+    """The commit of this checkout; of a copy without git, what BENCH_COMMIT says, if anything."""
+    if said := os.environ.get("BENCH_COMMIT"):
+        return said
+    ask = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def positive(text: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -22,36 +21,32 @@ import torch
 from torch import Tensor
 
 from marlin_kernel import WEIGHT_TYPES, kernel_configs
+from scripts.command_line import commit
 
 ROTATE_BYTES = 400_000_000
 ERROR_LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of a product that is to be timed
 CHECKED_TOKENS = 512  # of it, at most
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
     """What measured numbers depend on, for the JSON of a benchmark.
 
-    Files by name, without the folders of this machine. The commit comes from git, or from the
-    environment variable BENCH_COMMIT for copies without it.
+    Files by name, without the folders of this machine.
     """
 
-    def output_of(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-        except OSError:
-            return "unknown"
-
     query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    gpus = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-    commit = os.environ.get("BENCH_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD")
+    ask = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        gpus = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        gpus = "unknown"
     words = [word.rpartition("/")[2] if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "command": " ".join([script, *words]),
         "gpu": "; ".join(dict.fromkeys(gpus.splitlines())),  # equal ones once
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": commit,
+        "commit": commit(),
         "options": {name: _plain(value) for name, value in vars(options).items()},
     }
 

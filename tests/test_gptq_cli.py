@@ -590,27 +590,28 @@ def test_of_several_processes_one_evaluates(llama, monkeypatch):
     assert len(seen) == 1
 
 
+def launch(flags, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The main command, run in `folder` as a process of its own; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "gptq" / "llama2.py", *flags],
+        cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_of_several_processes_one_warns(llama, data, tmp_path):
     few = ["--nsamples", "1", "--percdamp", "0", "--shrinkage", "0", "--eval", "none"]
     for rank in ("0", "1"):
         flags = arguments(llama, data, "--save", rank, *few)
-        done = subprocess.run(
-            [sys.executable, ROOT / "gptq" / "llama2.py", *flags],
-            cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "RANK": rank},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = launch(flags, tmp_path, RANK=rank)
         assert ("WARNING gptq.hessian: model.layers.0.self_attn" in done.stderr) == (rank == "0")
 
 
 def test_verbose_logs_every_step_with_its_time(llama, data, tmp_path):
     flags = arguments(llama, data, "--save", "out", "--eval", "none", "--refine", "1", "--verbose")
-    done = subprocess.run(
-        [sys.executable, ROOT / "gptq" / "llama2.py", *flags],
-        cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = launch(flags, tmp_path)
     lines = re.findall(r"^\d{4}-\d\d-\d\d [\d:,]+ INFO gptq\.run: (.*)$", done.stderr, re.M)
     for index in range(2):
         (line,) = [line for line in lines if line.startswith(f"model.layers.{index}: ")]
@@ -689,12 +690,7 @@ def test_the_launcher_quantizes_evaluates_and_reports(llama, data, tmp_path):
     """The main command, as a newcomer types it, in another directory than the repository."""
     text = ["--eval", str(data / "heldout.txt"), "--eval_tokens", "200", "--report"]
     command = arguments(llama, data, "--save", "out", *text)
-    done = subprocess.run(
-        [sys.executable, ROOT / "gptq" / "llama2.py", *command],
-        cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = launch(command, tmp_path)
     load_model(tmp_path / "out", verify=True)
     assert "original" in done.stdout and "GPTQ INT4" in done.stdout
     (page,) = (tmp_path / "out").rglob("*.html")
