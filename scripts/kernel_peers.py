@@ -82,7 +82,7 @@ def tinygemm(w: Weights) -> Packed:
     """Ansel et al., PyTorch 2 (2024); W = (q - 8) scale + zero in groups of 32 to 256."""
     if w.scales.dtype != torch.bfloat16 or not w.grouped:
         raise NotInstalled("tinygemm takes BF16 and groups of 32 to 256")
-    q = w.codes.t().to(torch.uint8)
+    q = w.codes.t().to(torch.uint8).contiguous()
     packed = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
     scales = torch.stack((w.scales, torch.zeros_like(w.scales)), -1)
 
