@@ -30,9 +30,16 @@ SHOWN = {
     "GPTQ as first published": "GPTQ as first published (`configs/quantize/gptq.yaml`)",
     "Marlin": "Marlin's recipe (`configs/quantize/marlin.yaml`)",
     "GPTQ of llm-compressor": "GPTQ of {version}",
+    "AutoRound, 200 iterations": "{version}, 200 iterations (learned rounding)",
     "all but shrinkage": "the default with `--shrinkage 0`",
     "fast": "**the default** (`configs/quantize/fast.yaml`)",
     "best": "learned scales (`configs/quantize/best.yaml`)",
+}
+OTHERS = {
+    "AutoRound, 200 iterations": "AutoRound has",
+    "GPTQ of llm-compressor": "llm-compressor's GPTQ",
+    "Marlin": "Marlin's own recipe",
+    "round to nearest": "rounding",
 }
 SHAPES = "the eight fused linears of Llama-2 7B and 70B"
 
@@ -50,7 +57,7 @@ def _accuracy() -> dict[str, dict]:
 def summary() -> str:
     """The claims in one glance."""
     found, kl = _accuracy(), {}
-    for name in ("fast", "Marlin", "GPTQ of llm-compressor", "round to nearest"):
+    for name in ("fast", *OTHERS):
         kl[name] = found[name]["wiki"]["kl"]
     rows = _bench("float16")["rows"]
 
@@ -67,9 +74,8 @@ def summary() -> str:
     cpu = _results("bench_quantize_fast.json")["seconds"]["quantize"]
     lines = [
         f"- **Accurate**: a KL divergence of {kl['fast']:.3f} from the original on SmolLM2-135M; "
-        f"Marlin's own recipe has {kl['Marlin']:.3f}, llm-compressor's GPTQ "
-        f"{kl['GPTQ of llm-compressor']:.3f} and rounding {kl['round to nearest']:.3f}, in the "
-        "same format and with the same calibration text ([Accuracy](#accuracy)).",
+        + ", ".join(f"{label} {kl[name]:.3f}" for name, label in OTHERS.items())
+        + ", in the same format and with the same calibration text ([Accuracy](#accuracy)).",
         f"- **Fast to serve**: for one token a 4-bit linear is {few:.1f} times as fast as "
         f"torch.matmul in FP16 and {mean('us_peer', 1):.2f} times as fast as the best public "
         f"kernel, for 1024 tokens {many:.2f} and {mean('us_peer', 1024):.2f} times, on an H200. A "
@@ -212,6 +218,8 @@ RECIPES = {
     "marlin twopass": "Marlin's recipe as published",
     "marlin offload": "Marlin's recipe in one pass, `--offload_activations`",
     "fast": "the default",
+    "fp8": "8-bit floats (`configs/quantize/fp8.yaml`)",
+    "nvfp4": "NVFP4 (`configs/quantize/nvfp4.yaml`)",
     "sparse": "2:4 pruning and rounding (`configs/quantize/sparse.yaml`)",
 }
 
@@ -222,30 +230,33 @@ def _size_first(path: Path) -> tuple[int, str]:
 
 def kernels() -> str:
     lines = [
-        "| tokens | FP16: times as fast as torch.matmul | as the best public kernel "
-        "| BF16: as torch.matmul | FP16: time over the read floor |",
-        "|---|---|---|---|---|",
+        "| tokens | FP16: times as fast as torch.matmul | as the best public kernel | as Humming, "
+        "same run | BF16: as torch.matmul | FP16: time over the read floor |",
+        "|---|---|---|---|---|---|",
     ]
     half, brain = (_bench(dtype) for dtype in ("float16", "bfloat16"))
+    beside = _results("bench_h200_float16_peers.json")
     for m in sorted({row["m"] for row in half["rows"]}):
-        rows, others = ([r for r in c["rows"] if r["m"] == m] for c in (half, brain))
+        rows, others, same = ([r for r in c["rows"] if r["m"] == m] for c in (half, brain, beside))
         floor = [r["us"] / r["floor"] for r in rows]
         cells = [
             _mean_and_least([r["cublas"] / r["us"] for r in rows]),
             _mean_and_least([r["us_peer"] / r["us"] for r in rows]),
+            _mean_and_least([r["us_peer"] / r["us"] for r in same]),
             _mean_and_least([r["cublas"] / r["us"] for r in others]),
             f"{geometric_mean(floor):.2f} ({max(floor):.2f})",
         ]
         lines.append(f"| {m} | {' | '.join(cells)} |")
-    where = [content["circumstances"] for content in (half, brain)]
+    where = [content["circumstances"] for content in (half, beside, brain)]
     commits = " and ".join(dict.fromkeys(w["commit"] for w in where))
     names = sorted({PEERS[r["peer"]] for r in half["rows"]})
     lines.append(
         f"\nGeometric means over {SHAPES}, in brackets the worst of them. Public kernels: of every "
         f"entry the fastest of {', '.join(names)}, measured before under the same protocol "
-        "(`docs/results/h200_peers.csv`). The read floor is a kernel that only reads the same "
+        f"(`docs/results/h200_peers.csv`); in the same run {beside['peers']['humming']}. The read "
+        "floor is a kernel that only reads the same "
         f"bytes. {where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, group size 128, "
-        f"commit {commits}: " + " and ".join(f"`python {w['command']}`" for w in where) + "."
+        f"commit {commits}: " + ", ".join(f"`python {w['command']}`" for w in where) + "."
     )
     return "\n".join(lines)
 
