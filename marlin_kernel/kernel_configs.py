@@ -394,6 +394,7 @@ _GEMM_SHAPES = (  # tokens, m_tiles, stages, blocks_per_sm, stage_tiles, scale_s
     (256, 1, 4, 1, 1, False),
 )
 _WIDE_SHAPES = (  # the same, of four warpgroups
+    (16, 1, 6, 1, 2, True),
     (32, 1, 5, 1, 2, False),
     (64, 1, 5, 1, 2, False),
 )
@@ -467,7 +468,7 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
         configs.append(GemmConfig(*shape, warpgroups=groups))
         configs += [GemmConfig(*shape, split, warpgroups=groups) for split in _SPLITS]
         configs += [GemmConfig(*shape, split, True, warpgroups=groups) for split in _SPLITS]
-        if shape[0] >= 64:
+        if shape[0] >= 16:
             configs += [
                 GemmConfig(*shape, split, tail=True, warpgroups=groups) for split in _SPLITS
             ]
@@ -592,7 +593,7 @@ def _estimate_gemm(
     blocks, whole_rounds = tiles * config.split, 0
     if config.tail:
         blocks = tiles % slots * config.split
-        if tiles < slots or not 0 < blocks <= slots:
+        if tiles < slots or not blocks:
             return math.inf
         whole_rounds = tiles // slots
     if config.cluster:

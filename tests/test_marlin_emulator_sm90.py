@@ -29,6 +29,7 @@ DECODE_CONFIGS = (
 GEMM_CONFIGS = (
     GemmConfig(32, 1, stages=3, blocks_per_sm=1, stage_tiles=1, scale_sums=True),
     GemmConfig(16, 2, 4, 1, stage_tiles=2, scale_sums=True, split=2, cluster=True),
+    GemmConfig(16, 1, 3, 1, stage_tiles=2, scale_sums=True),
     GemmConfig(64, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2),
     GemmConfig(64, 2, 2, 1, stage_tiles=1, scale_sums=False, split=3, tail=True),
     GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=4),

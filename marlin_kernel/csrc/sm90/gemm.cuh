@@ -4,7 +4,7 @@
 // activations, with the 128-byte swizzle and with zeros for what lies outside the matrix. Two
 // or four warpgroups each turn their 64-feature tiles into A fragments and multiply them with all tokens of
 // the stage. Fragments are double-buffered: a step is dequantized while the multiplications of the
-// step before are under way.
+// step before are under way. Where a stage holds a whole group of 128 k its scales are used once.
 //
 // Copies of weights start before the preceding kernel has ended; activations wait for it.
 //
@@ -179,13 +179,15 @@ class Feeder {
     return Config::STAGE_TILES == 1 ? 1 : min(Config::STAGE_TILES, cursor.k_end - cursor.k_tile);
   }
 
-  // Also announces the bytes of the whole stage.
+  // Also announces the bytes of the whole stage. A unit of two tiles is always multiplied whole: k
+  // ends in the middle of one only where the matrix does, and beyond it activations are zeros.
   __device__ __forceinline__ void fetch_weights(int stage) {
     uint64_t* full = &shared_.full[stage];
     const int count = tiles(cursor_);
     const int rows = Config::GROUP > kTileK ? 1 : count * Rows::kPerTile;
+    const int boxes = Config::UNIT_TILES == 2 ? 2 : count;
     ptx::mbarrier_arrive_expect(
-        full, count * Config::BOX_BYTES + cursor_.columns * (count * kTileBytes<Weight> +
+        full, boxes * Config::BOX_BYTES + cursor_.columns * (count * kTileBytes<Weight> +
                                                              rows * kRowBytes<Weight>));
 #pragma unroll
     for (int i = 0; i < Config::PAIRS; ++i) {
@@ -209,7 +211,7 @@ class Feeder {
   __device__ __forceinline__ void fetch_tokens(const Cursor& cursor, int stage) {
 #pragma unroll
     for (int t = 0; t < Config::STAGE_TILES; ++t)
-      if (t == 0 || cursor.k_tile + t < cursor.k_end)
+      if (t == 0 || Config::UNIT_TILES == 2 || cursor.k_tile + t < cursor.k_end)
         ptx::tensor_copy_2d(shared_.ring.tokens[stage][t], map_, (cursor.k_tile + t) * kTileK,
                             cursor.token, &shared_.full[stage]);
   }
@@ -268,22 +270,22 @@ class Consumer {
       scale_ = make_float2(0.f, 0.f);
     }
     width_ = ColumnPair(item.column_block * Config::PAIRS + pair(), p_.column_tiles).width;
-    const int tiles = k_range_of<Config>(item, p_).size();
+    const int units = ceil_div(k_range_of<Config>(item, p_).size(), Config::UNIT_TILES);
     open_stage();
-    load_words<0, 0, 0>();
+    load_words<0, 0>();
     int i = 0;
 #pragma unroll 1
-    for (; i + 2 < tiles; i += 2) {
-      multiply_tile<0, 0>(i, true);
-      multiply_tile<Config::STEPS % 2, 1>(i + 1, true);
+    for (; i + 2 < units; i += 2) {
+      multiply_unit<0>(i, true);
+      multiply_unit<1>(i + 1, true);
     }
-    if (i + 2 == tiles) {
-      multiply_tile<0, 0>(i, true);
-      multiply_tile<Config::STEPS % 2, 1>(i + 1, false);
+    if (i + 2 == units) {
+      multiply_unit<0>(i, true);
+      multiply_unit<1>(i + 1, false);
       finish<1>();
     } else {
-      multiply_tile<0, 0>(i, false);
-      finish<(Config::STEPS + 1) % 2>();
+      multiply_unit<0>(i, false);
+      finish<0>();
     }
   }
 
@@ -294,53 +296,69 @@ class Consumer {
     position_.advance();
   }
 
-  // Multiply k tile i. FIRST: fragment buffer of its first step; they alternate from step to step.
-  // ODD: i % 2. more: another tile follows.
-  template <int FIRST, int ODD>
-  __device__ __forceinline__ void multiply_tile(int i, bool more) {
-    constexpr int kPlace = Config::STAGE_TILES == 1 ? 0 : ODD;  // in the stage
-    multiply_steps<FIRST, 0, kPlace>(i, more);
-  }
+  // What a step of an even (ODD = 0) or odd unit works on.
+  template <int ODD, int STEP>
+  struct Step {
+    static constexpr int TILE = STEP / Config::STEPS;  // of the unit
+    static constexpr int PART = STEP % Config::STEPS / Config::M_TILES;
+    static constexpr int M = STEP % Config::M_TILES;
+    static constexpr int PLACE =  // of the tile in the stage
+        Config::UNIT_TILES == 2 ? TILE : Config::STAGE_TILES == 2 ? ODD : 0;
+    static constexpr bool BEGINS_GROUP = TILE == 0;
+    static constexpr bool ENDS_GROUP = TILE + 1 == Config::UNIT_TILES;
+    static constexpr bool OPENS_STAGE = STEP == 0 && PLACE == 0;
+    static constexpr bool ENDS_STAGE =
+        STEP + 1 == Config::UNIT_STEPS && PLACE + 1 == Config::STAGE_TILES;
+    // Fragments alternate from step to step, sums from group to group.
+    static constexpr int FRAGMENTS = (ODD * Config::UNIT_STEPS + STEP) % 2;
+    static constexpr int GROUP_SUMS =
+        Config::UNIT_TILES == 1 ? FRAGMENTS : (ODD * Config::M_TILES + M) % 2;
+    // With both columns' products in turn, each step loads its own scales and zero points.
+    static constexpr bool LOADS_ZEROS = BEGINS_GROUP || Config::M_TILES > 1;
+    static constexpr bool LOADS_SCALES = Config::SCALE_SUMS ? ENDS_GROUP : LOADS_ZEROS;
+  };
+  template <int ODD, int STEP>
+  struct StepBefore : Step<ODD, STEP - 1> {};
+  template <int ODD>
+  struct StepBefore<ODD, 0> : Step<1 - ODD, Config::UNIT_STEPS - 1> {};
 
-  template <int FIRST, int STEP, int PLACE>
-  __device__ __forceinline__ void multiply_steps(int tile, bool more) {
-    if constexpr (STEP < Config::STEPS) {
-      constexpr int BUFFER = (FIRST + STEP) % 2;
-      constexpr int PART = STEP / Config::M_TILES;
-      constexpr int M = STEP % Config::M_TILES;
+  // Multiply unit i. more: another one follows.
+  template <int ODD, int STEP = 0>
+  __device__ __forceinline__ void multiply_unit(int i, bool more) {
+    if constexpr (STEP < Config::UNIT_STEPS) {
+      using This = Step<ODD, STEP>;
       const int stage = stage_;
-      const float2 scale = dequantize<BUFFER, PART>();
+      const float2 scale = dequantize<ODD, STEP>();
       const uint64_t tokens =
-          ptx::wgmma_descriptor(shared_.ring.tokens[stage][PLACE]) +
-          PART * Config::STEP_K16 * ptx::kWgmmaStepK16;
+          ptx::wgmma_descriptor(shared_.ring.tokens[stage][This::PLACE]) +
+          This::PART * Config::STEP_K16 * ptx::kWgmmaStepK16;
       ptx::wgmma_fence();
 #pragma unroll
       for (int s = 0; s < Config::STEP_K16; ++s) {
         const uint64_t b = tokens + s * ptx::kWgmmaStepK16;
         if constexpr (Config::SCALE_SUMS)
-          Mma::mma(group_sums_[BUFFER], fragments_[BUFFER][s], b, s > 0);
+          Mma::mma(group_sums_[This::GROUP_SUMS], fragments_[This::FRAGMENTS][s], b,
+                   s > 0 || !This::BEGINS_GROUP);
         else
-          Mma::mma(total_[M], fragments_[BUFFER][s], b, 1);
+          Mma::mma(total_[This::M], fragments_[This::FRAGMENTS][s], b, 1);
       }
       ptx::wgmma_commit();
       // Codes of the next step, while these multiplications run.
-      constexpr int kNext = STEP + 1;
-      if constexpr (kNext < Config::STEPS) {
-        load_words<PLACE, kNext / Config::M_TILES, kNext % Config::M_TILES>();
-      } else if constexpr (PLACE + 1 < Config::STAGE_TILES) {
-        if (more) load_words<PLACE + 1, 0, 0>();
-      } else {
-        if (more) {
-          open_stage();
-          load_words<0, 0, 0>();
-        }
+      if constexpr (STEP + 1 < Config::UNIT_STEPS) {
+        load_words<ODD, STEP + 1>();
+      } else if (more) {
+        if constexpr (This::ENDS_STAGE) open_stage();
+        load_words<1 - ODD, 0>();
       }
       ptx::wgmma_wait<1>();  // the step before is complete
-      if (STEP == 0 && PLACE == 0 && tile > 0) release(previous_stage_);
-      if (STEP == 0 && PLACE == 0) previous_stage_ = stage;
-      add_scaled<BUFFER ^ 1, (M + Config::M_TILES - 1) % Config::M_TILES>();
-      scale_ = scale;
-      multiply_steps<FIRST, STEP + 1, PLACE>(tile, more);
+      if constexpr (This::OPENS_STAGE) {
+        if (i > 0) release(previous_stage_);
+        previous_stage_ = stage;
+      }
+      using Before = StepBefore<ODD, STEP>;
+      if constexpr (Before::ENDS_GROUP) add_scaled<Before::GROUP_SUMS, Before::M>();
+      if constexpr (This::ENDS_GROUP) scale_ = scale;
+      multiply_unit<ODD, STEP + 1>(i, more);
     }
   }
 
@@ -352,9 +370,13 @@ class Consumer {
     return Config::M_TILES == 1 ? group_ % 2 : m;
   }
 
-  // This lane's codes and scales of one step of the open stage.
-  template <int PLACE, int PART, int M>
+  // This lane's codes of one step of the open stage, and the scales and zero points it begins with.
+  template <int ODD, int STEP>
   __device__ __forceinline__ void load_words() {
+    using This = Step<ODD, STEP>;
+    constexpr int PLACE = This::PLACE;
+    constexpr int PART = This::PART;
+    constexpr int M = This::M;
     const uint8_t* weights = shared_.ring.weights[stage_][pair()];
     const uint8_t* codes = weights + (PLACE * width_ + column(M)) * kTileBytes<Weight>;
     if constexpr (Weight::BITS == 8) {
@@ -383,8 +405,8 @@ class Consumer {
       const uint8_t* row =
           weights + Config::PAIR_CODES + (tile * width_ + column(M)) * Rows::kBytesPerTile +
           (PART * Config::STEP_ROWS + i) * kRowBytes<Weight>;
-      scale_words_[i] = load_pair<kScaleBytes<Weight>>(row);
-      if constexpr (Weight::ZEROS != Zeros::NONE)
+      if constexpr (This::LOADS_SCALES) scale_words_[i] = load_pair<kScaleBytes<Weight>>(row);
+      if constexpr (This::LOADS_ZEROS && Weight::ZEROS != Zeros::NONE)
         zero_words_[i] = load_pair<kZeroBytes<Weight>>(row + kScaleRowBytes<Weight>);
     }
   }
@@ -399,17 +421,20 @@ class Consumer {
     return *reinterpret_cast<const uint32_t*>(mine) >> (4 * warp_);
   }
 
-  // Loaded codes to fragments. Returns the scales of rows g and g + 8 if sums are scaled.
-  template <int BUFFER, int PART>
+  // Loaded codes to fragments. Returns the scales of rows g and g + 8, if the step ends a group whose
+  // sums are scaled.
+  template <int ODD, int STEP>
   __device__ __forceinline__ float2 dequantize() {
+    using This = Step<ODD, STEP>;
 #pragma unroll
     for (int s = 0; s < Config::STEP_K16; ++s) {
       const int row = s * Config::STEP_ROWS / Config::STEP_K16;
-      Operand::fragment(fragments_[BUFFER][s], words_[s], &zero_words_[row], 0, tables_);
+      Operand::fragment(fragments_[This::FRAGMENTS][s], words_[s], &zero_words_[row], 0, tables_);
       if constexpr (Config::SCALE_WEIGHTS)
-        Operand::apply(fragments_[BUFFER][s], &scale_words_[row], 0);
+        Operand::apply(fragments_[This::FRAGMENTS][s], &scale_words_[row], 0);
     }
-    if constexpr (Config::SCALE_SUMS) return dequant::ScalePair<Weight>::get(scale_words_, 0);
+    if constexpr (Config::SCALE_SUMS && This::ENDS_GROUP)
+      return dequant::ScalePair<Weight>::get(scale_words_, 0);
     return make_float2(1.f, 1.f);
   }
 
@@ -424,12 +449,12 @@ class Consumer {
     }
   }
 
-  // After the last step, which used BUFFER.
-  template <int BUFFER>
+  // After the last unit, an even (ODD = 0) or odd one.
+  template <int ODD>
   __device__ __forceinline__ void finish() {
     ptx::wgmma_wait<0>();
     release(stage_);
-    add_scaled<BUFFER, Config::M_TILES - 1>();
+    add_scaled<Step<ODD, Config::UNIT_STEPS - 1>::GROUP_SUMS, Config::M_TILES - 1>();
 #pragma unroll
     for (int m = 0; m < Config::M_TILES; ++m) ptx::pin_registers(total_[m]);
   }

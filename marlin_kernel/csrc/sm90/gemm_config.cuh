@@ -51,10 +51,16 @@ struct GemmConfig {
   static constexpr int BOX_BYTES = TOKENS * kTileK * static_cast<int>(sizeof(Scalar));
 
   // Steps: the multiplications between two commits; with scaled sums a step ends where a group
-  // does.
+  // does. A unit is a tile of all columns, or the two tiles of a stage that share a group.
   static constexpr int STEP_K16 = SCALE_SUMS && GROUP < kTileK ? GROUP / 16 : kStepsPerTile;
   static constexpr int PARTS = kStepsPerTile / STEP_K16;  // steps along the k of a tile
   static constexpr int STEPS = PARTS * M_TILES;           // steps of a tile of all columns
+  static constexpr bool HAS_ROOM =  // in its registers for units of two tiles
+      BLOCKS_PER_SM == 1 ||
+      (Weight::ZEROS == Zeros::NONE &&
+       (M_TILES == 1 ? TOKENS <= 32 : TOKENS == 16 && CLUSTER == 1 && kIsSame<Scalar, __half>));
+  static constexpr int UNIT_TILES = STAGE_TILES == 2 && GROUP > kTileK && HAS_ROOM ? 2 : 1;
+  static constexpr int UNIT_STEPS = UNIT_TILES * STEPS;
   static constexpr int STEP_ROWS = GROUP == 0 ? 0 : ceil_div(Rows::kPerTile, PARTS);
 
   // Registers per thread: what the launch gives, redistributed to those that multiply.
