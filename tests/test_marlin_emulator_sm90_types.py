@@ -30,7 +30,6 @@ DECODE_CONFIGS = (
 # sums and on weights, two and four warpgroups.
 GEMM_CONFIGS = (
     GemmConfig(16, 2, 3, 1, stage_tiles=2, scale_sums=True, split=2, cluster=True),
-    GemmConfig(32, 1, 3, 1, stage_tiles=1, scale_sums=True),
     GemmConfig(16, 1, 3, 1, stage_tiles=2, scale_sums=True),
     GemmConfig(64, 1, 2, 1, stage_tiles=2, scale_sums=False, split=2),
     GemmConfig(32, 1, 3, 1, stage_tiles=1, scale_sums=False, warpgroups=4),
