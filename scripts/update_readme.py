@@ -253,8 +253,8 @@ def kernels() -> str:
     lines.append(
         f"\nGeometric means over {SHAPES}, in brackets the worst of them. Public kernels: of every "
         f"entry the fastest of {', '.join(names)}, measured before under the same protocol "
-        f"(`docs/results/h200_peers.csv`); in the same run {beside['peers']['humming']}. The read "
-        "floor is a kernel that only reads the same "
+        f"(`docs/results/h200_peers.csv`); in the same run {beside['peers']['humming']} with "
+        "the configuration that it chooses. The read floor is a kernel that only reads the same "
         f"bytes. {where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, group size 128, "
         f"commit {commits}: " + ", ".join(f"`python {w['command']}`" for w in where) + "."
     )
