@@ -195,6 +195,9 @@ def _tensor_bytes(model: StreamedModel, name: str) -> int:
     return 2 * model.tensors[name].numel()
 
 
+_STEP_BYTES = 450  # moved per weight by a step of learning its scale; found on an H200
+
+
 def _seconds(
     model: StreamedModel,
     config: QuantizeConfig,
@@ -203,10 +206,11 @@ def _seconds(
     streams: int,
     parameters: int,
 ) -> float:
-    forward = 2.0 * parameters * tokens * streams
+    forward, moved = 2.0 * parameters * tokens * streams, 0.0
     for steps, passes in ((config.refine, 3), (config.refine_norms, 4)):
         if steps:  # of gradient descent: forward, twice that backward, and what is recomputed
             forward += 2.0 * parameters * passes * steps * config.refine_options(steps).tokens
+            moved += _STEP_BYTES * parameters * steps
     stages = {k for k, _ in layer}
     widths = [k for k, _ in layer]
     # q/k/v share a Hessian, and so do gate/up: four products a layer, of which H needs half
@@ -219,7 +223,21 @@ def _seconds(
     overhead = columns * 2e-4 + 0.05 * model.num_layers
     rate = _rate(model.device, model.dtype)
     slow = _rate(model.device, torch.float32)
+    if gpu and moved:  # where products are so fast that reading and writing weights counts
+        overhead += moved / _copy_rate(model.device)
     return (forward + hessian) / rate + solve_work / slow + overhead
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Measured bytes per second that a GPU reads and writes."""
+    source = torch.empty(1 << 26, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    target.copy_(source)
+    torch.cuda.synchronize(device)
+    return 2 * source.nbytes / (time.perf_counter() - began)
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:

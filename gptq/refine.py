@@ -138,12 +138,14 @@ def refine_model(
     samples: Sequence[Tensor],
     target: Callable[[int], Tensor],
     options: RefineOptions,
+    on_step: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Refinement]:
     """Learn all scales and norm weights of the quantized model from the original's logits.
 
     layers: solutions of layer i, by path inside the layer. samples: token ids, int64 [T] each.
     target: last hidden state of the full-precision model, before the final norm, [1, T, hidden].
-    The loss is KL(original || quantized) per token. The whole model is held on the device.
+    on_step: called after every step. The loss is KL(original || quantized) per token. The whole
+    model is held on the device.
     Returns (scales float32 [G, N] by name of the linear, norm weights by tensor name, loss).
     """
     device = model.device
@@ -199,7 +201,7 @@ def refine_model(
                 hidden.backward(leaf.grad)
         return total
 
-    refinement = _descend(measure, list(learned.values()), lengths, options)
+    refinement = _descend(measure, list(learned.values()), lengths, options, on_step)
     model.drop_embedding()
     values = {name: part.value() for name, part in learned.items()}
     scales = {n: v for n, v in values.items() if isinstance(learned[n], _Scales)}
@@ -303,6 +305,7 @@ def _descend(
     learned: Sequence[_Learned],
     lengths: Sequence[int],
     options: RefineOptions,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Refinement:
     """Adam on `learned`; keeps the state that was best on held-out samples, or the first one.
 
@@ -336,6 +339,7 @@ def _descend(
                     best, best_step = now, step
                     for part in learned:
                         part.keep()
+        on_step()
     for part in learned:
         part.parameter.grad = None
         part.parameter.requires_grad_(False)

@@ -203,7 +203,6 @@ def _run(
 
     changed, refinement = {}, None
     if config.refine_norms:
-        log.info("learning scales and norm weights end to end, %d steps", config.refine_norms)
         changed, refinement = _refine_end_to_end(model, walker, finished, config, probe)
     with torch.no_grad():
         logits = model.head(changed.get(model.final_norm_name))(walker.probe)[0].cpu()
@@ -339,13 +338,20 @@ def _refine_end_to_end(
             for name, t in finished.load(index)[0].items()
         }
 
-    with walker.timed("refine"):
+    steps = config.refine_norms
+    log.info("learning scales and norm weights end to end, %d steps", steps)
+    with (
+        walker.timed("refine"),
+        tqdm(total=steps, unit="step", desc="learn scales, norms") as bar,
+        logging_redirect_tqdm(),
+    ):
         scales, norms, refinement = refine_model(
             model,
             layers,
             [walker.batches[batch].ids[row, :length] for batch, row, length in walker.places],
             lambda i: walker.sample(walker.target, i),
-            config.refine_options(config.refine_norms),
+            config.refine_options(steps),
+            bar.update,
         )
     walker.clock.settle()
     walker.restart_probe(probe)
