@@ -79,13 +79,13 @@ def resident_clusters(blocks: int, per_multiprocessor: int, multiprocessors: int
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
-    """One shape of the small-batch kernel (csrc/sm90/decode.cuh).
+class SmallBatchShape:
+    """What the kernels of csrc/sm90/small_batch.cuh have in common.
 
     token_tiles: tokens / 8 of a block; warps_n: warps side by side, 64 features each; warps_k:
     warps that share a feature column's k range; split: blocks of the cluster that share it further;
     stages: weight tiles in flight per warp; blocks_per_sm: blocks that registers must leave room
-    for; gathers: blocks take whole rows of activations and pick from them by an index (act-order).
+    for.
     """
 
     token_tiles: int
@@ -94,7 +94,6 @@ class DecodeConfig:
     split: int
     stages: int
     blocks_per_sm: int
-    gathers: bool = False
 
     @property
     def threads(self) -> int:
@@ -103,6 +102,38 @@ class DecodeConfig:
     @property
     def max_tokens(self) -> int:
         return 8 * self.token_tiles
+
+    def storage_with(self, stage_bytes: int) -> int:
+        """sizeof(SmallBatchStorage) with weight tiles of `stage_bytes`; the kernel asserts that it
+        agrees.
+        """
+        warps = self.warps_n * self.warps_k
+        ring = -(-warps * self.stages * stage_bytes // 16) * 16
+        partial = warps * TILE_N * self.max_tokens * 4
+        received = (2 if self.split > 1 else 1) * self.warps_n * TILE_N * self.max_tokens * 4
+        barriers = -(-warps * self.stages * 8 // 16) * 16 + -(-self.warps_k * 8 // 16) * 16
+        return -(-(ring + partial + received + barriers) // 128) * 128
+
+    def resident(self, shared_bytes: int) -> int:
+        """Blocks of so much shared memory on a multiprocessor (an estimate)."""
+        return max(1, min(self.blocks_per_sm, SM_SHARED_BYTES // (shared_bytes + 1024)))
+
+    def persistent_grid(
+        self, column_tiles: int, shared_bytes: int, multiprocessors: int
+    ) -> tuple[int, int, int]:
+        """Blocks of a launch; each walks over columns gridDim.y blocks apart."""
+        clusters = resident_clusters(self.split, self.resident(shared_bytes), multiprocessors)
+        return (self.split, min(-(-column_tiles // self.warps_n), clusters), 1)
+
+
+@dataclass(frozen=True)
+class DecodeConfig(SmallBatchShape):
+    """One shape of the small-batch kernel of dense weights (csrc/sm90/decode.cuh).
+
+    gathers: blocks take whole rows of activations and pick from them by an index (act-order).
+    """
+
+    gathers: bool = False
 
     def source(self, dtype: str, group_size: int, weight_type: str = "uint4b8") -> KernelSource:
         """dtype: "float16" or "bfloat16"; group_size: one of group_sizes(weight_type)."""
@@ -121,14 +152,10 @@ class DecodeConfig:
         return KernelSource("sm90/decode.cuh", expression)
 
     def storage_bytes(self, group_size: int, weight_type: str = "uint4b8") -> int:
-        """sizeof(DecodeStorage); the kernel asserts that it agrees."""
-        warps = self.warps_n * self.warps_k
-        stage = tile_bytes(weight_type) + _row_bytes_per_tile(group_size, weight_type)
-        ring = -(-warps * self.stages * stage // 16) * 16
-        partial = warps * TILE_N * self.max_tokens * 4
-        received = (2 if self.split > 1 else 1) * self.warps_n * TILE_N * self.max_tokens * 4
-        barriers = -(-warps * self.stages * 8 // 16) * 16 + -(-self.warps_k * 8 // 16) * 16
-        return -(-(ring + partial + received + barriers) // 128) * 128
+        """Shared memory beside the activations."""
+        return self.storage_with(
+            tile_bytes(weight_type) + _row_bytes_per_tile(group_size, weight_type)
+        )
 
     def shared_bytes(
         self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8"
@@ -139,19 +166,6 @@ class DecodeConfig:
         index = block_tiles * TILE_K * 2 if self.gathers else 0
         return self.storage_bytes(group_size, weight_type) + m * row + index
 
-    def clusters(
-        self,
-        m: int,
-        k_tiles: int,
-        group_size: int,
-        multiprocessors: int = 132,
-        weight_type: str = "uint4b8",
-    ) -> int:
-        """Clusters of `split` blocks that are resident at the same time (an estimate)."""
-        shared = self.shared_bytes(m, k_tiles, group_size, weight_type) + 1024
-        resident = max(1, min(self.blocks_per_sm, SM_SHARED_BYTES // shared))
-        return resident_clusters(self.split, resident, multiprocessors)
-
     def grid(
         self,
         m: int,
@@ -161,9 +175,9 @@ class DecodeConfig:
         multiprocessors: int = 132,
         weight_type: str = "uint4b8",
     ) -> tuple[int, int, int]:
-        """Blocks of a launch; each walks over columns gridDim.y blocks apart."""
-        clusters = self.clusters(m, k_tiles, group_size, multiprocessors, weight_type)
-        return (self.split, min(-(-column_tiles // self.warps_n), clusters), 1)
+        """Blocks of a launch with m tokens."""
+        shared = self.shared_bytes(m, k_tiles, group_size, weight_type)
+        return self.persistent_grid(column_tiles, shared, multiprocessors)
 
     def fits(self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8") -> bool:
         if WEIGHT_TYPES[weight_type].bits == 4:
@@ -547,28 +561,56 @@ def _estimate_decode(
     multiprocessors: int,
     weight_type: str,
 ) -> float:
-    group_size = max(group_sizes(weight_type))
-    shared = config.shared_bytes(m, k_tiles, group_size, weight_type) + 1024
-    resident = max(1, min(config.blocks_per_sm, SM_SHARED_BYTES // shared))
-    blocks = -(-column_tiles // config.warps_n)
-    clusters = min(blocks, config.clusters(m, k_tiles, group_size, multiprocessors, weight_type))
-    rounds = -(-blocks // clusters)
-    on_one = min(resident, -(-clusters * config.split // multiprocessors))
-    warps = on_one * config.warps_n * config.warps_k
-    block_tiles = -(-k_tiles // config.split)
-    tiles = rounds * -(-block_tiles // config.warps_k)  # of a warp
     each_tile = _DECODE_TILE[config.token_tiles] * (_DECODE_GATHER if config.gathers else 1.0)
-    tile = max(_DECODE_LATENCY / config.stages, each_tile * warps)
-    compute = tiles * tile
-    memory = k_tiles * column_tiles * _read_bytes(weight_type) / _DECODE_DRAM_RATE
     row_tiles = k_tiles if config.gathers else k_tiles / config.split
-    activations = on_one * m * row_tiles * TILE_K * 2 / _DECODE_L2_RATE
-    each_round = _DECODE_ROUND + m * config.warps_n * TILE_N * _DECODE_OUTPUT_PER_FLOAT
-    if config.split > 1:
-        each_round += _DECODE_CLUSTER + config.split * _DECODE_CLUSTER_PER_BLOCK
+    return estimate_small_batch(
+        config,
+        k_tiles,
+        column_tiles,
+        multiprocessors,
+        tokens=m,
+        row_bytes=row_tiles * TILE_K * 2,
+        shared_bytes=config.shared_bytes(m, k_tiles, max(group_sizes(weight_type)), weight_type),
+        tile_bytes=_read_bytes(weight_type),
+        tile_us=each_tile,
+    )
+
+
+def estimate_small_batch(
+    shape: SmallBatchShape,
+    k_tiles: int,
+    column_tiles: int,
+    multiprocessors: int,
+    *,
+    tokens: int,
+    row_bytes: float,
+    shared_bytes: int,
+    tile_bytes: float,
+    tile_us: float,
+) -> float:
+    """Predicted microseconds of a kernel of csrc/sm90/small_batch.cuh.
+
+    k_tiles, column_tiles: weight tiles along k and n, of `tile_bytes`; row_bytes: of a token's
+    activations in a block; shared_bytes: of a block; tile_us: microseconds that a multiprocessor
+    takes to multiply one tile.
+    """
+    resident = shape.resident(shared_bytes)
+    blocks = -(-column_tiles // shape.warps_n)
+    clusters = shape.persistent_grid(column_tiles, shared_bytes, multiprocessors)[1]
+    rounds = -(-blocks // clusters)
+    on_one = min(resident, -(-clusters * shape.split // multiprocessors))
+    warps = on_one * shape.warps_n * shape.warps_k
+    block_tiles = -(-k_tiles // shape.split)
+    tiles = rounds * -(-block_tiles // shape.warps_k)  # of a warp
+    compute = tiles * max(_DECODE_LATENCY / shape.stages, tile_us * warps)
+    memory = k_tiles * column_tiles * tile_bytes / _DECODE_DRAM_RATE
+    activations = on_one * tokens * row_bytes / _DECODE_L2_RATE
+    each_round = _DECODE_ROUND + tokens * shape.warps_n * TILE_N * _DECODE_OUTPUT_PER_FLOAT
+    if shape.split > 1:
+        each_round += _DECODE_CLUSTER + shape.split * _DECODE_CLUSTER_PER_BLOCK
     return (
         _DECODE_START
-        + _DECODE_SHARED * shared * resident / SM_SHARED_BYTES
+        + _DECODE_SHARED * (shared_bytes + 1024) * resident / SM_SHARED_BYTES
         + activations
         + rounds * each_round
         + max(compute, memory)

@@ -35,7 +35,7 @@ from marlin_kernel import (
     scaled_configs,
     sm80_configs,
     sm90_8bit_configs,
-    sparse_marlin,
+    sparse_configs,
     sparse_sm80,
 )
 from marlin_kernel.compiler import KernelSource
@@ -233,12 +233,12 @@ def _scaled_sources(
 def _sparse_sources(
     grid: tuple[tuple[int, int], ...], complete: bool
 ) -> Iterable[tuple[str, KernelSource]]:
-    for weight, group_size in itertools.product(SPARSE_TYPES, sparse_marlin.GROUP_SIZES):
+    for weight, group_size in itertools.product(SPARSE_TYPES, sparse_configs.GROUP_SIZES):
         t = WEIGHT_TYPES[weight]
-        select = functools.partial(sparse_marlin.select, bits=t.bits, group_size=group_size)
+        select = functools.partial(sparse_configs.select, bits=t.bits, group_size=group_size)
         configs = {select(m, n, k) for m in TOKENS for k, n in grid}
         if complete:
-            configs.update(sparse_marlin.supported_configs(t.bits, group_size))
+            configs.update(sparse_configs.supported_configs(t.bits, group_size))
         for scalar, config in itertools.product(("float16", "bfloat16"), sorted(configs, key=str)):
             name = f"sparse_{scalar}_{t.short}_{scalar}"
             yield name, config.source(scalar, t.bits, group_size)
@@ -265,7 +265,7 @@ def quantizer(types: KernelTypes) -> KernelSource:
 
 
 def _sparse_sm80_sources() -> list[tuple[str, KernelSource]]:
-    types = itertools.product(SPARSE_TYPES, sparse_marlin.GROUP_SIZES, ("float16", "bfloat16"))
+    types = itertools.product(SPARSE_TYPES, sparse_configs.GROUP_SIZES, ("float16", "bfloat16"))
     return [
         (
             f"sparse_{scalar}_{WEIGHT_TYPES[weight].short}_{scalar}",

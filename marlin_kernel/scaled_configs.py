@@ -107,6 +107,7 @@ def supported_configs(sparse: bool) -> tuple[ScaledConfig, ...]:
         *((tokens, 1, 1, split, 3) for tokens in (16, 32, 64) for split in (1, 2, 4, 8)),
         *((128, 1, 1, split, 2) for split in (1, 2, 4)),
         *((128, 2, 1, split, 1) for split in (1, 2, 4)),
+        (128, 4, 1, 1, 1),
         *((64, 2, 2, 1, 2), (128, 2, 2, 1, 1)),
         *((256, 2, multicast, 1, 1) for multicast in (1, 2)),
         *((192, 3, multicast, 1, 1) for multicast in (1, 2)),

@@ -2,172 +2,36 @@
 
     torch.ops.marlin_kernel.sparse_gemm(a, weights, scales, bias, k, n, group_size, weight_type)
 
-The kernel of this file (csrc/sparse/kernel.cuh) is for compute capability 9.0; `sparse_sm80` serves
-the others from 8.0 on. Weights are in the device layout of csrc/sparse/config.cuh, which
-`device_weights` makes of the stored tensors (sparse_format.py). `SparseLayer` (sparse_layer.py) is
-what models hold.
+The kernels of this file (csrc/sparse/decode.cuh for small batches, kernel.cuh) are for compute
+capability 9.0 and chosen in `sparse_configs`; `sparse_sm80` serves the others from 8.0 on. Weights
+are in the device layout of csrc/sparse/config.cuh, which `device_weights` makes of the stored
+tensors (sparse_format.py). `SparseLayer` (sparse_layer.py) is what models hold.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import struct
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import gradient, launch, sparse_sm80
-from .compiler import KernelSource
 from .errors import ConfigError
 from .formats import LayerSpec
-from .scaled_configs import read_tuned
+from .sparse_configs import (
+    GROUP_SIZES,
+    POSITION_BYTES,
+    TILE_N,
+    AnyConfig,
+    SparseDecodeConfig,
+    select,
+)
 from .sparse_format import SPARSE_TYPES
 from .weight_types import WeightType
 from .weight_types import weight_type as lookup
 
-MAX_SHARED_BYTES = 227 * 1024  # of one block on sm_90
-SM_SHARED_BYTES = 228 * 1024  # of one multiprocessor, 1 KB of it reserved per block
-TILE_N = 64
-TILE_K = 128
-GROUP_SIZES = (-1, 128)  # that the kernel multiplies; others are dequantized
-TUNING_DIRECTORY = Path(__file__).parent / "tuning" / "sparse"
-_SCALARS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_POSITION_BYTES = 1024
-_SCALE_BYTES = 128
-
-
-@dataclass(frozen=True)
-class SparseConfig:
-    """One shape of the kernel (csrc/sparse/config.cuh explains the numbers).
-
-    tokens: of a tile; groups: warpgroups that multiply, 64 features each; split: blocks of a
-    cluster that share a k range; stages: of the ring; blocks_per_sm: blocks that registers must
-    leave room for.
-    """
-
-    tokens: int
-    groups: int
-    split: int
-    stages: int
-    blocks_per_sm: int
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.groups + 1)
-
-    def source(self, dtype: str, bits: int, group_size: int) -> KernelSource:
-        """dtype: "float16" or "bfloat16"; bits: 4 or 8; group_size: -1 or 128."""
-        numbers = (
-            bits,
-            max(group_size, 0),
-            *(getattr(self, field.name) for field in fields(self)),
-            self.storage_bytes(bits, group_size),
-        )
-        arguments = ", ".join(map(str, numbers))
-        expression = f"sparse::marlin24_kernel<sparse::Config<{_SCALARS[dtype]}, {arguments}>>"
-        return KernelSource("sparse/kernel.cuh", expression)
-
-    def storage_bytes(self, bits: int, group_size: int) -> int:
-        """sizeof(Storage); the kernel asserts that it agrees."""
-        tokens = self.stages * 2 * self.tokens * 128
-        ring = tokens + self.stages * self.groups * tile_bytes(bits, group_size)
-        out = self.groups * min(self.tokens, 64) * 72 * 2 if self.split == 1 else 16
-        barriers = 2 * (-(-self.stages * 8 // 16) * 16)
-        return -(-(-(-ring // 1024) * 1024 + out + barriers) // 1024) * 1024
-
-    def fits(self, k_tiles: int, bits: int, group_size: int) -> bool:
-        """k_tiles: weight tiles along k."""
-        size = self.storage_bytes(bits, group_size)
-        partial = self.groups * TILE_N * (self.tokens + 4) * 4 if self.split > 1 else 0
-        return (
-            k_tiles >= self.split
-            and size <= MAX_SHARED_BYTES
-            and self.blocks_per_sm * (size + 1024) <= SM_SHARED_BYTES
-            and partial <= size - 4096
-        )
-
-    def grid(self, m: int, feature_tiles: int, multiprocessors: int) -> int:
-        """Blocks of a launch."""
-        tiles = -(-feature_tiles // self.groups) * -(-m // self.tokens)
-        if self.split > 1:
-            return tiles * self.split
-        return min(tiles, multiprocessors * self.blocks_per_sm)
-
-
-def tile_bytes(bits: int, group_size: int) -> int:
-    """Bytes of a weight tile (64 features x 128 k): codes, positions, scales."""
-    return 512 * bits + _POSITION_BYTES + (_SCALE_BYTES if group_size > 0 else 0)
-
-
-@functools.cache
-def supported_configs(bits: int, group_size: int) -> tuple[SparseConfig, ...]:
-    """Every configuration that the library may choose and the tests iterate."""
-    shapes = [
-        *((t, 1, split, 3) for t in (8, 16, 32) for split in (1, 2, 4, 8)),
-        *((t, 2, split, 2) for t in (8, 16, 32) for split in (1, 2, 4, 8)),
-        *((t, 2, split, 1) for t in (64, 128) for split in (1, 2, 4)),
-        (256, 2, 1, 1),
-    ]
-    found = []
-    for tokens, groups, split, blocks in shapes:
-        for stages in range(12, 1, -1):
-            config = SparseConfig(tokens, groups, split, stages, blocks)
-            if config.fits(split, bits, group_size):
-                found.append(config)
-                break
-    return tuple(found)
-
-
-def estimate(
-    config: SparseConfig, m: int, n: int, k: int, bits: int, multiprocessors: int = 132
-) -> float:
-    """Rough time in microseconds, to rank configurations where no tuned row exists."""
-    k_tiles, feature_tiles = math.ceil(k / TILE_K), math.ceil(n / TILE_N)
-    blocks = -(-feature_tiles // config.groups) * -(-m // config.tokens) * config.split
-    rounds = math.ceil(blocks / (multiprocessors * config.blocks_per_sm))
-    at_once = min(config.blocks_per_sm, math.ceil(blocks / multiprocessors))
-    weights = config.groups * tile_bytes(bits, 128)
-    tokens = 2 * config.tokens * 128
-    mma = config.groups * 4 * max(config.tokens, 32) / 2
-    shared = (weights * 2 + tokens * (1 + config.groups)) / 128
-    memory = weights / 19 + tokens / 30
-    issue = config.groups * 180 / max(at_once, 1)
-    clocks = -(-k_tiles // config.split) * max(mma, shared, memory, issue) * at_once
-    epilogue = config.groups * 64 * config.tokens / 16 + (1500 if config.split > 1 else 500)
-    return 2.0 + rounds * (clocks + epilogue * at_once) / 1700
-
-
-@functools.cache
-def _tuned(gpu: str) -> dict[tuple[int, int, int], list[tuple[int, SparseConfig]]]:
-    return read_tuned(TUNING_DIRECTORY / f"{gpu}.json", "bits", SparseConfig)
-
-
-@functools.lru_cache(maxsize=65536)
-def select(
-    m: int,
-    n: int,
-    k: int,
-    bits: int,
-    group_size: int,
-    gpu: str = "h200",
-    multiprocessors: int = 132,
-) -> SparseConfig:
-    """The configuration for m tokens, n features, k inputs: tuned, or of least estimated time."""
-    k_tiles = math.ceil(k / TILE_K)
-    for limit, config in _tuned(gpu).get((bits, k, n), []):
-        if m <= limit and config.fits(k_tiles, bits, group_size):
-            return config
-    usable = [c for c in supported_configs(bits, group_size) if c.fits(k_tiles, bits, group_size)]
-    return min(usable, key=lambda c: (estimate(c, m, n, k, bits, multiprocessors), str(c)))
-
-
-def as_row(config: SparseConfig) -> dict[str, int]:
-    """The numbers of a configuration, for tuned tables."""
-    return asdict(config)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -203,8 +67,8 @@ def device_weights(
     if group_size > 0:
         wide = scales.new_zeros(columns, rows * TILE_N)
         wide[: scales.shape[0], : scales.shape[1]] = scales
-        tiles = wide.view(columns, rows, TILE_N).transpose(0, 1).contiguous()
-        parts.append(tiles.view(torch.uint8))
+        tiles = wide.view(columns, rows, 4, 2, 8).permute(1, 0, 4, 2, 3)  # [g][m][h] of a tile
+        parts.append(tiles.reshape(rows, columns, TILE_N).view(torch.uint8))
     weights = torch.cat(parts, 2).contiguous()
     if weights.is_cuda:  # the kernel fetches weights before its predecessor in the stream has ended
         torch.cuda.current_stream(weights.device).synchronize()
@@ -218,12 +82,13 @@ def stored_weights(
     rows, columns, _ = weights.shape
     size = 512 * wtype.bits
     codes = weights[:, :, :size].contiguous().view(torch.int32)
-    positions = weights[:, :, size : size + _POSITION_BYTES].contiguous().view(torch.int32)
+    positions = weights[:, :, size : size + POSITION_BYTES].contiguous().view(torch.int32)
     if scales.numel():
         own = scales.view(1, n)
     else:
-        tiles = weights[:, :, size + _POSITION_BYTES :].contiguous().view(torch.float16)
-        own = tiles.transpose(0, 1).reshape(columns, -1)[:groups, :n].contiguous()
+        tiles = weights[:, :, size + POSITION_BYTES :].contiguous().view(torch.float16)
+        wide = tiles.view(rows, columns, 8, 4, 2).permute(1, 0, 3, 4, 2).reshape(columns, -1)
+        own = wide[:groups, :n].contiguous()
     shape = (rows, columns, 128)
     return codes.view(*shape, wtype.bits), positions.view(*shape, 2), own
 
@@ -239,7 +104,7 @@ def _plans() -> launch._ThreadPlans:
 
 
 def launch_config(
-    config: SparseConfig,
+    config: AnyConfig,
     a: Tensor,
     weights: Tensor,
     scales: Tensor,
@@ -251,15 +116,16 @@ def launch_config(
 ) -> None:
     """Launch `config` on the current stream. No checks.
 
-    a: [M, K], rows on 16 bytes; weights, scales: of `device_weights`; group_size: -1 or 128; out:
-    [M, N], contiguous.
+    a: [M, K], elements of a row adjacent; for a SparseConfig, rows on 16 bytes; weights, scales: of
+    `device_weights`; group_size: -1 or 128; out: [M, N], contiguous.
     """
     m, k = a.shape
     n = out.shape[1]
     index = a.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
-    feature_tiles, k_tiles = weights.shape[:2]
-    key = (config, index, stream, a.dtype, bits, group_size, m, feature_tiles, dependent_launch)
+    column_tiles, k_tiles = weights.shape[:2]
+    sizes = m, k_tiles, column_tiles
+    key = (config, index, stream, a.dtype, bits, group_size, *sizes, dependent_launch)
     plans = _plans().plans
     plan = plans.get(key)
     if plan is None:
@@ -267,31 +133,30 @@ def launch_config(
             plans.clear()
         plan = plans[key] = launch.Plan(
             launch.load(config.source(_DTYPES[a.dtype], bits, group_size), index),
-            (config.grid(m, feature_tiles, launch.multiprocessors(index)), 1, 1),
+            config.grid(*sizes, bits, group_size, launch.multiprocessors(index)),
             config.threads,
             config.split,
-            config.storage_bytes(bits, group_size),
+            config.shared_bytes(m, k_tiles, bits, group_size),
             stream,
             launch._TENSOR_MAP_OFFSET + launch._TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
         )
-    row_bytes = 2 * (a.stride(0) if m > 1 else -(-k // 8) * 8)
-    start = launch._TENSOR_MAP_OFFSET
-    plan.arguments[start : start + launch._TENSOR_MAP_BYTES] = launch._tensor_map(
-        a.data_ptr(), _DTYPES[a.dtype], m, k, row_bytes, config.tokens
-    )
-    _PROBLEM.pack_into(
-        plan.arguments,
-        0,
+    addresses = (
         weights.data_ptr(),
         scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        m,
-        n,
-        k_tiles,
-        feature_tiles,
     )
+    if isinstance(config, SparseDecodeConfig):
+        numbers = (a.stride(0), m, n, k, column_tiles, k_tiles, config.split, 0, 0, 0, 0)
+        launch._PROBLEM.pack_into(plan.arguments, 0, a.data_ptr(), *addresses, *numbers)
+    else:
+        row_bytes = 2 * (a.stride(0) if m > 1 else -(-k // 8) * 8)
+        start = launch._TENSOR_MAP_OFFSET
+        plan.arguments[start : start + launch._TENSOR_MAP_BYTES] = launch._tensor_map(
+            a.data_ptr(), _DTYPES[a.dtype], m, k, row_bytes, config.tokens
+        )
+        _PROBLEM.pack_into(plan.arguments, 0, *addresses, m, n, k_tiles, column_tiles)
     plan.launch()
 
 
@@ -323,18 +188,20 @@ def _sparse_gemm(
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return _sparse_gemm(a, weights, scales, bias, k, n, group_size, weight_type)
-    rows = _aligned(a.reshape(-1, k))
-    out = rows.new_empty(rows.shape[0], n)
-    if rows.shape[0]:
+    rows = a.reshape(-1, k)
+    m = rows.shape[0]
+    out = rows.new_empty(m, n)
+    if m:
         group = kernel_group(group_size, k)
         bias = bias if bias is None else bias.to(a.dtype)
         if launch.device_arch(index) != "sm_90a":
-            config = sparse_sm80.select(rows.shape[0])
-            sparse_sm80.launch_config(config, rows, weights, scales, bias, out, bits, group)
+            old = sparse_sm80.select(m)
+            sparse_sm80.launch_config(old, _aligned(rows), weights, scales, bias, out, bits, group)
             return out.view(*a.shape[:-1], n)
         gpu = torch.cuda.get_device_name(index).removeprefix("NVIDIA ").lower()
-        size = rows.shape[0], n, k, bits, group
-        config = select(*size, gpu, launch.multiprocessors(index))
+        config = select(m, n, k, bits, group, gpu, launch.multiprocessors(index))
+        if not isinstance(config, SparseDecodeConfig) or rows.stride(1) != 1:
+            rows = _aligned(rows)
         launch_config(config, rows, weights, scales, bias, out, bits, group)
     return out.view(*a.shape[:-1], n)
 

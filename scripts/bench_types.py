@@ -149,7 +149,7 @@ def measure(case: tuple[str, str, str, int, bool], k: int, n: int, path: str) ->
     floor = None
     if path == "sm90":
         yardstick = RotatingWeights.make(k, n, copies[0].group_size or -1, weight_type=name)
-        floor = round(read_floor(yardstick, True), 2)
+        floor = round(read_floor(yardstick.nbytes, yardstick.copies, True), 2)
         del yardstick
     for m in TOKENS:
         a = torch.randn(m, k, device="cuda", dtype=DTYPES[output])

@@ -12,7 +12,6 @@ tried; their results must agree before they are timed. The table is written afte
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from marlin_kernel import (  # noqa: E402
-    compiler,
     launch,
     scaled_mm,
     sm80_path,
@@ -48,7 +46,7 @@ from marlin_kernel.validity import Combination, violated_rule  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu, shape  # noqa: E402
 from scripts.gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
-from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
+from scripts.tuned_tables import compile_first, read_rows, write_rows  # noqa: E402
 
 SHAPES = (
     *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),
@@ -149,17 +147,13 @@ def time_configs(
 
 def compile_candidates(chosen: list[EightBitTypes], shapes, tokens, count: int) -> None:
     """Everything that will be timed, in parallel."""
-    sources = {
-        config.source(types): None
+    compile_first(
+        config.source(types)
         for types in chosen
         for k, n in shapes
         for m in tokens
         for config in candidates(types, m, n, k, count)
-    }
-    work = [(source, "sm_90a") for source in sources]
-    for _, cubin in compiler.compile_all(work, os.cpu_count() or 1):
-        if isinstance(cubin, Exception):
-            raise cubin
+    )
 
 
 def add_problems(parser: argparse.ArgumentParser, types: Sequence[str]) -> None:

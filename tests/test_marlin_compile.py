@@ -384,6 +384,7 @@ def test_unfit_configurations_say_so() -> None:
     [
         racecheck.CONFIGS[1].source("float16", racecheck.GROUP_SIZE),
         racecheck.EIGHT_BIT_CONFIGS[1].source(racecheck.TYPES),
+        racecheck.SPARSE_CONFIGS[0].source("float16", 4, racecheck.GROUP_SIZE),
     ],
     ids=lambda source: source.header,
 )

@@ -133,32 +133,32 @@ MUTANTS = (
 MUTATIONS = {
     "decode: weights are not waited for": (
         "sm90/decode.cuh",
-        "ptx::mbarrier_wait(&shared_.full[warp_][stage_], parity_);",
+        "ptx::mbarrier_wait(&shared_.full[warp_][Base::stage_], Base::parity_);",
         "",
     ),
-    "decode: the phase of the ring is forgotten": ("sm90/decode.cuh", "parity_ ^= 1;", ""),
+    "decode: the phase of the ring is forgotten": ("sm90/small_batch.cuh", "parity_ ^= 1;", ""),
     "decode: activations are used before all have been written": (
-        "sm90/decode.cuh",
+        "sm90/small_batch.cuh",
         "ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);",
         "",
     ),
     "decode: activations arrive at a barrier that is not initialised": (
-        "sm90/decode.cuh",
+        "sm90/small_batch.cuh",
         "ptx::block_sync();  // barriers of activations are initialised",
         "",
     ),
     "decode: sums of other warps are read early": (
-        "sm90/decode.cuh",
+        "sm90/small_batch.cuh",
         "    ptx::block_sync();\n    if constexpr (Config::SPLIT > 1)\n",
         "    if constexpr (Config::SPLIT > 1)\n",
     ),
     "decode: sums of other blocks are read early": (
-        "sm90/decode.cuh",
+        "sm90/small_batch.cuh",
         "      ptx::cluster_arrive();\n      ptx::cluster_wait();\n",
         "",
     ),
     "decode: sums of the next column overwrite those of this one": (
-        "sm90/decode.cuh",
+        "sm90/small_batch.cuh",
         "if constexpr (Config::SPLIT > 1) parity ^= 1;",
         "",
     ),

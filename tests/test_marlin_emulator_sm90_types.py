@@ -187,11 +187,17 @@ def plain_library(kernel: Kernel) -> Sm90Library:
 # What a careless edit may break: (text, replacement). Each must be noticed.
 GATHERING_MUTATIONS = {
     "rows are used before they have arrived": (
+        "sm90/small_batch.cuh",
         "ptx::mbarrier_wait(&shared_.tokens_full[0], 0);",
         "",
     ),
-    "a part of the index is missing": ("write_index(permutation);\n    ptx::warp_sync();", ""),
+    "a part of the index is missing": (
+        "sm90/decode.cuh",
+        "write_index(permutation);\n    ptx::warp_sync();",
+        "",
+    ),
     "no input is taken for the last one": (
+        "sm90/decode.cuh",
         "row(token)[p_.k] = Element<Scalar>::from_float(0.f);",
         "",
     ),
@@ -201,7 +207,7 @@ GATHERING_MUTATIONS = {
 @pytest.mark.parametrize("name", GATHERING_MUTATIONS)
 def test_mutation_of_gathering_is_caught(name: str) -> None:
     kernel = Kernel(GATHERING[1], torch.float16, 128, "uint4b8")
-    built = Sm90Library([kernel], ("sm90/decode.cuh", *GATHERING_MUTATIONS[name]))
+    built = Sm90Library([kernel], GATHERING_MUTATIONS[name])
     c = next(
         c for c in ORDERED if c.k_full and c.group_size == 128 and c.weight_type.name == "uint4b8"
     )

@@ -306,7 +306,7 @@ for m, group_size in ((1, 0), (100, 128)):
 def test_sparse_launches(fake_directory: Path) -> None:
     """2:4 sparse weights: through a tensor map on Hopper, without on the GPUs before it."""
     program = """
-from marlin_kernel import sparse_marlin, sparse_sm80
+from marlin_kernel import sparse_configs, sparse_marlin, sparse_sm80
 encoded = []
 def tensor_map(*arguments):
     encoded.append(arguments)
@@ -317,11 +317,12 @@ for m, bits, group_size in ((1, 4, 128), (100, 8, -1)):
     a = tensor(0x100, m, k, stride=1008)
     arguments = a, tensor(0x200, 5, 8, 64), tensor(0x300), None, tensor(0x500, m, n)
     arguments += bits, group_size
-    configs = sparse_marlin.supported_configs(bits, group_size)
-    config = next(c for c in configs if c.split == 2)
+    configs = sparse_configs.supported_configs(bits, group_size)
+    warpgroups = [c for c in configs if isinstance(c, sparse_configs.SparseConfig)]
+    config = next(c for c in warpgroups if c.split == 2)
     sparse_marlin.launch_config(config, *arguments)
     assert compiled[-1] == (config.source("float16", bits, group_size), "sm_90a")
-    assert tuple(record.grid) == (config.grid(m, 5, SMS), 1, 1)
+    assert tuple(record.grid) == config.grid(m, 8, 5, bits, group_size, SMS)
     assert tuple(record.block) == (config.threads, 1, 1)
     assert record.shared_bytes == config.storage_bytes(bits, group_size)
     assert record.attributes == 1 << 4 | 1 << 6, "in clusters, and before its predecessor ends"
@@ -332,6 +333,18 @@ for m, bits, group_size in ((1, 4, 128), (100, 8, -1)):
     assert encoded[-1] == (0x100, "float16", m, k, row_bytes, config.tokens)
     (plan,) = (p for key, p in sparse_marlin._plans().plans.items() if m in key)
     assert bytes(plan.arguments[128:256]) == bytes(range(128))
+
+    if m == 1:
+        config = next(c for c in configs if c.split == 2)
+        assert isinstance(config, sparse_configs.SparseDecodeConfig)
+        sparse_marlin.launch_config(config, *arguments)
+        assert compiled[-1] == (config.source("float16", bits, group_size), "sm_90a")
+        assert tuple(record.grid) == config.grid(m, 8, 5, bits, group_size, SMS)
+        assert record.shared_bytes == config.shared_bytes(m, 8, bits, group_size)
+        assert record.attributes == 1 << 4 | 1 << 6
+        assert tuple(record.cluster) == (2, 1, 1)
+        fields = struct.unpack_from("<5Qq5i", bytes(record.arguments))
+        assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008, m, n, k, 5, 8)
 
     config = sparse_sm80.select(m)
     sparse_sm80.launch_config(config, *arguments)

@@ -16,7 +16,7 @@ from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_configs import ScaledConfig
 from marlin_kernel.scaled_mm import _aligned, reference
 from marlin_kernel.sparse import compress_2_4, prune_2_4
-from marlin_kernel.sparse_marlin import SparseConfig
+from marlin_kernel.sparse_configs import AnyConfig, SparseConfig, SparseDecodeConfig
 from marlin_kernel.sparse_sm80 import Sm80SparseConfig
 from marlin_kernel.weight_types import weight_type
 
@@ -190,17 +190,23 @@ MARLIN_CONFIGS = (
     SparseConfig(tokens=16, groups=2, split=2, stages=2, blocks_per_sm=1),
     SparseConfig(tokens=64, groups=2, split=1, stages=2, blocks_per_sm=1),
 )
+DECODE_CONFIGS = (  # token_tiles, warps_n, warps_k, split, stages, blocks_per_sm
+    SparseDecodeConfig(1, 1, 4, 1, 2, 1),
+    SparseDecodeConfig(1, 2, 2, 2, 1, 1),
+    SparseDecodeConfig(2, 1, 2, 4, 2, 1),
+)
 SM80_CONFIGS = (
     Sm80SparseConfig(tokens=8, k_parts=2, stages=3),
     Sm80SparseConfig(tokens=32, k_parts=2, stages=2),
 )
 MARLIN_SHAPES = ((1, 64, 128, 1), (17, 200, 300, 2), (70, 136, 512, 2))  # M, N, K, processors
+DECODE_SHAPES = ((1, 64, 128, 1), (5, 200, 300, 2), (8, 136, 1664, 2), (15, 330, 640, 1))
 MARLIN_TYPES = {4: "uint4b8", 8: "uint8b128"}
 DTYPES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
 
 
-def marlin_kernels(bits: int) -> list[tuple[SparseConfig, torch.dtype, int, int]]:
+def marlin_kernels(bits: int) -> list[tuple[AnyConfig, torch.dtype, int, int]]:
     kernels = [
         (MARLIN_CONFIGS[1], torch.float16, bits, 128),
         (MARLIN_CONFIGS[1], torch.bfloat16, bits, -1),
@@ -209,7 +215,11 @@ def marlin_kernels(bits: int) -> list[tuple[SparseConfig, torch.dtype, int, int]
         kernels += [(c, torch.float16, bits, 128) for c in MARLIN_CONFIGS[::2]]
         kernels += [(c, torch.float16, bits, 128) for c in SM80_CONFIGS]
         kernels += [(SM80_CONFIGS[0], torch.bfloat16, bits, -1)]
+        kernels += [(c, torch.float16, bits, 128) for c in DECODE_CONFIGS]
+        kernels += [(DECODE_CONFIGS[1], torch.bfloat16, bits, -1)]
     else:
+        kernels += [(c, torch.bfloat16, bits, 128) for c in DECODE_CONFIGS[:2]]
+        kernels += [(DECODE_CONFIGS[2], torch.float16, bits, -1)]
         kernels += [(SM80_CONFIGS[1], torch.float16, bits, 128)]
     return kernels
 
@@ -229,7 +239,9 @@ def marlin_run(built: SparseLibrary, kernel, m: int, n: int, k: int, sms: int, s
     layer = QuantizedLinear.quantize(w, wtype, group_size, bias)
     stored = sparse_format.write(layer)
     weights, scales = sparse_marlin.device_weights(*stored.values(), group_size)
-    a = sparse_marlin._aligned(torch.randn(m, k).to(dtype))
+    a = torch.randn(m, k).to(dtype)
+    if not isinstance(config, SparseDecodeConfig):  # which takes rows that start anywhere
+        a = sparse_marlin._aligned(a)
     expected = a.double() @ layer.dequantize(torch.float64) + bias.double()
     out = torch.full((m, n), float("nan"), dtype=dtype)
     verdict = built.run(kernel, a, weights, scales, bias, out, sms, seed)
@@ -239,8 +251,10 @@ def marlin_run(built: SparseLibrary, kernel, m: int, n: int, k: int, sms: int, s
 @pytest.mark.parametrize("kernel", [k for bits in (4, 8) for k in marlin_kernels(bits)], ids=str)
 def test_sparse_marlin_matches_float64(kernel) -> None:
     config, dtype, bits, group_size = kernel
-    for m, n, k, sms in MARLIN_SHAPES:
-        if isinstance(config, SparseConfig) and not config.fits(-(-k // 128), bits, group_size):
+    shapes = DECODE_SHAPES if isinstance(config, SparseDecodeConfig) else MARLIN_SHAPES
+    for m, n, k, sms in shapes:
+        size = m, -(-k // 128), bits, group_size
+        if not isinstance(config, Sm80SparseConfig) and not config.fits(*size):
             continue
         for seed in SEEDS if m < 64 else SEEDS[-1:]:  # large ones take long
             verdict, error = marlin_run(marlin_library(bits), kernel, m, n, k, sms, seed)
@@ -270,13 +284,31 @@ SM80_MUTATIONS = {
 }
 
 
+DECODE_MUTATIONS = {
+    "decode: a tile is not waited for": (
+        "sparse/decode.cuh",
+        "ptx::mbarrier_wait(&shared_.full[warp_][Base::stage_], Base::parity_);",
+    ),
+    "decode: activations are not waited for": (
+        "sm90/small_batch.cuh",
+        "ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);",
+    ),
+}
+
+
 def marlin_outcomes(mutation: str | None) -> list[str]:
     """What goes wrong, in each of several runs."""
     change = None
     kernels = [(c, torch.float16, 4, 128) for c in (*MARLIN_CONFIGS[:2], SM80_CONFIGS[0])]
+    if mutation is None or mutation in DECODE_MUTATIONS:
+        kernels += [(c, torch.float16, 4, 128) for c in DECODE_CONFIGS]
     if mutation in SM80_MUTATIONS:
         change = ("sparse/sm80.cuh", SM80_MUTATIONS[mutation], "")
-        kernels = kernels[2:]
+        kernels = kernels[2:3]
+    elif mutation in DECODE_MUTATIONS:
+        header, text = DECODE_MUTATIONS[mutation]
+        change = (header, text, "")
+        kernels = kernels[3:]
     elif mutation is not None:
         text = MARLIN_MUTATIONS[mutation]
         change = ("sparse/kernel.cuh", text, "common::copy_rows<" if "copy_rows" in text else ";")
@@ -285,7 +317,8 @@ def marlin_outcomes(mutation: str | None) -> list[str]:
     wrong = []
     for kernel in kernels:
         for seed in range(3):
-            verdict, error = marlin_run(built, kernel, 30, 200, 1100, 2, seed)
+            m = 7 if isinstance(kernel[0], SparseDecodeConfig) else 30
+            verdict, error = marlin_run(built, kernel, m, 200, 1100, 2, seed)
             if verdict != "finished":
                 wrong.append(verdict)
             elif not error < TOLERANCE[torch.float16]:
@@ -297,6 +330,6 @@ def test_unmutated_sparse_marlin_is_sound() -> None:
     assert marlin_outcomes(None) == []
 
 
-@pytest.mark.parametrize("mutation", [*MARLIN_MUTATIONS, *SM80_MUTATIONS])
+@pytest.mark.parametrize("mutation", [*MARLIN_MUTATIONS, *SM80_MUTATIONS, *DECODE_MUTATIONS])
 def test_mutation_of_sparse_marlin_is_caught(mutation: str) -> None:
     assert marlin_outcomes(mutation)

@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlin_kernel import formats, scaled_configs, scaled_mm, sparse_marlin, sparse_sm80
+from marlin_kernel import (
+    formats,
+    scaled_configs,
+    scaled_mm,
+    sparse_configs,
+    sparse_marlin,
+    sparse_sm80,
+)
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.scaled_configs import ScaledConfig
 from marlin_kernel.sparse import compress_2_4, decompress, prune_2_4
+from marlin_kernel.sparse_configs import SparseDecodeConfig
 from marlin_kernel.sparse_layer import SparseLayer
 from marlin_kernel.weight_types import weight_type
 
@@ -142,7 +150,10 @@ def test_compiled_call() -> None:
 
 # ---- 2:4 Marlin ----
 
-SPARSE_SHAPES = ((1, 64, 128), (17, 200, 300), (70, 136, 512), (300, 1000, 1280), (9, 512, 4096))
+SPARSE_SHAPES = (
+    *((1, 64, 128), (17, 200, 300), (70, 136, 512), (300, 1000, 1280), (9, 512, 4096)),
+    *((3, 4100, 2052), (16, 136, 1664)),
+)
 
 
 def sparse_problem(m: int, n: int, k: int, dtype: torch.dtype, name: str, group_size: int):
@@ -169,13 +180,14 @@ def test_every_sparse_marlin_configuration(dtype, name: str, group_size: int) ->
             weights, scales, n, layer.weight_type, layer.spec.groups
         )
         assert all(torch.equal(x, y) for x, y in zip(back, tensors, strict=True))
-        a = sparse_marlin._aligned(a)
-        for config in sparse_marlin.supported_configs(bits, group):
-            if not config.fits(-(-k // 128), bits, group):
+        for config in sparse_configs.supported_configs(bits, group):
+            if not config.fits(m, -(-k // 128), bits, group):
                 continue
+            decodes = isinstance(config, SparseDecodeConfig)  # takes rows that start anywhere
+            rows = a if decodes else sparse_marlin._aligned(a)
             guarded = torch.full((m + 2, n), float("nan"), dtype=dtype, device="cuda")
             sparse_marlin.launch_config(
-                config, a, weights, scales, layer.bias, guarded[1:-1], bits, group
+                config, rows, weights, scales, layer.bias, guarded[1:-1], bits, group
             )
             error = float((guarded[1:-1].double() - want).norm() / want.norm())
             assert error < (6e-4 if dtype == torch.float16 else 4e-3), (config, m, n, k)

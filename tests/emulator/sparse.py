@@ -8,11 +8,12 @@ import torch
 from emulator.build import build, outcome, pointer
 from torch import Tensor
 
-from marlin_kernel.sparse_marlin import SparseConfig
+from marlin_kernel.sparse_configs import AnyConfig, SparseConfig, SparseDecodeConfig
 from marlin_kernel.sparse_sm80 import Sm80SparseConfig
 
 # config, dtype, bits, group size
-Kernel = tuple[SparseConfig | Sm80SparseConfig, torch.dtype, int, int]
+Kernel = tuple[AnyConfig | Sm80SparseConfig, torch.dtype, int, int]
+_LETTERS = {SparseConfig: "X", Sm80SparseConfig: "Y", SparseDecodeConfig: "Z"}  # run_sparse.cpp
 
 
 class _Arguments(ctypes.Structure):
@@ -33,7 +34,7 @@ class SparseLibrary:
             old = isinstance(config, Sm80SparseConfig)
             source = config.source(dtype if old else str(dtype)[6:], bits, group_size)
             arguments = source.expression.split("Config<")[1].split(">")[0]
-            cases.append(f"{'Y' if old else 'X'}({number}, {arguments})")
+            cases.append(f"{_LETTERS[type(config)]}({number}, {arguments})")
         self._library = build("run_sparse.cpp", {"CASES": " ".join(cases)}, mutation)
 
     def run(
@@ -54,13 +55,14 @@ class SparseLibrary:
             *map(pointer, (a, weights, scales, bias, out)),
             *(a.stride(0), m, n, k, weights.shape[1], weights.shape[0]),
         )
+        column_tiles, k_tiles = weights.shape[:2]
+        if isinstance(config, Sm80SparseConfig):
+            grid, shared = config.grid(m, column_tiles), config.storage_bytes(bits, group_size)
+        else:
+            grid = config.grid(m, k_tiles, column_tiles, bits, group_size, multiprocessors)
+            shared = config.shared_bytes(m, k_tiles, bits, group_size)
         status = self._library.run(
-            self._numbers[kernel],
-            ctypes.c_uint(seed),
-            0
-            if isinstance(config, Sm80SparseConfig)
-            else config.grid(m, weights.shape[0], multiprocessors),
-            config.storage_bytes(bits, group_size),
+            *(self._numbers[kernel], ctypes.c_uint(seed), *grid[:2], shared),
             ctypes.byref(arguments),
         )
         return outcome(self._library, status)

@@ -1,12 +1,4 @@
-// Small batches: one pass over the weights at memory speed.
-//
-// Blocks are persistent: each loads the activations of its part of k once, and walks over columns
-// of 64 features. Warps of a block share the k range of a column; each has a private ring of bulk
-// copies of weight tiles, which runs on from column to column and is filled before anything else
-// happens and before the preceding kernel has ended (weights do not depend on it). Nothing
-// synchronises warps until their sums of a column are complete; those are added in a fixed order,
-// first within the block, then, pushed through distributed shared memory, over the cluster that
-// shares the column's k range. The split depends on K and N alone.
+// Small batches of dense weights; sm90/small_batch.cuh says how.
 //
 // Groups are scaled in the accumulator: sums of (code - zero) * activation are exact products in
 // fp32, one fused multiply-add per accumulator and group replaces a multiplication per weight, and
@@ -19,186 +11,64 @@
 
 #include "dequant/int4_biased.cuh"
 #include "dequant/operand.cuh"
-#include "ptx/barrier.cuh"
 #include "ptx/bit_ops.cuh"
-#include "ptx/bulk_copy.cuh"
-#include "ptx/cluster.cuh"
 #include "ptx/ldmatrix.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/mma_add.cuh"
-#include "ptx/pdl.cuh"
-#include "ptx/shared_memory.cuh"
 #include "sm90/decode_config.cuh"
+#include "sm90/small_batch.cuh"
 
 namespace sm90 {
 
 template <class Config>
-class Decoder {
+class Decoder : public SmallBatch<Config, Decoder<Config>> {
+  using Base = SmallBatch<Config, Decoder<Config>>;
+  friend Base;
   using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
   using Rows = typename Config::Rows;
   using Operand = dequant::Operand<Weight, Scalar>;
-  using Storage = DecodeStorage<Config>;
-  static_assert(sizeof(Storage) == Config::STORAGE_BYTES,
-                "the host's formula for shared memory must agree with the struct");
   // 4-bit integers are multiplied with their bias, all others as values.
   static constexpr bool BIASED = dequant::kIsBiased4<Weight>;
   // True value of a sum.
   static constexpr float kUnit =
       BIASED ? dequant::BiasedPair<Scalar>::kUnit : Operand::UNIT;
-  using Accumulators = float[4][Config::TOKEN_TILES][4];  // [16 features][8 tokens][fragment]
   using Tokens = uint32_t[Config::TOKEN_TILES][2][4];  // as in multiply_tile
+  using Base::activations_, Base::block_range_, Base::cursor_, Base::first_tile_, Base::lane_;
+  using Base::p_, Base::row_bytes_, Base::shared_, Base::tiles_, Base::total_, Base::warp_;
 
  public:
-  __device__ __forceinline__ Decoder(const Problem<Scalar>& p)
-      : p_(p),
-        shared_(ptx::shared_memory<Storage>()),
-        activations_(reinterpret_cast<uint8_t*>(&shared_ + 1)),
-        warp_(ptx::warp_uniform(threadIdx.x / kWarpSize)),
-        lane_(threadIdx.x % kWarpSize),
-        tables_(p.m >> 31 & threadIdx.x),
-        rank_(Config::SPLIT > 1 ? static_cast<int>(blockIdx.x) : 0),
-        block_range_(p.k_tiles, rank_, Config::SPLIT),
-        cursor_{static_cast<int>(blockIdx.y) * Config::WARPS_N + warp_ % Config::WARPS_N} {
-    const Range mine(block_range_.size(), warp_ / Config::WARPS_N, Config::WARPS_K);
-    first_tile_ = block_range_.begin + mine.begin;
-    tiles_ = mine.size();
-    const int row_tiles = Config::GATHERS ? p.k_tiles : block_range_.size();
-    row_bytes_ = row_tiles * kTileK * static_cast<int>(sizeof(Scalar)) + 16;
-  }
-
-  // permutation: [64 k_tiles], activation of each weight row, negative: none; null unless GATHERS.
-  __device__ __forceinline__ void run(const int* permutation) {
-    start_pipeline();
-    ptx::launch_dependents();
-    if constexpr (Config::SPLIT > 1) ptx::cluster_arrive();
-    ptx::block_sync();  // barriers of activations are initialised
-    if constexpr (Config::GATHERS)
-      load_whole_activations(permutation);
-    else
-      load_activations();
-    const int blocks = ceil_div(p_.column_tiles, Config::WARPS_N);
-    int parity = 0;  // of the place of sums from the cluster
-    for (int block = blockIdx.y; block < blocks; block += gridDim.y) {
-      load_epilogue_operands(block);
-      if (block == blockIdx.y) wait_for_activations();
-      multiply(block * Config::WARPS_N + warp_ % Config::WARPS_N < p_.column_tiles);
-      add_warps(parity, block == blockIdx.y);
-      write_output(parity, block);
-      if constexpr (Config::SPLIT > 1) parity ^= 1;
-    }
-  }
+  __device__ __forceinline__ explicit Decoder(const Problem<Scalar>& p)
+      : Base(p), tables_(p.m >> 31 & threadIdx.x) {}
 
  private:
-  // ---- weights: private ring of this warp ----
-  // The next tile to fetch: of a column, and of this warp's run of k.
-  struct Cursor {
-    int column;
-    int tile = 0;
-    const uint8_t* codes = nullptr;   // of the column's tile first_tile_
-    const uint8_t* rows = nullptr;    // of the column's first group
-    int width = 0;                    // of the column's pair
-  };
-
-  __device__ __forceinline__ bool fetches() const { return cursor_.column < p_.column_tiles; }
-
+  // ---- weights ----
   __device__ __forceinline__ void enter_column() {
     const ColumnPair pair(cursor_.column / 2, p_.column_tiles);
-    cursor_.width = pair.width;
-    cursor_.codes = p_.weights + (pair.offset(first_tile_, p_.k_tiles) + cursor_.column % 2) *
-                                     kTileBytes<Weight>;
-    cursor_.rows = p_.scales + (pair.offset(0, Rows::units(p_.k_tiles)) + cursor_.column % 2) *
-                                   Rows::kUnitBytes;
+    width_ = pair.width;
+    codes_ = p_.weights + (pair.offset(first_tile_, p_.k_tiles) + cursor_.column % 2) *
+                              kTileBytes<Weight>;
+    rows_ = p_.scales + (pair.offset(0, Rows::units(p_.k_tiles)) + cursor_.column % 2) *
+                            Rows::kUnitBytes;
   }
 
-  // Fetch the next tile into `stage`; all lanes take part.
-  __device__ __forceinline__ void fetch(int stage) {
-    if (ptx::elect_one()) {
-      uint64_t* full = &shared_.full[warp_][stage];
-      uint8_t* target = shared_.ring[warp_] + stage * Config::STAGE_BYTES;
-      ptx::mbarrier_arrive_expect(full, Config::STAGE_BYTES);
-      ptx::bulk_copy(target, cursor_.codes + cursor_.tile * (cursor_.width * kTileBytes<Weight>),
-                     kTileBytes<Weight>, full);
-      if constexpr (Config::GROUP != 0)
-        ptx::bulk_copy(target + kTileBytes<Weight>,
-                       cursor_.rows + Rows::unit_of(first_tile_ + cursor_.tile) *
-                                          (cursor_.width * Rows::kUnitBytes),
-                       Rows::kBytesPerTile, full);
-    }
-    if (++cursor_.tile == tiles_) {
-      cursor_.tile = 0;
-      cursor_.column += static_cast<int>(gridDim.y) * Config::WARPS_N;
-      if (fetches()) enter_column();
-    }
+  __device__ __forceinline__ void fetch_tile(uint8_t* target, uint64_t* full) const {
+    ptx::bulk_copy(target, codes_ + cursor_.tile * (width_ * kTileBytes<Weight>),
+                   kTileBytes<Weight>, full);
+    if constexpr (Config::GROUP != 0)
+      ptx::bulk_copy(target + kTileBytes<Weight>,
+                     rows_ + Rows::unit_of(first_tile_ + cursor_.tile) *
+                                 (width_ * Rows::kUnitBytes),
+                     Rows::kBytesPerTile, full);
   }
 
-  __device__ __forceinline__ void start_pipeline() {
-    if (ptx::elect_one()) {
-#pragma unroll
-      for (int stage = 0; stage < Config::STAGES; ++stage)
-        ptx::mbarrier_init(&shared_.full[warp_][stage], 1);
-      if constexpr (Config::GATHERS) {
-        if (warp_ == 0) ptx::mbarrier_init(&shared_.tokens_full[0], Config::WARPS);
-      } else if (warp_ % Config::WARPS_N == 0) {
-        ptx::mbarrier_init(&shared_.tokens_full[warp_ / Config::WARPS_N], Config::WARPS_N);
-      }
-      ptx::fence_mbarrier_init();
-    }
-    ptx::warp_sync();
-    if (tiles_ == 0) cursor_.column = p_.column_tiles;  // fewer tiles along k than warps
-    if (fetches()) enter_column();
-#pragma unroll 1
-    for (int stage = 0; stage < Config::STAGES && fetches(); ++stage) fetch(stage);
-  }
+  // ---- activations ----
+  __device__ __forceinline__ void load() { Base::load_activations(); }
 
-  // ---- activations: the block's k range of every token, rows padded by 16 bytes against bank
-  // conflicts. Warps that share a k run fetch its tokens in turn, all copies in flight at once.
-  __device__ __forceinline__ void load_activations() {
-    const unsigned long long address = reinterpret_cast<unsigned long long>(p_.activations);
-    const unsigned long long stride = p_.row_stride * sizeof(Scalar);
-    const bool aligned = (address | (p_.m > 1 ? stride : 0) | p_.k * sizeof(Scalar)) % 16 == 0;
-    const int run = warp_ / Config::WARPS_N;
-    const int first_k = first_tile_ * kTileK;
-    const int wanted = tiles_ * kTileK;
-    const int there = min(max(p_.k - first_k, 0), wanted);
-    uint8_t* target = activations_ + (first_k - block_range_.begin * kTileK) *
-                                         static_cast<int>(sizeof(Scalar));
-    if (aligned && wanted > 0 && first_k + wanted <= p_.k) {
-      ptx::wait_for_predecessors();
-      if (ptx::elect_one()) {
-        const int bytes = wanted * static_cast<int>(sizeof(Scalar));
-        const int rows = ceil_div(p_.m - warp_ % Config::WARPS_N, Config::WARPS_N);
-        ptx::mbarrier_arrive_expect(&shared_.tokens_full[run], rows * bytes);
-        for (int token = warp_ % Config::WARPS_N; token < p_.m; token += Config::WARPS_N)
-          ptx::bulk_copy(target + token * row_bytes_,
-                         p_.activations + token * p_.row_stride + first_k, bytes,
-                         &shared_.tokens_full[run]);
-      }
-      return;
-    }
-    // Odd addresses, or a run that reaches into the padding of K.
-    ptx::wait_for_predecessors();
-    for (int token = warp_ % Config::WARPS_N; token < p_.m; token += Config::WARPS_N)
-      for (int i = lane_; i < wanted; i += kWarpSize)
-        reinterpret_cast<Scalar*>(target + token * row_bytes_)[i] =
-            i < there ? p_.activations[token * p_.row_stride + first_k + i]
-                      : Element<Scalar>::from_float(0.f);
-    ptx::warp_sync();
-    if (ptx::elect_one()) ptx::mbarrier_arrive(&shared_.tokens_full[run]);
-  }
-
-  __device__ __forceinline__ void wait_for_activations() {
-    if constexpr (Config::GATHERS) {
-      ptx::mbarrier_wait(&shared_.tokens_full[0], 0);
-    } else {
-      ptx::mbarrier_wait(&shared_.tokens_full[warp_ / Config::WARPS_N], 0);
-    }
-  }
-
-  // ---- act-order: every token's whole row, in the order of the caller, and a zero after it. Warps
+  // With act-order: every token's whole row, in the order of the caller, and a zero after it. Warps
   // fetch tokens in turn; the last arrival of a warp also says that its part of the index is there.
-  __device__ __forceinline__ void load_whole_activations(const int* permutation) {
+  // permutation: [64 k_tiles], activation of each weight row, negative: none.
+  __device__ __forceinline__ void load(const int* permutation) {
     write_index(permutation);
     ptx::warp_sync();
     const unsigned long long address = reinterpret_cast<unsigned long long>(p_.activations);
@@ -263,12 +133,7 @@ class Decoder {
   // ---- mainloop ----
   // Sums of this warp's run of one column. exists: N' may end before the block's last column.
   __device__ __forceinline__ void multiply(bool exists) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-      for (int t = 0; t < Config::TOKEN_TILES; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total_[m][t][i] = 0.f;
+    Base::clear_sums();
     if (!exists) return;
     // Row of an 8 x 8 matrix that this lane addresses: token lane % 8; tokens that do not exist
     // repeat the last one, and nobody reads their results. A lane gathers for token lane / 4.
@@ -293,14 +158,9 @@ class Decoder {
         gather_tokens(tokens, rows, index);
         index += kTileK / 8;
       }
-      ptx::mbarrier_wait(&shared_.full[warp_][stage_], parity_);
-      multiply_tile(shared_.ring[warp_] + stage_ * Config::STAGE_BYTES, rows, tile, tokens);
-      ptx::warp_sync();
-      if (fetches()) fetch(stage_);
-      if (++stage_ == Config::STAGES) {
-        stage_ = 0;
-        parity_ ^= 1;
-      }
+      ptx::mbarrier_wait(&shared_.full[warp_][Base::stage_], Base::parity_);
+      multiply_tile(shared_.ring[warp_] + Base::stage_ * Config::STAGE_BYTES, rows, tile, tokens);
+      Base::advance();
     }
   }
 
@@ -505,125 +365,27 @@ class Decoder {
     }
   }
 
-  // ---- reduction and output ----
-  // Leave this warp's sums in shared memory ([64 features][tokens]), add those of the warps that
-  // share a column in order of k, and hand each feature to the rank of the cluster that writes it.
-  __device__ __forceinline__ void add_warps(int parity, bool first) {
-    float* mine = shared_.partial[warp_];
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-      for (int t = 0; t < Config::TOKEN_TILES; ++t)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int feature = m * 16 + h * 8 + lane_ / 4;
-          *reinterpret_cast<float2*>(mine + feature * Config::TOKENS + t * 8 + lane_ % 4 * 2) =
-              make_float2(total_[m][t][2 * h], total_[m][t][2 * h + 1]);
-        }
-    ptx::block_sync();
-    if constexpr (Config::SPLIT > 1)
-      if (first) ptx::cluster_wait();  // every block of the cluster has started
-
-    constexpr int kQuads = Config::TOKENS / 4;
-    constexpr int kItems = Config::FEATURES * kQuads;
-#pragma unroll
-    for (int item = threadIdx.x; item < kItems; item += Config::THREADS) {
-      const int feature = item / kQuads;
-      const int quad = item % kQuads;
-      if (quad * 4 >= p_.m) continue;
-      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-      for (int wk = 0; wk < Config::WARPS_K; ++wk) {
-        const float* sums = shared_.partial[wk * Config::WARPS_N + feature / kTileN];
-        const float4 part =
-            reinterpret_cast<const float4*>(sums)[feature % kTileN * kQuads + quad];
-        sum.x += part.x;
-        sum.y += part.y;
-        sum.z += part.z;
-        sum.w += part.w;
-      }
-      const int owner = feature / Config::FEATURES_PER_RANK;
-      float* target =
-          &shared_.received[parity][rank_][feature % Config::FEATURES_PER_RANK][quad * 4];
-      if constexpr (Config::SPLIT > 1)
-        ptx::store_remote(target, owner, sum);
-      else
-        *reinterpret_cast<float4*>(target) = sum;
+  // ---- output ----
+  __device__ __forceinline__ float column_scale(int n) const {
+    float scale = kUnit;
+    if constexpr (Weight::SCALES == Scales::E4M3) scale *= *p_.global_scale;
+    if constexpr (Config::GROUP == 0) {
+      if (n < p_.n)
+        scale *= __half2float(reinterpret_cast<const __half*>(p_.scales)[column_scale_index(n)]);
     }
-    if constexpr (Config::SPLIT > 1) {
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
-    } else {
-      ptx::block_sync();
-    }
+    return scale;
   }
 
-  static constexpr int kOutThreads =
-      Config::THREADS < Config::FEATURES_PER_RANK ? Config::THREADS : Config::FEATURES_PER_RANK;
-  static constexpr int kOutFeatures = Config::FEATURES_PER_RANK / kOutThreads;  // of one thread
-
-  __device__ __forceinline__ int out_feature(int i) const {
-    return rank_ * Config::FEATURES_PER_RANK + i * kOutThreads + threadIdx.x % kOutThreads;
-  }
-
-  // Bias and per-column scales of the features that this thread will write: fetched while weights
-  // stream.
-  __device__ __forceinline__ void load_epilogue_operands(int block) {
-#pragma unroll
-    for (int i = 0; i < kOutFeatures; ++i) {
-      const int n = block * Config::FEATURES + out_feature(i);
-      bias_[i] = p_.bias != nullptr && n < p_.n ? Element<Scalar>::to_float(p_.bias[n]) : 0.f;
-      scale_[i] = kUnit;
-      if constexpr (Weight::SCALES == Scales::E4M3) scale_[i] *= *p_.global_scale;
-      if constexpr (Config::GROUP == 0) {
-        if (n < p_.n)
-          scale_[i] *=
-              __half2float(reinterpret_cast<const __half*>(p_.scales)[column_scale_index(n)]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void write_output(int parity, int block) {
-#pragma unroll
-    for (int i = 0; i < kOutFeatures; ++i) {
-      const int feature = i * kOutThreads + threadIdx.x % kOutThreads;
-      const int n = block * Config::FEATURES + out_feature(i);
-      if (n >= p_.n) continue;
-      for (int token = threadIdx.x / kOutThreads; token < p_.m;
-           token += Config::THREADS / kOutThreads) {
-        float sum = 0.f;
-#pragma unroll
-        for (int source = 0; source < Config::SPLIT; ++source)
-          sum += shared_.received[parity][source][feature][token];
-        p_.out[static_cast<long long>(token) * p_.n + n] =
-            Element<Scalar>::from_float(sum * scale_[i] + bias_[i]);
-      }
-    }
-  }
-
-  const Problem<Scalar>& p_;
-  Storage& shared_;
-  uint8_t* const activations_;  // [m][row_bytes_], and the index if they are gathered
-  const int warp_;
-  const int lane_;
   const typename Operand::Tables tables_;
-  const int rank_;           // in the cluster
-  const Range block_range_;  // k tiles of this block
-  int first_tile_;           // first k tile of this warp
-  int tiles_;                // number of them
-  int row_bytes_;            // between tokens in shared memory
-  Cursor cursor_;            // next tile to fetch
-  int stage_ = 0;            // next stage to multiply
-  uint32_t parity_ = 0;      // of its barrier
-  Accumulators total_;
-  float bias_[kOutFeatures];
-  float scale_[kOutFeatures];
+  const uint8_t* codes_ = nullptr;  // of the cursor's column, tile first_tile_
+  const uint8_t* rows_ = nullptr;   // of its first group
+  int width_ = 0;                   // of its pair of columns
 };
 
 template <class Config>
 __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     decode_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem) {
-  Decoder<Config>(problem).run(nullptr);
+  Decoder<Config>(problem).run();
 }
 
 // The same with act-order: K of the activations is that of the problem, `permutation` has K'.

@@ -1,4 +1,5 @@
-// What both sm_90 kernels compute and how the weights lie in device memory.
+// What the sm_90 kernels compute and how dense weights lie in device memory. (2:4 sparse weights:
+// sparse/config.cuh, whose small-batch kernel takes the same Problem with tiles of 128 k.)
 //
 //   out[M, N] = activations[M, K] * W[K, N] (+ bias)
 //   W[k, n] = (value(code[k, n]) - zero[k / group, n]) * scale[k / group, n] (* global scale)

@@ -5,7 +5,7 @@
 // Weights lie in tiles of 64 features x 128 k, [N / 64][K / 128], each one contiguous copy:
 //   codes      128 threads x 16 bytes (4 bits) or 32 bytes (8 bits): fragments of the kept values
 //   positions  128 threads x 8 bytes
-//   scales     64 x fp16, if a group is 128 k
+//   scales     64 x fp16, if a group is 128 k: [8 g][4 m][2 h], that of feature 16 m + 8 h + g
 // Codes and positions are B_24 and B_meta of marlin_kernel/sparse_format.py.
 #pragma once
 
@@ -34,6 +34,20 @@ struct Problem {
   int feature_tiles;       // along n
 };
 
+// A weight tile of BITS-bit codes; GROUP: k that share a scale (128; 0 = the whole column).
+template <int BITS_, int GROUP>
+struct TileLayout {
+  static constexpr int BITS = BITS_;
+  static constexpr bool GROUPED = GROUP != 0;
+  static constexpr int CODE_WORDS = BITS;                 // 32-bit words of a thread
+  static constexpr int STEP_WORDS = CODE_WORDS / kSteps;  // of one instruction
+  static constexpr int CODE_BYTES = kWarpgroupThreads * CODE_WORDS * 4;
+  static constexpr int TILE_BYTES = CODE_BYTES + kPositionBytes + (GROUPED ? kScaleBytes : 0);
+
+  static_assert(BITS == 4 || BITS == 8, "codes have 4 or 8 bits");
+  static_assert(GROUP == 0 || GROUP == kTileK, "a group is a tile's k or the whole column");
+};
+
 template <class Scalar_,       // __half or __nv_bfloat16: activations and output
           int BITS_,           // of a code: 4 or 8
           int GROUP_,          // k that share a scale: 128; 0 = the whole column
@@ -43,10 +57,9 @@ template <class Scalar_,       // __half or __nv_bfloat16: activations and outpu
           int STAGES_,         // of the ring
           int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
           int STORAGE_BYTES_>  // sizeof(Storage), as the host computes it
-struct Config {
+struct Config : TileLayout<BITS_, GROUP_> {
   using Scalar = Scalar_;
-  static constexpr int BITS = BITS_;
-  static constexpr bool GROUPED = GROUP_ != 0;
+  using TileLayout<BITS_, GROUP_>::TILE_BYTES;
   static constexpr int TOKENS = TOKENS_;
   static constexpr int GROUPS = GROUPS_;
   static constexpr int SPLIT = SPLIT_;
@@ -59,10 +72,6 @@ struct Config {
   static constexpr int THREADS = CONSUMERS + kWarpgroupThreads;  // one warpgroup feeds
   static constexpr int SUMS = TOKENS / 2;                        // accumulators of a thread
 
-  static constexpr int CODE_WORDS = BITS;                  // 32-bit words of a thread and tile
-  static constexpr int STEP_WORDS = CODE_WORDS / kSteps;   // of one instruction
-  static constexpr int CODE_BYTES = kWarpgroupThreads * CODE_WORDS * 4;
-  static constexpr int TILE_BYTES = CODE_BYTES + kPositionBytes + (GROUPED ? kScaleBytes : 0);
   static constexpr int BOX_BYTES = TOKENS * kBoxK * 2;
   static constexpr int STAGE_BYTES = GROUPS * TILE_BYTES + 2 * BOX_BYTES;
   static constexpr int OUT_TOKENS = TOKENS < kOutTokens ? TOKENS : kOutTokens;
@@ -76,8 +85,6 @@ struct Config {
       (LAUNCH_REGISTERS * THREADS - FEEDER_REGISTERS * kWarpgroupThreads) / CONSUMERS / 8 * 8;
   static constexpr int CONSUMER_REGISTERS = SHARE < 240 ? SHARE : 240;
 
-  static_assert(BITS == 4 || BITS == 8, "codes have 4 or 8 bits");
-  static_assert(GROUP_ == 0 || GROUP_ == kTileK, "a group is a tile's k or the whole column");
   static_assert(SPLIT <= 8, "portable clusters have at most 8 blocks");
 };
 

@@ -8,8 +8,26 @@
 
 #include "common/types.cuh"
 #include "ptx/bit_ops.cuh"
+#include "sparse/config.cuh"
 
 namespace sparse {
+
+// What thread 0 .. 127 holds of a tile: codes of each instruction, positions of two each.
+template <class Layout>
+__device__ __forceinline__ void load_codes(uint32_t (&words)[kSteps][Layout::STEP_WORDS],
+                                           uint32_t (&positions)[2], const uint8_t* tile,
+                                           int thread) {
+#pragma unroll
+  for (int i = 0; i < Layout::CODE_WORDS / 4; ++i) {
+    const uint4 v =
+        *reinterpret_cast<const uint4*>(tile + thread * Layout::CODE_WORDS * 4 + i * 16);
+    uint32_t* target = &words[0][0] + 4 * i;
+    target[0] = v.x, target[1] = v.y, target[2] = v.z, target[3] = v.w;
+  }
+  const uint2 pair = *reinterpret_cast<const uint2*>(tile + Layout::CODE_BYTES + thread * 8);
+  positions[0] = pair.x;
+  positions[1] = pair.y;
+}
 
 // Exact values code - 8 of a word of eight 4-bit codes.
 //
@@ -68,6 +86,11 @@ __device__ __forceinline__ void scale_fragment(uint32_t (&a)[4], const uint32_t 
   a[1] = ptx::mul2(a[1], scales[1], Scalar());
   a[2] = ptx::mul2(a[2], scales[0], Scalar());
   a[3] = ptx::mul2(a[3], scales[1], Scalar());
+}
+
+// Scales of a tile (config.cuh) of rows 16 m + lane / 4 and 8 further.
+__device__ __forceinline__ __half2 tile_scales(const uint8_t* scales, int m, int lane) {
+  return reinterpret_cast<const __half2*>(scales)[lane / 4 * 4 + m];
 }
 
 // An fp16 scale, twice, as a pair of the compute type.

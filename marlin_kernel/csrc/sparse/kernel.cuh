@@ -222,26 +222,13 @@ class Consumer {
   // This thread's codes of a tile to fragments, with their scales if they have groups.
   template <int BUFFER>
   __device__ __forceinline__ void dequantize(const uint8_t* tile) {
-    const int thread = threadIdx.x % kWarpgroupThreads;
     uint32_t words[kSteps][Config::STEP_WORDS];
-#pragma unroll
-    for (int i = 0; i < Config::CODE_WORDS / 4; ++i) {
-      const uint4 v =
-          *reinterpret_cast<const uint4*>(tile + thread * Config::CODE_WORDS * 4 + i * 16);
-      uint32_t* target = &words[0][0] + 4 * i;
-      target[0] = v.x, target[1] = v.y, target[2] = v.z, target[3] = v.w;
-    }
-    const uint2 positions =
-        *reinterpret_cast<const uint2*>(tile + Config::CODE_BYTES + thread * 8);
-    positions_[BUFFER][0] = positions.x;
-    positions_[BUFFER][1] = positions.y;
+    load_codes<Config>(words, positions_[BUFFER], tile, threadIdx.x % kWarpgroupThreads);
     uint32_t scales[2];
     if constexpr (Config::GROUPED) {
-      const __half* row = reinterpret_cast<const __half*>(tile + Config::CODE_BYTES +
-                                                          kPositionBytes) +
-                          warp_ * 16 + lane_ / 4;
-      scales[0] = scale_pair(row[0], Scalar());
-      scales[1] = scale_pair(row[8], Scalar());
+      const __half2 pair = tile_scales(tile + Config::CODE_BYTES + kPositionBytes, warp_, lane_);
+      scales[0] = scale_pair(pair.x, Scalar());
+      scales[1] = scale_pair(pair.y, Scalar());
     }
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {

@@ -37,18 +37,13 @@ template <class Scalar_,       // __half or __nv_bfloat16: activations and outpu
           int K_PARTS_,        // groups of four warps that share the k range
           int STAGES_,         // of each group's ring
           int STORAGE_BYTES_>  // sizeof(Sm80Storage), as the host computes it
-struct Sm80Config {
+struct Sm80Config : TileLayout<BITS_, GROUP_> {
   using Scalar = Scalar_;
-  static constexpr int BITS = BITS_;
-  static constexpr bool GROUPED = GROUP_ != 0;
   static constexpr int TOKENS = TOKENS_;
   static constexpr int K_PARTS = K_PARTS_;
   static constexpr int STAGES = STAGES_;
   static constexpr int STORAGE_BYTES = STORAGE_BYTES_;
   static constexpr int THREADS = 128 * K_PARTS;
-  static constexpr int CODE_WORDS = BITS;  // 32-bit words of a thread and tile
-  static constexpr int CODE_BYTES = 128 * CODE_WORDS * 4;
-  static constexpr int TILE_BYTES = CODE_BYTES + kPositionBytes + (GROUPED ? kScaleBytes : 0);
   static constexpr int ROW = kTileK + 8;          // of tokens, padded against bank conflicts
   static constexpr int PARTIAL_ROW = TOKENS + 1;  // sums; likewise
 
@@ -133,23 +128,15 @@ class Sm80Kernel {
   }
 
   __device__ __forceinline__ void multiply(const Stage& stage) {
-    uint32_t words[kSteps][Config::CODE_WORDS / kSteps];
-#pragma unroll
-    for (int i = 0; i < Config::CODE_WORDS / 4; ++i) {
-      const uint4 v = *reinterpret_cast<const uint4*>(stage.weights +
-                                                      thread_ * Config::CODE_WORDS * 4 + i * 16);
-      uint32_t* target = &words[0][0] + 4 * i;
-      target[0] = v.x, target[1] = v.y, target[2] = v.z, target[3] = v.w;
-    }
-    const uint2 positions =
-        *reinterpret_cast<const uint2*>(stage.weights + Config::CODE_BYTES + thread_ * 8);
+    uint32_t words[kSteps][Config::STEP_WORDS];
+    uint32_t positions[2];
+    load_codes<Config>(words, positions, stage.weights, thread_);
     uint32_t scales[2];
     if constexpr (Config::GROUPED) {
-      const __half* row =
-          reinterpret_cast<const __half*>(stage.weights + Config::CODE_BYTES + kPositionBytes) +
-          thread_ / kWarpSize * 16 + lane_ / 4;
-      scales[0] = scale_pair(row[0], Scalar());
-      scales[1] = scale_pair(row[8], Scalar());
+      const __half2 pair = tile_scales(stage.weights + Config::CODE_BYTES + kPositionBytes,
+                                       thread_ / kWarpSize, lane_);
+      scales[0] = scale_pair(pair.x, Scalar());
+      scales[1] = scale_pair(pair.y, Scalar());
     }
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -161,9 +148,9 @@ class Sm80Kernel {
         uint32_t b[4];
         ptx::ldmatrix_x4(b, &stage.tokens[j * 8 + lane_ % 8][s * 32 + lane_ / 8 * 8]);
         if (s % 2 == 0)
-          ptx::mma_sp_m16n8k32<0>(sums_[j], a, b, s < 2 ? positions.x : positions.y, Scalar());
+          ptx::mma_sp_m16n8k32<0>(sums_[j], a, b, positions[s / 2], Scalar());
         else
-          ptx::mma_sp_m16n8k32<1>(sums_[j], a, b, s < 2 ? positions.x : positions.y, Scalar());
+          ptx::mma_sp_m16n8k32<1>(sums_[j], a, b, positions[s / 2], Scalar());
       }
     }
   }
