@@ -59,10 +59,12 @@ from scripts.command_line import make_parser, positive, require_gpu, shape, writ
 from scripts.gpu_timing import (
     CHECKED_TOKENS,
     ERROR_LIMITS,
+    REST_OPTION,
     ROTATE_BYTES,
     RotatingWeights,
     circumstances,
     graph_time,
+    let_rest,
     relative_error,
 )
 
@@ -93,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
                     found = bench_shape(k, n, part, dtype, group_size, options)
                     add_peers(found, peers)
                     if options.run_peers is not None:
-                        run_peers(found, options.run_peers or list(kernel_peers.PEERS), report)
+                        names = options.run_peers or list(kernel_peers.PEERS)
+                        run_peers(found, names, report, options.rest)
                     for row in found:
                         print_row(row)
                     rows += found
@@ -132,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overhead", action="store_true", help="only the host time of eager calls")
     parser.add_argument("--no_baseline", action="store_true", help="skip torch.matmul")
+    parser.add_argument("--rest", **REST_OPTION)
     parser.add_argument(
         "--sustained", type=float, default=0.0, metavar="S", help="also S seconds per entry"
     )
@@ -214,7 +218,7 @@ def bench_shape(
     dtype = DTYPES[dtype_name]
     weights = RotatingWeights.make(k, n, group_size)
     exact = fill_known(weights)
-    floors = {pdl: read_floor(weights, pdl) for pdl in (False, True)}
+    floors = {pdl: read_floor(weights.nbytes, weights.copies, pdl) for pdl in (False, True)}
     rows = []
     for m in tokens:
         config = select(k, n, m, group_size, dtype_name, batch_invariant=False)
@@ -224,6 +228,7 @@ def bench_shape(
         out = torch.empty(m, n, device="cuda", dtype=dtype)
 
         def timed(config: KernelConfig, pdl: bool, a=a, out=out, count=count) -> float:
+            let_rest(a.shape[0], options.rest)
             return graph_time([_launch(config, a, weights, i, out, pdl) for i in range(count)])
 
         us = timed(config, True)
@@ -244,6 +249,7 @@ def bench_shape(
         }
         if options.batch_invariant:
             calls = [_invariant_call(a, weights, i, out) for i in range(count)]
+            let_rest(m, options.rest)
             row["us_invariant"] = graph_time(calls)
             invariant = select(k, n, m, group_size, dtype_name, batch_invariant=True)
             row["config_invariant"] = repr(invariant)
@@ -251,21 +257,23 @@ def bench_shape(
             launches = [_launch(config, a, weights, i, out, True) for i in range(weights.copies)]
             row["us_sustained"] = sustained(launches, options.sustained)
         rows.append(row)
-    baseline = {} if options.no_baseline else cublas_times(k, n, tokens, dtype)
+    baseline = {} if options.no_baseline else cublas_times(k, n, tokens, dtype, options.rest)
     for row in rows:
         row["cublas"] = baseline.get(row["m"], math.nan)
     return rows
 
 
-def run_peers(rows: list[dict], names: list[str], report: dict) -> None:
+def run_peers(rows: list[dict], names: list[str], report: dict, rest: float) -> None:
     """Time other kernels at the rows of one shape, and give each row their times, `peers`; the
-    fastest becomes its `peer` and `us_peer`. Into report: versions, and why one was not timed."""
+    fastest becomes its `peer` and `us_peer`. Into report: versions, and why one was not timed.
+    rest: as of `let_rest`.
+    """
     first, versions = rows[0], report.setdefault("peers", {})
     reasons = report.setdefault("not_timed", {})
     problem = first["k"], first["n"], [row["m"] for row in rows], first["group_size"]
     for name in names:
         try:
-            us = kernel_peers.times(name, *problem, DTYPES[first["dtype"]])
+            us = kernel_peers.times(name, *problem, DTYPES[first["dtype"]], rest=rest)
         except (kernel_peers.NotInstalled, ValueError) as error:
             if reasons.get(name) != str(error):
                 print(f"{name} is not timed: {error}", flush=True)
@@ -320,19 +328,19 @@ def checked_error(config, a: Tensor, weights: RotatingWeights, exact: Tensor) ->
     return error
 
 
-def read_floor(weights: RotatingWeights, dependent_launch: bool) -> float:
-    """Microseconds to only read one copy of the weights: the best of several grids."""
+def read_floor(nbytes: int, copies: int, dependent_launch: bool) -> float:
+    """Microseconds to only read so many bytes, one of `copies`: the best of several grids."""
     index = torch.cuda.current_device()
     name = "sm90::read_floor_kernel"
     function = launch.load(KernelSource("sm90/read_floor.cuh", name), index)
     # one buffer with copies of codes and scales together, as many bytes as the kernel reads
-    size = weights.nbytes // 16 * 16
-    data = torch.empty(weights.copies * size // 4, dtype=torch.int32, device="cuda").random_()
+    size = nbytes // 16 * 16
+    data = torch.empty(copies * size // 4, dtype=torch.int32, device="cuda").random_()
     best = math.inf
     for blocks in (264, 396, 528, 1056):
         launches = [
             _FloorLaunch(function, data.data_ptr() + i * size, size, blocks, dependent_launch)
-            for i in range(weights.copies)
+            for i in range(copies)
         ]
         best = min(best, graph_time(launches))
     return best
@@ -356,8 +364,13 @@ class _FloorLaunch:
         plan.launch()
 
 
-def cublas_times(k: int, n: int, tokens: list[int], dtype: torch.dtype) -> dict[int, float]:
-    """Microseconds of torch.matmul, the faster of weights [k, n] and [n, k].T."""
+def cublas_times(
+    k: int, n: int, tokens: list[int], dtype: torch.dtype, rest: float = 0.0
+) -> dict[int, float]:
+    """Microseconds of torch.matmul, the faster of weights [k, n] and [n, k].T.
+
+    rest: as of `let_rest`.
+    """
     copies = max(2, -(-ROTATE_BYTES // (2 * k * n)))
     best = dict.fromkeys(tokens, math.inf)
     for transposed in (False, True):
@@ -371,6 +384,7 @@ def cublas_times(k: int, n: int, tokens: list[int], dtype: torch.dtype) -> dict[
                 torch.matmul(a, weights[i].t() if transposed else weights[i], out=out)
 
             calls = [lambda i=i, f=multiply: f(i) for i in range(copies)]
+            let_rest(m, rest)
             best[m] = min(best[m], graph_time(calls))
         del weights
     return best

@@ -100,8 +100,8 @@ def print_models(models: dict[str, list[str]], rows: Sequence[Row]) -> None:
 # ---- peers ---------------------------------------------------------------------------------------
 
 
-def read_peers(path: Path) -> dict[Entry, tuple[str, float]]:
-    """The fastest kernel of each entry in a CSV file, among those of 4-bit weights (w4a16...).
+def read_peers(path: Path, dtype: str = "w4a16") -> dict[Entry, tuple[str, float]]:
+    """The fastest kernel of each entry in a CSV file, among those whose dtype begins so.
 
     Columns: kernel, dtype, group_size (-1: per column), K, N, M, then the microseconds under any
     name. Raises SystemExit if columns are missing.
@@ -116,7 +116,7 @@ def read_peers(path: Path) -> dict[Entry, tuple[str, float]]:
                 "microseconds"
             )
         for row in reader:
-            if not row["dtype"].startswith("w4a16"):
+            if not row["dtype"].startswith(dtype):
                 continue
             entry = (int(row["group_size"]), int(row["K"]), int(row["N"]), int(row["M"]))
             us = float(row[names[len(PEER_COLUMNS)]])

@@ -91,6 +91,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """A time of 0 s or more, as a type of argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 or more")
+    return value
+
+
 def shape(text: str) -> tuple[int, int]:
     """(K, N) of "KxN", as a type of argparse."""
     sizes = text.split("x")

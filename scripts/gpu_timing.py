@@ -12,6 +12,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,17 @@ import torch
 from torch import Tensor
 
 from marlin_kernel import WEIGHT_TYPES, kernel_configs
-from scripts.command_line import commit
+from scripts.command_line import commit, seconds
 
 ROTATE_BYTES = 400_000_000
 ERROR_LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of a product that is to be timed
 CHECKED_TOKENS = 512  # of it, at most
+REST_OPTION = {  # of argparse, for `let_rest`
+    "type": seconds,
+    "default": 0.5,
+    "metavar": "S",
+    "help": "seconds without work before more than 64 tokens are timed: products lower the clock",
+}
 
 
 def circumstances(script: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -71,6 +78,14 @@ def relative_error(out: Tensor, a: Tensor, exact: Tensor) -> float:
         difference += wrong.square().sum().item()
         total += reference.square().sum().item()
     return math.sqrt(difference / total)
+
+
+def let_rest(m: int, rest: float) -> None:
+    """Wait so many seconds before more than 64 tokens are timed: products that just ran have
+    lowered the clock.
+    """
+    if m > 64:
+        time.sleep(rest)
 
 
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> float:

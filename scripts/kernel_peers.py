@@ -30,7 +30,13 @@ from torch import Tensor
 from marlin_kernel.layout import permute_columns
 from marlin_kernel.packing import pack
 from marlin_kernel.weight_types import weight_type
-from scripts.gpu_timing import ERROR_LIMITS, ROTATE_BYTES, graph_time, relative_error
+from scripts.gpu_timing import (
+    ERROR_LIMITS,
+    ROTATE_BYTES,
+    graph_time,
+    let_rest,
+    relative_error,
+)
 
 _WORKSPACE_BLOCKS = 4  # of vLLM's Marlin, a multiprocessor
 
@@ -201,9 +207,11 @@ def times(
     group_size: int,
     dtype: torch.dtype,
     device: str = "cuda",
+    rest: float = 0.0,
 ) -> dict[int, float]:
     """Microseconds of a peer by number of tokens, of its fastest way.
 
+    rest: as of gpu_timing.let_rest.
     Raises NotInstalled if it is not there or does not take the problem, and ValueError for a result
     that is wrong.
     """
@@ -224,6 +232,7 @@ def times(
                 continue
             if not error < ERROR_LIMITS[dtype]:
                 raise ValueError(f"{name}: relative error {error:.5f} at {k}x{n}, M = {m}")
+            let_rest(m, rest)
             best = min(best, graph_time([_call(way, a, held[i]) for i in range(launches)]))
         if math.isinf(best):
             raise NotInstalled(f"{k}x{n}, M = {m}: {refused}")

@@ -1,4 +1,4 @@
-"""Write the tables of the README from docs/results, so that no number is typed by hand.
+"""Write tables of the README and of docs from docs/results, so that no number is typed by hand.
 
 python scripts/update_readme.py             # what stands between <!-- table: NAME --> marks
 python scripts/update_readme.py --check     # changes nothing; exits with 1 if a table is stale
@@ -11,8 +11,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -65,11 +66,16 @@ def summary() -> str:
         return geometric_mean([r[column] / r["us"] for r in rows if r["m"] == m])
 
     few, many = mean("cublas", 1), mean("cublas", 1024)
+    slow = sorted({r["m"] for r in rows if r["cublas"] < 0.99 * r["us"]})
+    losing = f"At {' and '.join(map(str, slow))} tokens some shapes lose" if slow else "None loses"
+    losing += " to torch.matmul"
+    generated = _results("generate_h200.json")["runs"][0]
     decode = {
         r["model"]: r["ms_per_token"]
-        for r in _results("generate_h200.json")["runs"][0]["rows"]
+        for r in generated["rows"]
         if (r["batch"], r["variant"]) == (1, "compile")
     }
+    pdl = " with dependent launch" if generated["circumstances"]["options"].get("pdl") else ""
     layers = _results("bench_quantize_llama2-7b_fast.json")["seconds_of_each_layer"][1:]
     cpu = _results("bench_quantize_fast.json")["seconds"]["quantize"]
     lines = [
@@ -80,8 +86,7 @@ def summary() -> str:
         f"torch.matmul in FP16 and {mean('us_peer', 1):.2f} times as fast as the best public "
         f"kernel, for 1024 tokens {many:.2f} and {mean('us_peer', 1024):.2f} times, on an H200. A "
         f"model of Llama-2-7B's sizes decodes in {decode['packed']:.2f} instead of "
-        f"{decode['plain']:.2f} ms a token. From 128 to 512 tokens some shapes lose to "
-        "torch.matmul ([Speed](#speed)).",
+        f"{decode['plain']:.2f} ms a token (torch.compile{pdl}). {losing} ([Speed](#speed)).",
         f"- **Fast to make**: {sum(layers) / len(layers):.1f} s for a decoder layer of "
         f"Llama-2-7B's sizes on an H200; all of SmolLM2-135M in {cpu:.0f} s on two CPU cores "
         "([Time and memory](#time-and-memory-of-quantizing)).",
@@ -252,11 +257,14 @@ def kernels() -> str:
     names = sorted({PEERS[r["peer"]] for r in half["rows"]})
     lines.append(
         f"\nGeometric means over {SHAPES}, in brackets the worst of them. Public kernels: of every "
-        f"entry the fastest of {', '.join(names)}, measured before under the same protocol "
-        f"(`docs/results/h200_peers.csv`); in the same run {beside['peers']['humming']} with "
-        "the configuration that it chooses. The read floor is a kernel that only reads the same "
-        f"bytes. {where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, group size 128, "
-        f"commit {commits}: " + ", ".join(f"`python {w['command']}`" for w in where) + "."
+        f"entry the fastest of {', '.join(names)}, measured before under the same protocol, but "
+        f"without rests before many tokens (`docs/results/h200_peers.csv`). Humming: "
+        f"{beside['peers']['humming']} with the configuration that it chooses, beside our kernel "
+        "in a run of their own, without rests either. The read floor is a kernel that only reads "
+        f"the same bytes. {where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, "
+        f"group size 128, commit {commits}: "
+        + ", ".join(f"`python {w['command']}`" for w in where)
+        + "."
     )
     return "\n".join(lines)
 
@@ -310,7 +318,7 @@ def types() -> str:
         f"\nTimes as fast as torch.matmul in the dtype of the activations, FP16 unless said: "
         f"geometric means over {SHAPES}, in brackets the worst; tuned tables "
         "(`marlin_kernel/tuning/`, by `python scripts/tune.py --type NAME`) against torch.matmul "
-        "of the table above."
+        "of the table above, which rested before many tokens as the tuner did not."
     )
     return "\n".join(lines)
 
@@ -354,7 +362,7 @@ def _duels() -> list[Duel]:
         Duel("uint4b8 x FP8", "`torch._scaled_mm`, dense, exact sums", fp8, ((exact, "w8a8-fp8"),)),
         Duel("uint4b8 2:4 x FP16", "sparse Marlin", sparse, (("sparse-marlin-2:4", "sp-w4a16"),)),
         Duel("FP8 2:4 x FP8", "cuSPARSELt", scaled, (("cusparselt-2:4-search", "sp-fp8"),)),
-        Duel("FP8 2:4 x FP8", "`torch._scaled_mm`, dense", scaled, ((fast, "w8a8-fp8"),)),
+        Duel("FP8 2:4 x FP8", "`torch._scaled_mm`, dense, row-wise", scaled, ((fast, "w8a8-fp8"),)),
     ]
 
 
@@ -380,8 +388,8 @@ def peers() -> str:
         cells = [_mean_and_least(found) for found in ratios.values()]
         lines.append(f"| {duel.ours} | {duel.theirs} | {' | '.join(cells)} |")
     lines.append(
-        f"\nTimes as fast as the fastest of the kernels named: geometric means over {SHAPES} (2:4 "
-        "sparse at 64 tokens: six of them), in brackets the worst; empty: not measured. uint4b8 x "
+        f"\nTimes as fast as the fastest of the kernels named: geometric means over {SHAPES}, in "
+        "brackets the worst; empty: not measured. uint4b8 x "
         "INT8 has one group of weights per column, FP8 2:4 one scale per token and feature, the "
         "others have groups of 128; other kernels count with whichever group size is faster. "
         "Ours: the tuned tables (`marlin_kernel/tuning/`); others: `docs/results/h200_peers.csv`. "
@@ -390,36 +398,119 @@ def peers() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "summary": summary,
-    "accuracy": accuracy,
-    "ingredients": ingredients,
-    "quantize": quantize,
-    "large": large,
-    "kernels": kernels,
-    "types": types,
-    "peers": peers,
+def _grid(rows: list[dict], columns: Mapping[str, Callable[[list[dict]], str]]) -> list[str]:
+    """Lines of a table: microseconds `us` by tokens and shape, then columns made of all of them."""
+    shapes = list(dict.fromkeys((row["k"], row["n"]) for row in rows))
+    head = ["M", *(f"{k}x{n}" for k, n in shapes), *columns]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for m in sorted({row["m"] for row in rows}):
+        mine = {(row["k"], row["n"]): row for row in rows if row["m"] == m}
+        cells = [f"{mine[shape]['us']:.4g}" for shape in shapes]
+        cells += [make(list(mine.values())) for make in columns.values()]
+        lines.append(f"| {m} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ratio(over: str, under: str, worst: Callable = min) -> Callable[[list[dict]], str]:
+    def cell(rows: list[dict]) -> str:
+        found = [row[over] / row[under] for row in rows if over in row and under in row]
+        return f"{geometric_mean(found):.2f} ({worst(found):.2f})" if found else ""
+
+    return cell
+
+
+def sparse_marlin(bits: int) -> str:
+    """2:4 Marlin beside reading its bytes, the dense kernel and sparse Marlin."""
+    content = _results("sparse_marlin_h200.json")
+    rows = [row for row in content["rows"] if row["bits"] == bits]
+    columns = {"x floor (worst)": _ratio("us", "floor", max)}
+    if bits == 4:
+        columns["x dense (least)"] = _ratio("us_dense", "us")
+        columns["x sparse Marlin (least)"] = _ratio("us_peer", "us")
+    where = content["circumstances"]
+    return "\n".join(_grid(rows, columns)) + (
+        f"\n\n{where['gpu'].split(',')[0]}, torch {where['torch']}, commit {where['commit']}: "
+        f"`python {where['command']}`."
+    )
+
+
+def scaled(dtype: str) -> str:
+    """Products of 8-bit operands beside torch's and cuSPARSELt's, all of one run."""
+    content = _results(f"sparse_{dtype}_h200.json")
+    times: dict[tuple, dict[str, float]] = {}
+    for row in content["rows"]:
+        times.setdefault((row["m"], row["k"], row["n"]), {})[row["kernel"]] = row["us"]
+
+    def fastest(found: dict[str, float], family: str) -> dict[str, float]:
+        us = [t for name, t in found.items() if name.startswith(family) and "bias" not in name]
+        return {family: min(us)} if us else {}
+
+    rows = [
+        {"m": m, "k": k, "n": n}
+        | {name: us for f in ("ours_sparse", "ours_dense", f"torch_{dtype}", "cusparselt")
+           for name, us in fastest(found, f).items()}
+        for (m, k, n), found in times.items()
+    ]  # fmt: skip
+    torch_name = {"fp8": "torch's FP8", "int8": "`torch._int_mm`"}[dtype]
+    parts = []
+    for label, ours, others in (
+        ("2:4 sparse", "ours_sparse", {"cuSPARSELt": "cusparselt", torch_name: f"torch_{dtype}"}),
+        ("Dense", "ours_dense", {torch_name: f"torch_{dtype}"}),
+    ):
+        mine = [row | {"us": row[ours]} for row in rows]
+        columns = {f"x {name} (least)": _ratio(key, "us") for name, key in others.items()}
+        parts.append("\n".join([f"{label}:\n", *_grid(mine, columns)]))
+    parts.append(
+        f"{content['gpu'].split(',')[0]}, torch {content['torch']}, commit {content['commit']}; "
+        "the faster of one scale and scales per token and feature, without bias: "
+        f"`{content['command']}`."
+    )
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "summary": summary,
+        "accuracy": accuracy,
+        "ingredients": ingredients,
+        "quantize": quantize,
+        "large": large,
+        "kernels": kernels,
+        "types": types,
+        "peers": peers,
+    },
+    "docs/sparsity.md": {
+        "sparse_marlin 4 bits": partial(sparse_marlin, 4),
+        "sparse_marlin 8 bits": partial(sparse_marlin, 8),
+        "scaled fp8": partial(scaled, "fp8"),
+        "scaled int8": partial(scaled, "int8"),
+    },
 }
 
 
 def main() -> int:
-    """Write the README. Returns the process exit status."""
+    """Write the files of TABLES. Returns the process exit status."""
     parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="compare only")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = text = path.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        table = make()
-        text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} places for the table {name!r}, expected 1")
-    if options.check:
-        print("README.md " + ("is up to date" if text == before else "has stale tables"))
-        return int(text != before)
-    path.write_text(text, encoding="utf-8")
-    return 0
+    stale = 0
+    for file, tables in TABLES.items():
+        path = ROOT / file
+        before = text = path.read_text(encoding="utf-8")
+        for name, make in tables.items():
+            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+            table = make()
+            text, count = re.subn(
+                pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
+            )
+            if count != 1:
+                raise SystemExit(f"{file} has {count} places for the table {name!r}, expected 1")
+        if options.check:
+            print(f"{file} " + ("is up to date" if text == before else "has stale tables"))
+            stale += text != before
+        else:
+            path.write_text(text, encoding="utf-8")
+    return int(stale > 0)
 
 
 if __name__ == "__main__":

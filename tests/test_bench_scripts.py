@@ -10,6 +10,8 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import torch
@@ -80,6 +82,7 @@ MADE_WITH_A_PARSER = {
 NEED_A_GPU = {
     "bench": [],
     "bench_generate": [],
+    "bench_sparse": [],
     "bench_types": [],
     "bench_w4a8": [],
     "benchmark_marlin": [],
@@ -217,7 +220,7 @@ def test_tuning_keeps_what_it_does_not_measure(name, kind, script, tmp_path, mon
             raise KeyboardInterrupt
         return found
 
-    configs = module.sparse_marlin if name == "tune_sparse" else module.scaled_configs
+    configs = module.sparse_configs if name == "tune_sparse" else module.scaled_configs
     monkeypatch.setattr(configs, "as_row", lambda config: {"name": config})
     for attribute, value in {
         "require_gpu": lambda *_, **__: None,
@@ -235,6 +238,18 @@ def test_tuning_keeps_what_it_does_not_measure(name, kind, script, tmp_path, mon
         module.main()
     rows = json.loads(file.read_text())["rows"]
     assert rows == [other, same | {"config": {"name": "best"}, "us": 2.0}]
+
+
+def test_types_are_compared_with_reading_their_bytes(script, monkeypatch):
+    """bench_types asks bench for the floor in its words."""
+    module, anything = script("bench_types"), MagicMock()
+    floor = create_autospec(script("bench").read_floor, return_value=1.0)
+    yardstick = SimpleNamespace(nbytes=64, copies=3)
+    fake(module, monkeypatch, read_floor=floor, TOKENS=(), layer_of=anything, formats=anything,
+         PATHS={"sm90": anything}, copies_of=anything,
+         RotatingWeights=SimpleNamespace(make=lambda *_, **__: yardstick))  # fmt: skip
+    assert module.measure(("uint4b8", "float16", "float16", 128, False), 64, 64, "sm90") == []
+    floor.assert_called_once_with(64, 3, True)
 
 
 def test_results_of_8_bit_activations_are_stored(script, tmp_path, monkeypatch):

@@ -107,10 +107,10 @@ def test_vllm_of_another_torch_is_named(monkeypatch, tmp_path):
 
 
 def test_rows_get_the_times_of_peers(monkeypatch, capsys):
-    def times(name, k, n, tokens, group_size, dtype):
+    def times(name, k, n, tokens, group_size, dtype, rest):
         if name == "tinygemm":
             raise NotInstalled("BF16 only")
-        assert (k, n, group_size, dtype) == (64, 96, 32, torch.float16)
+        assert (k, n, group_size, dtype, rest) == (64, 96, 32, torch.float16, 0.25)
         return {m: m * {"humming": 2.0, "machete": 3.0 - m / 4}[name] for m in tokens}
 
     monkeypatch.setattr(kernel_peers, "times", times)
@@ -118,7 +118,7 @@ def test_rows_get_the_times_of_peers(monkeypatch, capsys):
     problem = {"k": 64, "n": 96, "group_size": 32, "dtype": "float16"}
     rows, report = [problem | {"m": m, "us_peer": 0.5} for m in (1, 8)], {}
     for _ in range(2):
-        bench.run_peers(rows, ["tinygemm", "humming", "machete"], report)
+        bench.run_peers(rows, ["tinygemm", "humming", "machete"], report, rest=0.25)
     assert capsys.readouterr().out == "tinygemm is not timed: BF16 only\n"
     assert [(r["peer"], r["us_peer"]) for r in rows] == [("humming", 2.0), ("machete", 8.0)]
     assert rows[0]["peers"] == {"humming": 2.0, "machete": 2.75}
