@@ -183,7 +183,7 @@ class DecodeConfig(SmallBatchShape):
         if WEIGHT_TYPES[weight_type].bits == 4:
             if group_size in (16, 32) and self.threads * self.blocks_per_sm > 512:
                 return False  # several groups per tile need more registers than that leaves
-            many = group_size in (-1, 16, 32) or WEIGHT_TYPES[weight_type].zeros == "float"
+            many = group_size in (-1, 16, 32) or WEIGHT_TYPES[weight_type].zeros != "none"
             if many and self.token_tiles > 1 and self.blocks_per_sm > 1:
                 return False  # likewise
         if self.gathers and k_tiles * TILE_K > MAX_GATHERED_INPUTS:
