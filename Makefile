@@ -1,12 +1,14 @@
 # make demo     quantize a real model, save, load, and compare it with the original
 # make test     run the tests; TESTS=tests/test_readme.py: only those
+# make gpu-test the tests that need a GPU, on as many processes as cores; JOBS=4: on four
 # make lint     check style and format
 # make clean    remove the environment (.venv) and out/
 #
-# None needs a GPU or a model hub.
+# None needs a model hub, and but for gpu-test none needs a GPU.
 
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= $(shell nproc)
 BIN    := $(VENV)/bin
 
 # Machines without an NVIDIA driver take torch's CPU build; see configs/constraints-cpu.txt.
@@ -18,7 +20,7 @@ CONSTRAINTS :=
 endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test gpu-test lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +46,9 @@ demo: $(VENV)/model
 
 test: $(VENV)/dev $(VENV)/model
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+gpu-test: $(VENV)/dev $(VENV)/model
+	@$(BIN)/python -m pytest -m gpu -n $(JOBS) $(TESTS)
 
 lint: $(VENV)/dev
 	@$(BIN)/ruff check .

@@ -14,6 +14,18 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they sha
 import pytest
 import torch
 
+
+def _share_gpus() -> None:
+    """Each process of a parallel run has another GPU first; it sees all."""
+    count = torch.cuda.device_count()
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")  # gw0, gw1, ...
+    if worker and count > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        first = int(worker.removeprefix("gw"))
+        order = [str((first + i) % count) for i in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(order)
+
+
+_share_gpus()
 for name in ("DATA_DIR", "KERNEL_BACKEND", "KERNEL_LINEINFO", "KERNEL_PREBUILT"):
     os.environ.pop(f"MARLIN_{name}", None)  # what a user has set is not what is tested
 # Processes that tests start import this checkout, not what may be installed.
