@@ -34,10 +34,15 @@ POLL = 0.005  # seconds
 
 def finished(folder: Path) -> int:
     """Decoder layers on disk, whose files come in order."""
-    names = {file.name.split(".")[0] for file in folder.glob("layer-*.safetensors")}
-    last = max((int(name.split("-")[1]) for name in names), default=-1)
+    try:
+        names = {file.name.split(".")[0] for file in folder.glob("layer-*.safetensors")}
+    except FileNotFoundError:  # renamed while it was read: the run is complete
+        names = set()
+    if not names:
+        return 0
+    last = max(int(name.split("-")[1]) for name in names)
     own = [name for name in names if name.startswith(f"layer-{last:04d}")]
-    parts = int(own[0].rpartition("-of-")[2]) if own and "-of-" in own[0] else 1
+    parts = int(own[0].rpartition("-of-")[2]) if "-of-" in own[0] else 1
     return last + (len(own) == parts)
 
 

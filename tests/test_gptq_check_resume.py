@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import check_resume
 from tests.gptq_models import Source, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,15 @@ def test_on_the_cpu(processes, tmp_path):
     assert result["differ"] == [] and 1 <= result["layers_kept_by_the_killed_run"] < 4
     assert result["bytes"] > 0 and result["seconds_of_assembling"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["shape.json"]
+
+
+def test_a_folder_that_is_renamed_while_it_is_read(tmp_path, monkeypatch):
+    def renamed(self, pattern):
+        raise FileNotFoundError(str(self))
+
+    assert check_resume.finished(tmp_path) == 0
+    monkeypatch.setattr(Path, "glob", renamed)
+    assert check_resume.finished(tmp_path) == 0
 
 
 @pytest.mark.gpu
