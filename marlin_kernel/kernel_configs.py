@@ -204,7 +204,7 @@ class GemmConfig:
     the k range, when blocks share a tile of outputs; cluster: those blocks form a cluster and add
     in its shared memory (otherwise in global memory, and split is an argument of the launch); tail:
     only tiles of the last, incomplete round over the multiprocessors are split; warpgroups: that
-    multiply, 2 or 4.
+    multiply, 2 to 4.
     """
 
     tokens: int
@@ -257,8 +257,8 @@ class GemmConfig:
     def _ring_bytes(self, group_size: int, weight_type: str) -> int:
         tokens = self.stage_tiles * self.tokens * TILE_K * 2
         rows = 0 if group_size == -1 else max(1, self.stage_tiles * TILE_K // group_size)
-        pair = self.stage_tiles * 2 * tile_bytes(weight_type) + rows * 2 * row_bytes(weight_type)
-        return -(-self.stages * (tokens + self.columns // 2 * pair) // 1024) * 1024
+        column = self.stage_tiles * tile_bytes(weight_type) + rows * row_bytes(weight_type)
+        return -(-self.stages * (tokens + self.columns * column) // 1024) * 1024
 
     def shared_bytes(
         self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8"
@@ -403,14 +403,17 @@ _GEMM_SHAPES = (  # tokens, m_tiles, stages, blocks_per_sm, stage_tiles, scale_s
     (64, 1, 6, 1, 2, True),
     (64, 1, 4, 2, 2, False),
     (64, 2, 8, 1, 1, False),
+    (64, 2, 5, 1, 2, True),
     (128, 1, 6, 1, 1, False),
+    (128, 1, 3, 1, 2, False),
     (128, 2, 4, 1, 1, False),
     (256, 1, 4, 1, 1, False),
 )
-_WIDE_SHAPES = (  # the same, of four warpgroups
-    (16, 1, 6, 1, 2, True),
-    (32, 1, 5, 1, 2, False),
-    (64, 1, 5, 1, 2, False),
+_WIDE_SHAPES = (  # warpgroups and the same, of more than two
+    (3, 128, 1, 3, 1, 2, False),
+    (4, 16, 1, 6, 1, 2, True),
+    (4, 32, 1, 5, 1, 2, False),
+    (4, 64, 1, 5, 1, 2, False),
 )
 # 8-bit codes: as many bytes in flight are fewer stages.
 _DECODE_SHAPES_8 = (
@@ -441,12 +444,14 @@ _GEMM_SHAPES_8 = (
     (64, 1, 5, 2, 1, False),
     (64, 2, 7, 1, 1, False),
     (128, 1, 6, 1, 1, False),
+    (128, 1, 3, 1, 2, False),
     (128, 2, 4, 1, 1, False),
     (256, 1, 3, 1, 1, False),
 )
 _WIDE_SHAPES_8 = (
-    (32, 1, 4, 1, 2, False),
-    (64, 1, 3, 1, 2, False),
+    (3, 128, 1, 3, 1, 2, False),
+    (4, 32, 1, 4, 1, 2, False),
+    (4, 64, 1, 3, 1, 2, False),
 )
 # 4-bit codes of other types than uint4b8 may need more registers.
 _DECODE_SHAPES_4 = (*_DECODE_SHAPES, (2, 1, 8, 3, 1))
@@ -477,7 +482,7 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
         for t, wn, wk, stages, blocks in decode_shapes
         for split in (1, 2, 4, 8)
     ]
-    wide = [(shape, 4) for shape in wide_shapes]
+    wide = [(shape, groups) for groups, *shape in wide_shapes]
     for shape, groups in [(shape, 2) for shape in shapes] + wide:
         configs.append(GemmConfig(*shape, warpgroups=groups))
         configs += [GemmConfig(*shape, split, warpgroups=groups) for split in _SPLITS]
@@ -514,6 +519,7 @@ def _gathering(config: DecodeConfig) -> DecodeConfig:
 _TILE_CYCLES = {8: 67.6, 16: 84.1, 32: 72.0, 64: 93.5, 128: 239.0, 256: 426.0}  # by tokens
 _SCALED_WEIGHTS = 2.03  # up to 64 tokens, scaling weights takes so much longer than scaling sums
 _LONELY = 1.53  # a block alone on its multiprocessor, up to 64 tokens, takes so much longer
+_THREE_WARPGROUPS = 1.1  # with three of them, a tile takes so much longer than with two
 _CLOCK = 1650.0  # cycles per us under load
 _DRAM_RATE, _ACTIVATION_RATE = 5.79e6, 10.0e6  # bytes per us
 _START = 2.04  # us of a launch
@@ -644,6 +650,8 @@ def _estimate_gemm(
     on_busiest = rounds * resident if rounds > 1 else -(-blocks // multiprocessors)
     if min(on_busiest, resident) <= 1 and tokens <= 64 and config.warpgroups == 2:
         cycles *= _LONELY
+    if config.warpgroups == 3:
+        cycles *= _THREE_WARPGROUPS
     steps = on_busiest * -(-k_tiles // config.split) + whole_rounds * resident * k_tiles
     compute = steps * columns * cycles / _CLOCK
     weights = k_tiles * column_tiles * _read_bytes(weight_type)

@@ -96,6 +96,7 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> floa
 def replay_times(launches: Sequence[Callable[[], None]], replays: int) -> list[float]:
     """Seconds of each replay of a graph of all launches."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for launch in launches[:2]:
             launch()

@@ -33,6 +33,8 @@ GEMM_CONFIGS = (
     GemmConfig(64, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2),
     GemmConfig(64, 2, 2, 1, stage_tiles=1, scale_sums=False, split=3, tail=True),
     GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=4),
+    GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=3),
+    GemmConfig(16, 1, 4, 1, stage_tiles=1, scale_sums=True, split=2, cluster=True, warpgroups=3),
 )
 
 # M, N, K, multiprocessors

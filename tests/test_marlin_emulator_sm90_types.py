@@ -27,12 +27,13 @@ DECODE_CONFIGS = (
     DecodeConfig(token_tiles=2, warps_n=1, warps_k=2, split=2, stages=2, blocks_per_sm=1),
 )
 # One and two tiles of a stage and of a warpgroup, clusters and sums in global memory, scales on
-# sums and on weights, two and four warpgroups.
+# sums and on weights, two to four warpgroups.
 GEMM_CONFIGS = (
     GemmConfig(16, 2, 3, 1, stage_tiles=2, scale_sums=True, split=2, cluster=True),
     GemmConfig(16, 1, 3, 1, stage_tiles=2, scale_sums=True),
     GemmConfig(64, 1, 2, 1, stage_tiles=2, scale_sums=False, split=2),
     GemmConfig(32, 1, 3, 1, stage_tiles=1, scale_sums=False, warpgroups=4),
+    GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, warpgroups=3),
 )
 # M, N, K, multiprocessors
 DECODE_SHAPES = ((1, 64, 64, 1), (8, 301, 333, 1), (5, 130, 448, 1), (15, 200, 192, 1))

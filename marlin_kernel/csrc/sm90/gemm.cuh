@@ -2,7 +2,7 @@
 //
 // A ring of stages (64 k each) is fed by bulk copies of codes and scales and by tensor copies of
 // activations, with the 128-byte swizzle and with zeros for what lies outside the matrix. Two
-// or four warpgroups each turn their 64-feature tiles into A fragments and multiply them with all tokens of
+// to four warpgroups each turn their 64-feature tiles into A fragments and multiply them with all tokens of
 // the stage. Fragments are double-buffered: a step is dequantized while the multiplications of the
 // step before are under way. Where a stage holds a whole group of 128 k its scales are used once.
 //
@@ -80,7 +80,7 @@ struct Walk {
         items(p.whole_tiles + (column_blocks(p) * token_blocks(p) - p.whole_tiles) * p.split) {}
   template <class Problem>
   static __device__ __forceinline__ int column_blocks(const Problem& p) {
-    return ceil_div(p.column_tiles, 2 * Config::PAIRS);
+    return ceil_div(p.column_tiles, Config::COLUMNS);
   }
   template <class Problem>
   static __device__ __forceinline__ int token_blocks(const Problem& p) {
@@ -129,8 +129,8 @@ class Feeder {
       k_tile = range.begin;
       k_end = range.end;
       token = item.token_block * Config::TOKENS;
-      column = item.column_block * 2 * Config::PAIRS;
-      columns = min(2 * Config::PAIRS, p.column_tiles - column);
+      column = item.column_block * Config::COLUMNS;
+      columns = min(Config::COLUMNS, p.column_tiles - column);
     }
     __device__ __forceinline__ void advance(const Problem<Scalar>& p) {
       k_tile += Config::STAGE_TILES;
@@ -190,21 +190,47 @@ class Feeder {
         full, boxes * Config::BOX_BYTES + cursor_.columns * (count * kTileBytes<Weight> +
                                                              rows * kRowBytes<Weight>));
 #pragma unroll
-    for (int i = 0; i < Config::PAIRS; ++i) {
-      const int width = min(2, cursor_.columns - 2 * i);
-      if (i > 0 && width <= 0) break;
-      const long long column = cursor_.column + 2 * i;
+    for (int i = 0; i < Config::SLOTS; ++i) {
+      if (i > 0 && i * Config::SLOT_COLUMNS >= cursor_.columns) break;
       uint8_t* target = shared_.ring.weights[stage][i];
+      if constexpr (Config::SLOT_COLUMNS == 1) {
+        fetch_column(target, cursor_.column + i, count, full);
+        continue;
+      }
+      const int width = min(2, cursor_.columns - 2 * i);
+      const long long column = cursor_.column + 2 * i;
       ptx::bulk_copy(target,
                      p_.weights + (column * p_.k_tiles + cursor_.k_tile * width) *
                                       kTileBytes<Weight>,
                      count * width * kTileBytes<Weight>, full);
       if constexpr (Config::GROUP != 0)
-        ptx::bulk_copy(target + Config::PAIR_CODES,
+        ptx::bulk_copy(target + Config::SLOT_CODES,
                        p_.scales + (column * Rows::units(p_.k_tiles) +
                                     Rows::unit_of(cursor_.k_tile) * width) *
                                        Rows::kUnitBytes,
                        rows * width * kRowBytes<Weight>, full);
+    }
+  }
+
+  // One column out of its pair, tile by tile.
+  __device__ __forceinline__ void fetch_column(uint8_t* target, int column, int count,
+                                               uint64_t* full) {
+    const ColumnPair pair(column / 2, p_.column_tiles);
+    const int second = column % 2;
+#pragma unroll
+    for (int t = 0; t < Config::STAGE_TILES; ++t) {
+      if (t > 0 && t >= count) break;
+      ptx::bulk_copy(target + t * kTileBytes<Weight>,
+                     p_.weights + (pair.offset(cursor_.k_tile + t, p_.k_tiles) + second) *
+                                      kTileBytes<Weight>,
+                     kTileBytes<Weight>, full);
+      if (Config::GROUP == 0 || (t > 0 && Config::GROUP > kTileK)) continue;  // one row, or none
+      ptx::bulk_copy(target + Config::SLOT_CODES + t * Rows::kUnitBytes,
+                     p_.scales + (pair.offset(Rows::unit_of(cursor_.k_tile + t),
+                                              Rows::units(p_.k_tiles)) +
+                                  second) *
+                                     Rows::kUnitBytes,
+                     Rows::kUnitBytes, full);
     }
   }
 
@@ -269,7 +295,9 @@ class Consumer {
       for (int i = 0; i < SUMS; ++i) group_sums_[1][i] = 0.f;
       scale_ = make_float2(0.f, 0.f);
     }
-    width_ = ColumnPair(item.column_block * Config::PAIRS + pair(), p_.column_tiles).width;
+    width_ = 1;
+    if constexpr (Config::SLOT_COLUMNS == 2)
+      width_ = ColumnPair(item.column_block * Config::SLOTS + slot(), p_.column_tiles).width;
     const int units = ceil_div(k_range_of<Config>(item, p_).size(), Config::UNIT_TILES);
     open_stage();
     load_words<0, 0>();
@@ -362,12 +390,12 @@ class Consumer {
     }
   }
 
-  // Column pair of this warpgroup in the block, and its column of 64-feature tile m in the pair.
-  __device__ __forceinline__ int pair() const {
-    return Config::M_TILES == 1 ? group_ / 2 : group_;
+  // Slot of this warpgroup in the stage, and its column of 64-feature tile m in the slot.
+  __device__ __forceinline__ int slot() const {
+    return group_ * Config::M_TILES / Config::SLOT_COLUMNS;
   }
   __device__ __forceinline__ int column(int m) const {
-    return Config::M_TILES == 1 ? group_ % 2 : m;
+    return Config::SLOT_COLUMNS == 1 ? 0 : Config::M_TILES == 1 ? group_ % 2 : m;
   }
 
   // This lane's codes of one step of the open stage, and the scales and zero points it begins with.
@@ -377,7 +405,7 @@ class Consumer {
     constexpr int PLACE = This::PLACE;
     constexpr int PART = This::PART;
     constexpr int M = This::M;
-    const uint8_t* weights = shared_.ring.weights[stage_][pair()];
+    const uint8_t* weights = shared_.ring.weights[stage_][slot()];
     const uint8_t* codes = weights + (PLACE * width_ + column(M)) * kTileBytes<Weight>;
     if constexpr (Weight::BITS == 8) {
       constexpr int kPairs = Config::STEP_K16 / 2;  // of k steps: 16 bytes each
@@ -403,7 +431,7 @@ class Consumer {
       // A stage of 128 k holds one row of a 128-k group.
       const int tile = Config::GROUP > kTileK ? 0 : PLACE;
       const uint8_t* row =
-          weights + Config::PAIR_CODES + (tile * width_ + column(M)) * Rows::kBytesPerTile +
+          weights + Config::SLOT_CODES + (tile * width_ + column(M)) * Rows::kBytesPerTile +
           (PART * Config::STEP_ROWS + i) * kRowBytes<Weight>;
       if constexpr (This::LOADS_SCALES) scale_words_[i] = load_pair<kScaleBytes<Weight>>(row);
       if constexpr (This::LOADS_ZEROS && Weight::ZEROS != Zeros::NONE)
@@ -683,7 +711,7 @@ class Consumer {
   RingPosition<Config::STAGES> position_;
   int stage_ = 0;           // whose codes are being loaded
   int previous_stage_ = 0;  // to be released
-  int width_;     // columns of this warpgroup's pair
+  int width_;     // columns of this warpgroup's slot
   float2 scale_;  // of the step under way
   uint32_t words_[Config::STEP_K16][kLaneWords<Weight>];
   uint32_t scale_words_[Config::STEP_ROWS > 0 ? Config::STEP_ROWS : 1];

@@ -11,7 +11,7 @@ template <class Weight_,       // of common/weight_types.cuh
           class Scalar_,       // __half or __nv_bfloat16: activations and output
           int GROUP_,          // k that share a scale: 16, 32, 64, 128; 0 = the whole column
           int TOKENS_,         // tokens of a tile
-          int WARPGROUPS_,     // that multiply: 2 or 4
+          int WARPGROUPS_,     // that multiply: 2 to 4
           int M_TILES_,        // 64-feature tiles of each warpgroup: 1 or 2
           // blocks of a cluster that share a tile's k range; 1: see Problem::split
           int CLUSTER_,
@@ -39,15 +39,19 @@ struct GemmConfig {
   using Rows = RowLayout<Weight, GROUP>;
   static constexpr int CONSUMERS = WARPGROUPS * kWarpgroupThreads;
   static constexpr int THREADS = CONSUMERS + kWarpgroupThreads;  // one warpgroup feeds
-  static constexpr int PAIRS = WARPGROUPS * M_TILES / 2;  // column pairs of a block
-  static constexpr int FEATURES = PAIRS * 2 * kTileN;
+  static constexpr int COLUMNS = WARPGROUPS * M_TILES;  // column tiles of a block
+  static constexpr int FEATURES = COLUMNS * kTileN;
   static constexpr int SUMS = TOKENS / 2;  // accumulators of a lane for one 64-feature tile
 
-  // A stage: codes and rows of groups of each column pair, and activations in boxes of 64 k.
+  // A stage: codes and rows of groups of the columns, and activations in boxes of 64 k. Columns come
+  // in the pairs in which they lie; of an odd number each by itself, as every other block begins in
+  // the middle of a pair.
+  static constexpr int SLOT_COLUMNS = COLUMNS % 2 == 0 ? 2 : 1;
+  static constexpr int SLOTS = COLUMNS / SLOT_COLUMNS;
   static constexpr int GROUP_ROWS =  // groups of a stage
       GROUP == 0 ? 0 : GROUP < STAGE_TILES * kTileK ? STAGE_TILES * kTileK / GROUP : 1;
-  static constexpr int PAIR_CODES = STAGE_TILES * 2 * kTileBytes<Weight>;
-  static constexpr int PAIR_BYTES = PAIR_CODES + GROUP_ROWS * 2 * kRowBytes<Weight>;
+  static constexpr int SLOT_CODES = STAGE_TILES * SLOT_COLUMNS * kTileBytes<Weight>;
+  static constexpr int SLOT_BYTES = SLOT_CODES + GROUP_ROWS * SLOT_COLUMNS * kRowBytes<Weight>;
   static constexpr int BOX_BYTES = TOKENS * kTileK * static_cast<int>(sizeof(Scalar));
 
   // Steps: the multiplications between two commits; with scaled sums a step ends where a group
@@ -64,8 +68,10 @@ struct GemmConfig {
   static constexpr int STEP_ROWS = GROUP == 0 ? 0 : ceil_div(Rows::kPerTile, PARTS);
 
   // Registers per thread: what the launch gives, redistributed to those that multiply.
-  static constexpr int FEEDER_REGISTERS = WARPGROUPS == 4 ? 24 : BLOCKS_PER_SM == 1 ? 40 : 32;
-  static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : BLOCKS_PER_SM == 1 ? 232 : 104;
+  static constexpr int FEEDER_REGISTERS =
+      WARPGROUPS == 4 ? 24 : WARPGROUPS == 3 ? 56 : BLOCKS_PER_SM == 2 ? 32 : 40;
+  static constexpr int CONSUMER_REGISTERS =
+      WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 152 : BLOCKS_PER_SM == 2 ? 104 : 232;
 
   static constexpr int FEATURES_PER_RANK = ceil_div(FEATURES, CLUSTER);
   static constexpr int PARTIAL_ROW = TOKENS + 4;        // floats; padded against bank conflicts
@@ -74,10 +80,10 @@ struct GemmConfig {
   static_assert(STAGES > 2 || STEPS * STAGE_TILES > 1,
                 "a stage is opened one step before its predecessor's predecessor is released");
   static_assert(STEP_K16 >= 2, "a step is long enough to be worth a commit");
-  static_assert(PAIR_BYTES % 16 == 0, "bulk copies go to multiples of 16 bytes");
+  static_assert(SLOT_BYTES % 16 == 0, "bulk copies go to multiples of 16 bytes");
   static_assert(TOKENS % 8 == 0 && TOKENS <= 256, "tokens are the columns of a wgmma");
   static_assert(CLUSTER >= 1 && CLUSTER <= 8, "portable clusters have at most 8 blocks");
-  static_assert(WARPGROUPS == 2 || WARPGROUPS == 4, "pairs of columns are not divided");
+  static_assert(WARPGROUPS >= 2 && WARPGROUPS <= 4, "registers are shared by so many");
   static_assert(BLOCKS_PER_SM * WARPGROUPS <= 4, "no share of registers is defined");
 };
 
@@ -86,7 +92,7 @@ template <class Config>
 struct GemmStorage {
   struct Ring {
     alignas(1024) uint8_t tokens[Config::STAGES][Config::STAGE_TILES][Config::BOX_BYTES];
-    alignas(128) uint8_t weights[Config::STAGES][Config::PAIRS][Config::PAIR_BYTES];
+    alignas(128) uint8_t weights[Config::STAGES][Config::SLOTS][Config::SLOT_BYTES];
   };
   using Partial = float[Config::FEATURES][Config::PARTIAL_ROW];
   using Out = typename Config::Scalar[Config::WARPGROUPS][Config::TOKENS][Config::OUT_ROW];
