@@ -432,6 +432,7 @@ def timed(
     if options.device == "cuda" and not options.no_graph:
         run_once = run
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run_once()
         torch.cuda.synchronize()

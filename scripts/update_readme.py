@@ -66,8 +66,9 @@ def summary() -> str:
         return geometric_mean([r[column] / r["us"] for r in rows if r["m"] == m])
 
     few, many = mean("cublas", 1), mean("cublas", 1024)
-    slow = sorted({r["m"] for r in rows if r["cublas"] < 0.99 * r["us"]})
-    losing = f"At {' and '.join(map(str, slow))} tokens some shapes lose" if slow else "None loses"
+    *slow, last = ["", *map(str, sorted({r["m"] for r in rows if r["cublas"] < 0.99 * r["us"]}))]
+    listed = " and ".join(filter(None, (", ".join(slow[1:]), last)))
+    losing = f"At {listed} tokens some shapes lose" if listed else "None loses"
     losing += " to torch.matmul"
     generated = _results("generate_h200.json")["runs"][0]
     decode = {
