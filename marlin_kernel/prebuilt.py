@@ -178,6 +178,24 @@ def specializations(
     ]
 
 
+def layer_kernels(
+    c: Combination, arch: str, k: int, n: int, tokens: Iterable[int]
+) -> list[KernelSource]:
+    """Kernels that products with a k x n layer launch on `arch` for these numbers of tokens."""
+    found: list[KernelSource] = []
+    for family, types in kernels_of(c, arch):
+        v = Variant(arch, family, types, False, ())
+        if family == "sm80":
+            v = replace(v, choices=_choices(arch, family, types, False, ()))
+            chosen = list(v.configs)
+        else:
+            chosen = [_select_sm90(family, types, False, m, k, n) for m in tokens]
+        if types.permuted and family == "sm90":
+            chosen = [config for config in chosen if config.gathers]
+        found += [*map(v.source, chosen), *_activation_sources(v)]
+    return list(dict.fromkeys(found))
+
+
 def kernels_to_build(
     variants: Sequence[Variant], *, complete: bool = False
 ) -> list[Specialization]:

@@ -29,7 +29,6 @@ import itertools
 import math
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,7 +38,7 @@ import yaml
 from torch import Tensor
 
 from marlin_kernel import kernel_configs, launch, sm90_layout
-from marlin_kernel.compiler import KernelSource, compile_kernel
+from marlin_kernel.compiler import KernelSource
 from marlin_kernel.formats import LayerSpec
 from marlin_kernel.kernel_configs import KernelConfig
 from marlin_kernel.layout import permute_columns
@@ -63,6 +62,7 @@ from scripts.gpu_timing import (
     ROTATE_BYTES,
     RotatingWeights,
     circumstances,
+    compile_first,
     graph_time,
     let_rest,
     relative_error,
@@ -188,9 +188,7 @@ def precompile(
         for group_size, invariant in itertools.product(options.group_size, modes)
         for dtype in options.dtype
     }
-    arch = launch.device_arch(torch.cuda.current_device())
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda source: compile_kernel(source, arch), sources))
+    compile_first(sources)
 
 
 def overheads(shape: tuple[int, int], tokens: list[int], options: argparse.Namespace) -> list[dict]:

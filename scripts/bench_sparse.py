@@ -33,10 +33,10 @@ from scripts.gpu_timing import (  # noqa: E402
     REST_OPTION,
     RotatingWeights,
     circumstances,
+    compile_first,
     graph_time,
     let_rest,
 )
-from scripts.tuned_tables import compile_first  # noqa: E402
 
 PEER = "sparse Marlin"
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,14 +40,19 @@ from marlin_kernel import (
     sm80_path,
     sm90_layout,
 )
-from marlin_kernel.compiler import compile_kernel
 from marlin_kernel.formats import QuantizedLinear
 from marlin_kernel.layout import packed_shape
 from marlin_kernel.packing import pack
 from marlin_kernel.repack import repack, unpack_source
 from marlin_kernel.sm80_layout import KernelTensors
 from scripts.command_line import command, make_parser, require_gpu, write_json
-from scripts.gpu_timing import ROTATE_BYTES, RotatingWeights, circumstances, graph_time
+from scripts.gpu_timing import (
+    ROTATE_BYTES,
+    RotatingWeights,
+    circumstances,
+    compile_first,
+    graph_time,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))
@@ -248,8 +252,7 @@ def act_order() -> list[dict]:
     ways = {problem: _ways(*problem) for problem in problems}
     sources = {c.source("float16", 128) for found in ways.values() for c in found}
     sources |= {plan.source() for k, _, m in problems for plan in _gather_plans(m, k).values()}
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda source: compile_kernel(source, launch.device_arch(0)), sources))
+    compile_first(sources)
     rows = []
     weights = None
     for k, n, m in problems:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_kernel import WEIGHT_TYPES, kernel_configs
+from marlin_kernel import WEIGHT_TYPES, kernel_configs, launch
+from marlin_kernel.compiler import KernelSource, compile_all
 from scripts.command_line import commit, seconds
 
 ROTATE_BYTES = 400_000_000
@@ -78,6 +80,15 @@ def relative_error(out: Tensor, a: Tensor, exact: Tensor) -> float:
         difference += wrong.square().sum().item()
         total += reference.square().sum().item()
     return math.sqrt(difference / total)
+
+
+def compile_first(sources: Iterable[KernelSource]) -> None:
+    """Compile, on all processors, what launches on the current device will ask for."""
+    arch = launch.device_arch(torch.cuda.current_device())
+    work = [(source, arch) for source in dict.fromkeys(sources)]
+    for _, cubin in compile_all(work, os.cpu_count() or 1):
+        if isinstance(cubin, Exception):
+            raise cubin
 
 
 def let_rest(m: int, rest: float) -> None:

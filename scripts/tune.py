@@ -20,7 +20,6 @@ import math
 import platform
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from marlin_kernel import WEIGHT_TYPES, kernel_configs, launch
-from marlin_kernel.compiler import CompileError, compile_kernel
+from marlin_kernel.compiler import CompileError
 from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
 from scripts.command_line import command, make_parser, positive, require_gpu, shape, write_json
-from scripts.gpu_timing import RotatingWeights, graph_time
+from scripts.gpu_timing import RotatingWeights, compile_first, graph_time
 
 SHAPES = (
     "4096x12288 4096x4096 4096x22016 11008x4096 "  # Llama-2-7B, fused
@@ -137,11 +136,17 @@ def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) 
     """The table's choices for one shape: for each limit of m a configuration and its time."""
     weights = RotatingWeights.make(k, n, options.group_size, weight_type=options.type)
     dtype = getattr(torch, options.dtype)
+    types = (options.type, options.dtype, kernel_configs.gpu_key(torch.cuda.get_device_name()))
+    tried_for = {
+        m: candidates(m, k, n, options.group_size, options.candidates, *types) for m in options.m
+    }
+    compile_first(
+        config.source(options.dtype, options.group_size, options.type)
+        for tried in tried_for.values()
+        for config in tried
+    )
     choices = []
-    for m in options.m:
-        types = (options.type, options.dtype, kernel_configs.gpu_key(torch.cuda.get_device_name()))
-        tried = candidates(m, k, n, options.group_size, options.candidates, *types)
-        precompile(tried, options)
+    for m, tried in tried_for.items():
         a = torch.randn(m, k, device="cuda").to(dtype)
         out = a.new_empty(m, n)
         launches = max(2, weights.copies if m <= 256 else weights.copies // 4)
@@ -168,15 +173,6 @@ def _launch(config: KernelConfig, a: torch.Tensor, w: RotatingWeights, i: int, o
         weight_type=w.weight_type,
         global_scale=w.global_scale,
     )
-
-
-def precompile(configs: list[KernelConfig], options: argparse.Namespace) -> None:
-    """Compile in parallel what the launches will ask for."""
-    types = (options.dtype, options.group_size, options.type)
-    sources = {config.source(*types) for config in configs}
-    arch = launch.device_arch(torch.cuda.current_device())
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda source: compile_kernel(source, arch), sources))
 
 
 def write(

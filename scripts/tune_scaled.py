@@ -24,8 +24,8 @@ from marlin_kernel import launch, scaled_configs, scaled_mm  # noqa: E402
 from marlin_kernel.scaled_configs import ScaledConfig  # noqa: E402
 from marlin_kernel.sparse import compress_2_4, prune_2_4  # noqa: E402
 from scripts.command_line import make_parser, require_gpu  # noqa: E402
-from scripts.gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
-from scripts.tuned_tables import compile_first, read_rows, write_rows  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, compile_first, graph_time  # noqa: E402
+from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 SHAPES = (
     *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),

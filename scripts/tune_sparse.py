@@ -27,8 +27,8 @@ from marlin_kernel.sparse_configs import AnyConfig  # noqa: E402
 from marlin_kernel.sparse_format import pack_codes, pack_positions  # noqa: E402
 from marlin_kernel.weight_types import weight_type  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu  # noqa: E402
-from scripts.gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
-from scripts.tuned_tables import compile_first, read_rows, write_rows  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, compile_first, graph_time  # noqa: E402
+from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TYPES = {4: "uint4b8", 8: "uint8b128"}

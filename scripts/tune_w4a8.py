@@ -45,8 +45,8 @@ from marlin_kernel.sm90_8bit_layout import Records, records  # noqa: E402
 from marlin_kernel.validity import Combination, violated_rule  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
 from scripts.command_line import make_parser, positive, require_gpu, shape  # noqa: E402
-from scripts.gpu_timing import ROTATE_BYTES, graph_time  # noqa: E402
-from scripts.tuned_tables import compile_first, read_rows, write_rows  # noqa: E402
+from scripts.gpu_timing import ROTATE_BYTES, compile_first, graph_time  # noqa: E402
+from scripts.tuned_tables import read_rows, write_rows  # noqa: E402
 
 SHAPES = (
     *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),

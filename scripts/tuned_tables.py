@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from marlin_kernel import compiler
-from marlin_kernel.compiler import KernelSource
 from scripts.command_line import command
 
 Rows = dict[tuple, dict[str, Any]]
@@ -21,14 +18,6 @@ def read_rows(path: Path, *names: str) -> Rows:
     """Rows of an earlier table by what `names` say of them; none if there is no table."""
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     return {tuple(row[name] for name in names): row for row in rows}
-
-
-def compile_first(sources: Iterable[KernelSource]) -> None:
-    """Compile for sm_90a in parallel what the launches will ask for."""
-    work = [(source, "sm_90a") for source in dict.fromkeys(sources)]
-    for _, cubin in compiler.compile_all(work, os.cpu_count() or 1):
-        if isinstance(cubin, Exception):
-            raise cubin
 
 
 def write_rows(path: Path, gpu: str, script: str, rows: Mapping[tuple, Mapping[str, Any]]) -> None:

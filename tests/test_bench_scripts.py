@@ -224,6 +224,7 @@ def test_tuning_keeps_what_it_does_not_measure(name, kind, script, tmp_path, mon
     monkeypatch.setattr(configs, "as_row", lambda config: {"name": config})
     for attribute, value in {
         "require_gpu": lambda *_, **__: None,
+        "compile_first": list,
         "SHAPES": [(64, 128), (128, 128)],
         "TOKENS": (1,),
         "random_weight": lambda *_: weights,

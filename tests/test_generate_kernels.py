@@ -68,11 +68,15 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("arch", ARCHITECTURES.values())
 def test_every_valid_combination_is_served_or_reported(arch: str) -> None:
     capability = next(c for c, a in ARCHITECTURES.items() if a == arch)
-    served = {(v.family, v.types) for v in prebuilt.variants(arch)}
+    variants = prebuilt.variants(arch)
+    served = {(v.family, v.types) for v in variants}
+    built = {kernel.source for kernel in prebuilt.kernels_to_build(variants)}
     missing = set(prebuilt.missing(arch))
     for c in combinations(capability):
         kernels = prebuilt.kernels_of(c, arch)
         assert (c in missing) == (not kernels) and set(kernels) <= served, str(c)
+        of_a_layer = prebuilt.layer_kernels(c, arch, 4096, 8192, prebuilt.TOKENS)
+        assert bool(of_a_layer) == bool(kernels) and set(of_a_layer) <= built, str(c)
 
 
 def test_pruned_kernels_are_part_of_all() -> None:
