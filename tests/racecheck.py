@@ -61,10 +61,12 @@ ALL_LANES = {  # header: its text, and what every lane does instead
         ),
     ),
 }
-CONFIGS = (  # scales on sums and on weights, one and two tiles of 64 k in a stage
+CONFIGS = (  # scales on sums and on weights, one and two tiles of 64 k in a stage, three warpgroups
     GemmConfig(16, 1, 6, 2, 2, True),
     GemmConfig(32, 1, 4, 2, 2, False),
     GemmConfig(64, 2, 8, 1, 1, False),
+    GemmConfig(64, 2, 5, 1, 2, True),
+    GemmConfig(128, 1, 3, 1, 2, False, warpgroups=3),
 )
 DECODE_CONFIG = DecodeConfig(1, 2, 4, 2, 4, 1)
 SPARSE_CONFIGS = (
