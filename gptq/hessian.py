@@ -24,8 +24,8 @@ _MAX_RETRIES = 16
 _LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the library
 _STEP, _STEP_GPU = 256, 1024  # rows or columns of a triangle multiplied at once, at least
 _SHARED = 4096  # corners of this size are divided among processes
-_BLOCKED = 16384  # matrices of this size are factored in panels, by all processes together
-_PANEL = 1024  # columns of one
+_SHARED_CHOLESKY = 16384  # matrices of this size are factored by all processes together
+_PANEL = 1024  # columns that one process factors at once
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -173,22 +173,19 @@ def _corner(a: Tensor, b: Tensor, c: Tensor, first: int, last: int) -> Tensor:
 def _cholesky(a: Tensor, workers: Workers | None) -> tuple[Tensor, bool]:
     """Lower triangular L with a = L Lᵀ, and whether `a` [K, K], which is used up, was positive
     definite. `workers`, which all hold the same `a`, get the same result."""
-    workers = workers or Workers()
-    alone = workers.count == 1 and not products.on_tensor_cores(a)
-    if alone or a.shape[0] < _BLOCKED:
+    if workers is None or workers.count == 1 or a.shape[0] < _SHARED_CHOLESKY:
         lower, info = torch.linalg.cholesky_ex(a)
         return lower, int(info) == 0
-    _blocked_cholesky(a, workers)
+    _shared_cholesky(a, workers)
     return a, bool(torch.isfinite(a.diagonal()).all())
 
 
-def _blocked_cholesky(a: Tensor, workers: Workers) -> None:
+def _shared_cholesky(a: Tensor, workers: Workers) -> None:
     """Cholesky factor of a [K, K] in place, with NaN on its diagonal if there is none.
 
     Right-looking, in panels of columns that belong to the processes in turn: the owner of a panel
     factors it and sends it to all, and each process takes its product off its own later columns.
     The next owner does that for the next panel first, so that it travels beside the other products.
-    All but the triangles on the diagonal are `products`.
     """
     k = a.shape[0]
     panels = [slice(start, min(start + _PANEL, k)) for start in range(0, k, _PANEL)]
@@ -196,12 +193,9 @@ def _blocked_cholesky(a: Tensor, workers: Workers) -> None:
     def own(j: int) -> bool:
         return j % workers.count == workers.rank
 
-    def update(c: int, panel: products.Operand) -> None:
-        """Take the product of `panel`, which reaches to row k, off panel c."""
+    def update(c: int, j: int) -> None:
         rows = slice(panels[c].start, k)
-        ours = panel[panel.shape[0] - k + rows.start :]
-        width = panels[c].stop - panels[c].start
-        products.accumulate(a[rows, panels[c]], ours, ours[:width].T, alpha=-1)
+        a[rows, panels[c]].addmm_(a[rows, panels[j]], a[panels[c], panels[j]].T, alpha=-1)
 
     def send(j: int) -> tuple[Tensor, Callable[[], None]]:
         """Factor panel j, if it is this process's, and start to send or to receive it."""
@@ -212,22 +206,22 @@ def _blocked_cholesky(a: Tensor, workers: Workers) -> None:
             lower.masked_fill_(info != 0, torch.nan)
             width = lower.shape[0]
             panel[:width] = lower
-            if width < panel.shape[0]:
-                products.multiply(a[below, columns], invert_upper(lower.T), out=panel[width:])
+            panel[width:] = torch.linalg.solve_triangular(
+                lower.T, a[below, columns], upper=True, left=False
+            )
         return panel, workers.broadcast(panel, j % workers.count)
 
     panel, arrive = send(0)
     for j, columns in enumerate(panels):
         arrive()
         a[columns.start :, columns] = panel
-        operand = products.split(panel)
         if j + 1 < len(panels):
             if own(j + 1):
-                update(j + 1, operand)
+                update(j + 1, j)
             panel, arrive = send(j + 1)
         for c in range(j + 2, len(panels)):
             if own(c):
-                update(c, operand)
+                update(c, j)
     a.tril_()
 
 

@@ -33,7 +33,7 @@ _DROPPED = 13  # bits of a float32 mantissa that TF32 lacks
 class Split:
     """A float32 matrix as the sum of two whose entries are TF32 numbers, the second one nearly.
 
-    tail: None if it is zero. Slices of rows by `[]`, the transpose by `T`.
+    tail: None if it is zero. Slices of rows by `[]`.
     """
 
     head: Tensor
@@ -45,10 +45,6 @@ class Split:
     @property
     def shape(self) -> torch.Size:
         return self.head.shape
-
-    @property
-    def T(self) -> Split:  # noqa: N802 (as of tensors)
-        return Split(self.head.T, None if self.tail is None else self.tail.T)
 
 
 Operand = Tensor | Split

@@ -181,7 +181,8 @@ def specializations(
 def layer_kernels(
     c: Combination, arch: str, k: int, n: int, tokens: Iterable[int]
 ) -> list[KernelSource]:
-    """Kernels that products with a k x n layer launch on `arch` for these numbers of tokens."""
+    """Kernels that products with a k x n layer launch on `arch` for these numbers of tokens; of
+    family sm80 for all numbers."""
     found: list[KernelSource] = []
     for family, types in kernels_of(c, arch):
         v = Variant(arch, family, types, False, ())

@@ -66,8 +66,8 @@ def summary() -> str:
         return geometric_mean([r[column] / r["us"] for r in rows if r["m"] == m])
 
     few, many = mean("cublas", 1), mean("cublas", 1024)
-    *slow, last = ["", *map(str, sorted({r["m"] for r in rows if r["cublas"] < 0.99 * r["us"]}))]
-    listed = " and ".join(filter(None, (", ".join(slow[1:]), last)))
+    slow = [str(m) for m in sorted({r["m"] for r in rows if r["cublas"] < 0.99 * r["us"]})]
+    listed = " and ".join(filter(None, (", ".join(slow[:-1]), *slow[-1:])))
     losing = f"At {listed} tokens some shapes lose" if listed else "None loses"
     losing += " to torch.matmul"
     generated = _results("generate_h200.json")["runs"][0]

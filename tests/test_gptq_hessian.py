@@ -127,37 +127,6 @@ def test_workers_share_the_inverse_of_a_triangle(monkeypatch):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("k, panel", [(200, 64), (128, 64), (65, 16)])
-def test_factor_in_panels_on_tensor_cores(k, panel, monkeypatch):
-    x = torch.randn(3 * k, k)
-    h = x.T @ x
-    alone = factorize(h, 0.01)
-    monkeypatch.setattr("gptq.products._on_tensor_cores", lambda device: True)
-    monkeypatch.setattr("gptq.hessian._BLOCKED", 64)
-    monkeypatch.setattr("gptq.hessian._PANEL", panel)
-    ours = factorize(h, 0.01)
-    assert torch.equal(ours.r, ours.r.triu()) and ours.retries == 0
-    torch.testing.assert_close(ours.r, alone.r, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(ours.u, alone.u, rtol=1e-3, atol=1e-4)
-    h[k // 2, k // 2] -= 2 * h.diagonal().mean()  # not positive definite until damping is raised
-    assert factorize(h, 0.001).retries > 0
-
-
-@pytest.mark.gpu
-def test_factor_in_panels_on_the_gpu(monkeypatch):
-    x = torch.randn(6000, 5000, device="cuda")
-    h = 2 * x.T @ x
-    alone = factorize(h, 0.01)
-    monkeypatch.setattr("gptq.hessian._BLOCKED", 4096)
-    ours = factorize(h, 0.01)
-    scale = float(alone.r.abs().max())
-    for found in (alone, ours):  # both as near to the exact product
-        error = found.r.double() @ found.r.double().T - h.double()
-        error.diagonal().sub_(0.01 * h.diagonal().mean())
-        assert float(error.abs().max()) < 3e-5 * scale**2
-    assert not torch.equal(ours.r, alone.r)  # another way was taken
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_activation_is_noticed(bad):
     h = Hessian(2 * _STRIPE, torch.device("cpu"))

@@ -362,9 +362,8 @@ def test_eager_calls_cost_little_host_time() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     for m in (1, 16, 64):
-        runs = [script.call_overhead(4096, 4096, m, torch.float16, 128) for _ in range(3)]
-        least = {name: min(us[name] for us in runs) for name in runs[0]}  # the host does other work
-        assert least["layer"] - least["matmul"] <= MOST_HOST_US, least
+        us = script.call_overhead(4096, 4096, m, torch.float16, 128)
+        assert us["layer"] - us["matmul"] <= MOST_HOST_US, us
 
 
 def test_workspace_is_left_zeroed() -> None:
