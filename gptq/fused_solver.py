@@ -138,24 +138,21 @@ def shared_limit(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
-_thread_plans = launch._ThreadPlans()
-_MAX_PLANS = 1024
+_plans = launch.ThreadPlans()
 
 
 def _launch(kernel: Kernel, grid_size: tuple[int, int], like: Tensor, arguments: bytes) -> None:
     """Launch on the current stream of the device of `like`."""
     index = like.device.index
     stream = torch.cuda.current_stream(index).cuda_stream
-    plans = _thread_plans.plans
     key = (kernel, index, stream, grid_size)
-    plan = plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        if len(plans) >= _MAX_PLANS:
-            plans.clear()
-        plan = plans[key] = launch.Plan(
+        plan = launch.Plan(
             _load(kernel, index), (*grid_size, 1), _THREADS[kernel.name], 1, kernel.shared_bytes,
             stream, 256, dependent_launch=False,
         )  # fmt: skip
+        _plans.keep(key, plan)
     plan.arguments[: len(arguments)] = arguments
     with torch.cuda.device(index):
         plan.launch()

@@ -127,9 +127,6 @@ class Plan:
     A plan serves one thread at a time.
     """
 
-    whole_tiles = 0  # of the warpgroup kernel: tiles that are not split
-    workspace = (0, 0)  # floats and counters that it needs
-
     def __init__(
         self,
         function: _Function,
@@ -193,36 +190,44 @@ _TENSOR_MAP_BYTES = 128
 _ADDRESS = struct.Struct("<Q")
 
 
-class _ThreadPlans(threading.local):
+class ThreadPlans(threading.local):
+    """Plans of one thread by what distinguishes them; at most 4096, then all are made again."""
+
     def __init__(self) -> None:
-        self.plans: dict[tuple[Any, ...], Plan] = {}
+        self._plans: dict[tuple[Any, ...], Any] = {}
+        self.get = self._plans.get
+
+    def keep(self, key: tuple[Any, ...], plan: Any) -> Any:
+        if len(self._plans) >= 4096:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
 
 
-_thread_plans = _ThreadPlans()
-_MAX_PLANS = 4096
+class _ProductPlan(Plan):
+    """A plan for products of m tokens with weights of one size, by one of this file's kernels.
 
+    Everything but the addresses of tensors and the row stride of the activations is decided here,
+    because host time counts for each call.
+    """
 
-def plan_for(
-    config: KernelConfig,
-    index: int,
-    stream: int,
-    dtype: str,
-    group_size: int,
-    m: int,
-    column_tiles: int,
-    k_tiles: int,
-    dependent_launch: bool = True,
-    weight_type: str = "uint4b8",
-) -> Plan:
-    """Plan to launch `config` on device `index`, for this thread."""
-    sizes = (m, column_tiles, k_tiles)
-    key = (config, index, stream, dtype, weight_type, group_size, *sizes, dependent_launch)
-    plans = _thread_plans.plans
-    plan = plans.get(key)
-    if plan is None:
-        if len(plans) >= _MAX_PLANS:
-            plans.clear()
-        plan = plans[key] = Plan(
+    def __init__(
+        self,
+        config: KernelConfig,
+        index: int,
+        stream: int,
+        dtype: str,
+        m: int,
+        k: int,
+        n: int,
+        k_padded: int,
+        n_padded: int,
+        group_size: int,
+        dependent_launch: bool,
+        weight_type: str,
+    ) -> None:
+        k_tiles, column_tiles = k_padded // TILE_K, n_padded // TILE_N
+        super().__init__(
             load(config.source(dtype, group_size, weight_type), index),
             config.grid(
                 *(m, k_tiles, column_tiles, group_size, multiprocessors(index), weight_type)
@@ -234,11 +239,78 @@ def plan_for(
             _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
         )
+        self.gathers = config.gathers
+        self._on_stream = (index, stream)
+        self._workspace = (0, 0)  # floats and counters that blocks need to add up
+        self._mapped: tuple[int, int] | None = None  # address and stride in the tensor map
+        self._box: tuple[str, int, int, int] | None = None  # what else the map is made of
+        whole_tiles = 0  # of the warpgroup kernel: tiles that are not split
         if isinstance(config, GemmConfig):
             size = (m, column_tiles, multiprocessors(index))
-            plan.whole_tiles = config.whole_tiles(*size)
-            plan.workspace = config.workspace(*size)
-    return plan
+            whole_tiles = config.whole_tiles(*size)
+            self._workspace = config.workspace(*size)
+            self._box = (dtype, m, k, config.tokens)
+        self._row_stride = -(-k // 8) * 8 if m == 1 else k  # that of a single row means nothing
+        self._sizes = (m, n, k, column_tiles, k_tiles, config.split, whole_tiles)
+
+    def multiply(
+        self,
+        a: Tensor,
+        b: Tensor,
+        s: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        global_scale: Tensor | None,
+        perm: Tensor | None,
+    ) -> None:
+        """Launch with tensors as `gemm` takes them, `a` gathered unless the kernel does it."""
+        stride = self._row_stride if a.is_contiguous() else a.stride()[0]
+        address = a.data_ptr()
+        partials = counters = 0
+        if self._box is not None:
+            floats, number = self._workspace
+            if number > 0:
+                memory = workspace(*self._on_stream, 4 * floats, number)
+                partials, counters = memory.partials.data_ptr(), memory.counters.data_ptr()
+            if address % 16 or stride % 8:  # tensor copies need rows that start on 16 bytes
+                a = _aligned_rows(a)
+                address, stride = a.data_ptr(), a.stride(0)
+            if self._mapped != (address, stride):
+                self._mapped = None
+                start, end = _TENSOR_MAP_OFFSET, _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES
+                dtype, m, k, tokens = self._box
+                self.arguments[start:end] = _tensor_map(address, dtype, m, k, 2 * stride, tokens)
+                self._mapped = (address, stride)
+        elif self.gathers:
+            _ADDRESS.pack_into(self.arguments, _TENSOR_MAP_OFFSET, perm.data_ptr())
+        _PROBLEM.pack_into(
+            self.arguments,
+            0,
+            address,
+            b.data_ptr(),
+            s.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            stride,
+            *self._sizes,
+            partials,
+            counters,
+            0 if global_scale is None else global_scale.data_ptr(),
+        )
+        self.launch()
+
+
+_plans = ThreadPlans()
+
+
+def _product_plan(
+    config: KernelConfig, index: int, stream: int, dtype: torch.dtype, *sizes: Any
+) -> _ProductPlan:
+    """This thread's plan with these arguments."""
+    key = (config, index, stream, dtype, *sizes)
+    return _plans.get(key) or _plans.keep(
+        key, _ProductPlan(config, index, stream, _DTYPES[dtype], *sizes)
+    )
 
 
 @functools.cache
@@ -276,14 +348,12 @@ def _tensor_map(address: int, dtype: str, m: int, k: int, row_bytes: int, tokens
     return ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES)
 
 
-def _aligned_rows(a: Tensor, stride: int) -> tuple[Tensor, int]:
-    """`a` and its row stride, or a copy whose rows start on 16 bytes (tensor copies need that)."""
-    if a.data_ptr() % 16 == 0 and stride % 8 == 0:
-        return a, stride
-    m, k = a.shape
-    copy = a.new_empty(m, -(-k // 8) * 8)
-    copy[:, :k] = a
-    return copy[:, :k], copy.shape[1]
+def _aligned_rows(a: Tensor) -> Tensor:
+    """A copy of `a` [..., k] as [M, k] whose rows start on 16 bytes."""
+    k = a.shape[-1]
+    rows = a.reshape(-1, k)
+    copy = a.new_empty(rows.shape[0], -(-k // 8) * 8)[:, :k]
+    return copy.copy_(rows)
 
 
 @dataclass(frozen=True)
@@ -388,58 +458,11 @@ def launch_config(
     """
     if perm is not None and not config.gathers:
         a, k = gather(a, perm), k_padded
-    index = a.device.index
+    index = a.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
-    m = a.shape[0]
-    stride = a.stride(0) if m > 1 else -(-k // 8) * 8  # of a single row it means nothing
-    column_tiles = n_padded // TILE_N
-    k_tiles = k_padded // TILE_K
-    plan = plan_for(
-        config,
-        index,
-        stream,
-        _DTYPES[a.dtype],
-        group_size,
-        m,
-        column_tiles,
-        k_tiles,
-        dependent_launch,
-        weight_type,
-    )
-    partials = counters = 0
-    if isinstance(config, GemmConfig):
-        if plan.workspace[1] > 0:
-            floats, number = plan.workspace
-            memory = workspace(index, stream, 4 * floats, number)
-            partials, counters = memory.partials.data_ptr(), memory.counters.data_ptr()
-        a, stride = _aligned_rows(a, stride)
-        start, end = _TENSOR_MAP_OFFSET, _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES
-        plan.arguments[start:end] = _tensor_map(
-            a.data_ptr(), _DTYPES[a.dtype], m, k, 2 * stride, config.tokens
-        )
-    elif config.gathers:
-        _ADDRESS.pack_into(plan.arguments, _TENSOR_MAP_OFFSET, perm.data_ptr())
-    _PROBLEM.pack_into(
-        plan.arguments,
-        0,
-        a.data_ptr(),
-        b.data_ptr(),
-        s.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        stride,
-        m,
-        n,
-        k,
-        column_tiles,
-        k_tiles,
-        config.split,
-        plan.whole_tiles,
-        partials,
-        counters,
-        0 if global_scale is None else global_scale.data_ptr(),
-    )
-    plan.launch()
+    sizes = (a.shape[0], k, n, k_padded, n_padded, group_size, dependent_launch, weight_type)
+    plan = _product_plan(config, index, stream, a.dtype, *sizes)
+    plan.multiply(a, b, s, bias, out, global_scale, perm)
 
 
 def gather(a: Tensor, perm: Tensor, shape: kernel_configs.GatherPlan | None = None) -> Tensor:
@@ -457,19 +480,16 @@ def gather(a: Tensor, perm: Tensor, shape: kernel_configs.GatherPlan | None = No
     out = a.new_empty(m, k_padded)
     if m == 0:
         return out
-    index = a.device.index
+    index = a.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
-    plans = _thread_plans.plans
     key = ("gather", index, stream, m, k, k_padded, shape)
-    plan = plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        if len(plans) >= _MAX_PLANS:
-            plans.clear()
         if shape is None:
             shape = kernel_configs.gather_plan(m, k, k_padded, multiprocessors(index))
         function = load(shape.source(), index)
         size = (shape.grid, shape.threads, 1, shape.shared_bytes)
-        plan = plans[key] = Plan(function, *size, stream, _GATHER.size)
+        plan = _plans.keep(key, Plan(function, *size, stream, _GATHER.size))
         _GATHER.pack_into(plan.arguments, 0, 0, 0, 0, 0, m, k, k_padded, shape.part)
     addresses = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
     _GATHERED_TENSORS.pack_into(plan.arguments, 0, *addresses, a.stride(0))
@@ -522,48 +542,66 @@ def gemm(
 ) -> None:
     """``out = a @ W (+ bias)`` on the current stream; W as sm90_layout.kernel_tensors left it.
 
-    a: float16 or bfloat16 [M, k], any M >= 0, contiguous along k, any row stride; b_dev, s_dev:
-    `weights` and `scales`, in device order; bias: [n] in the dtype of `a`, or None; out: [M, n],
-    contiguous, every element is written; k_padded: multiple of 64 and of group_size; n_padded:
-    multiple of 64; group_size: one of kernel_configs.group_sizes(weight_type), -1 for one scale per
-    feature; batch_invariant: a row's bits do not depend on M; global_scale: float32 [1] of types
-    that have one; perm: int32 [k_padded] or None, the input that each row of W belongs to, -1: none
-    (act-order).
+    a: float16 or bfloat16 [M, k], any M >= 0, contiguous along k, any row stride, or contiguous
+    [..., k]; b_dev, s_dev: `weights` and `scales`, in device order; bias: [n] in the dtype of `a`,
+    or None; out: [..., n], contiguous, every element is written; k_padded: multiple of 64 and of
+    group_size; n_padded: multiple of 64; group_size: one of
+    kernel_configs.group_sizes(weight_type), -1 for one scale per feature; batch_invariant: a row's
+    bits do not depend on M; global_scale: float32 [1] of types that have one; perm: int32
+    [k_padded] or None, the input that each row of W belongs to, -1: none (act-order).
     Nothing is checked here. Raises LaunchError if the driver refuses, CompileError on first use.
     """
-    m = a.shape[0]
+    m = a.numel() // k
     if m == 0 or n == 0:
         return
-    index = a.device.index
-    select = kernel_configs.select_config
-    if perm is not None:
-        select = kernel_configs.select_for_act_order
-    config = select(
-        m,
-        k_padded // TILE_K,
-        n_padded // TILE_N,
-        group_size,
-        batch_invariant=batch_invariant,
-        gpu=_gpu_key(index),
-        multiprocessors=multiprocessors(index),
-        weight_type=weight_type,
-        dtype=_DTYPES[a.dtype],
-    )
+    index = a.get_device()
     typed = (weight_type, global_scale, perm)
-    if batch_invariant and not kernel_configs.affordable(
-        config, m, n_padded // TILE_N, multiprocessors(index)
-    ):  # the split must stay, so fewer rows at a time; their bits do not depend on that
-        half = -(-m // 256) * 128
-        for rows in (slice(0, half), slice(half, m)):
+    if index != torch.cuda.current_device():
+        arguments = (a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
+        with torch.cuda.device(index):
+            return gemm(*arguments, batch_invariant, *typed)
+    if batch_invariant and (at_once := _invariant_rows(m, k_padded, n_padded, index)) < m:
+        a, out = a.reshape(-1, k), out.view(-1, n)
+        for rows in (slice(0, at_once), slice(at_once, m)):
             part = (a[rows], b_dev, s_dev, bias, out[rows])
             gemm(*part, k, n, k_padded, n_padded, group_size, True, *typed)
         return
-    arguments = (config, a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            launch_config(*arguments, True, *typed)
-    else:
-        launch_config(*arguments, True, *typed)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    sizes = (m, k, n, k_padded, n_padded, group_size)
+    key = (index, stream, a.dtype, perm is None, *sizes, batch_invariant, weight_type)
+    plan = _plans.get(key)
+    if plan is None:
+        select = kernel_configs.select_config
+        if perm is not None:
+            select = kernel_configs.select_for_act_order
+        config = select(
+            m,
+            k_padded // TILE_K,
+            n_padded // TILE_N,
+            group_size,
+            batch_invariant=batch_invariant,
+            gpu=_gpu_key(index),
+            multiprocessors=multiprocessors(index),
+            weight_type=weight_type,
+            dtype=_DTYPES[a.dtype],
+        )
+        if perm is not None and not config.gathers:
+            sizes = (m, k_padded, *sizes[2:])
+        options = (*sizes, True, weight_type)
+        plan = _plans.keep(key, _product_plan(config, index, stream, a.dtype, *options))
+    if perm is not None and not plan.gathers:
+        a = gather(a.reshape(-1, k), perm)
+    plan.multiply(a, b_dev, s_dev, bias, out, global_scale, perm)
+
+
+@functools.lru_cache(maxsize=4096)
+def _invariant_rows(m: int, k_padded: int, n_padded: int, index: int) -> int:
+    """How many of m rows one launch may multiply where the split must not depend on m."""
+    sizes = (n_padded // TILE_N, multiprocessors(index))
+    config = kernel_configs.select_config(
+        m, k_padded // TILE_K, sizes[0], -1, batch_invariant=True, multiprocessors=sizes[1]
+    )
+    return m if kernel_configs.affordable(config, m, *sizes) else -(-m // 256) * 128
 
 
 @functools.cache

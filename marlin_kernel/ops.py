@@ -46,6 +46,11 @@ def _gemm(
     activation: str = "",
     reduce_half: bool = False,
 ) -> Tensor:
+    if layout == "sm90":
+        tensors = (a, weights, scales, zeros, perm, bias)
+        return _gemm_sm90(
+            *tensors, k, n, group_size, weight_type, layout, batch_invariant, global_scale
+        )
     check_activations(a, weights, k)
     rows = a if a.dim() == 2 else a.reshape(-1, k)
     if perm is not None and layout not in _KERNEL_LAYOUTS:
@@ -56,9 +61,6 @@ def _gemm(
         tensors = (weights, scales, zeros, perm, global_scale, bias)
         features = (weight_type, activation, batch_invariant, reduce_half)
         out = _run_sm80(rows, *tensors, n, group_size, *features)
-    elif layout == "sm90":
-        tensors = (weights, scales, perm, global_scale, bias)
-        out = _run_sm90(rows, *tensors, k, n, group_size, weight_type, batch_invariant)
     elif layout in backends.EIGHT_BIT_LAYOUTS:
         out = _run_8bit(
             *(rows, weights, scales, bias, n, group_size, weight_type, layout, batch_invariant)
@@ -135,14 +137,16 @@ def eager_gemm(a: Tensor, layout: str) -> Callable[..., Tensor]:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
-    return _gemm if nothing_looks_on else gemm
+    if not nothing_looks_on:
+        return gemm
+    return _gemm_sm90 if layout == "sm90" else _gemm
 
 
 def check_activations(a: Tensor, weights: Tensor, k: int) -> None:
     """Raise ConfigError unless `a` is a batch of k inputs that `weights` can be multiplied with."""
     if a.dtype not in _ACTIVATIONS:
         raise ConfigError(f"activations have dtype {a.dtype}; use one of {_ACTIVATIONS}")
-    if a.dim() == 0 or a.shape[-1] != k:
+    if a.shape[-1:] != (k,):
         raise ConfigError(f"activations of shape {list(a.shape)} do not end in the {k} inputs")
     if a.device != weights.device:
         raise ConfigError(
@@ -151,13 +155,13 @@ def check_activations(a: Tensor, weights: Tensor, k: int) -> None:
 
 
 def _kernel_rows(rows: Tensor, layout: str) -> Tensor:
-    """Activations as the kernels read them, or ConfigError."""
+    """Activations [M, K], or contiguous [..., K], as the kernels read them, or ConfigError."""
     if rows.dtype not in _KERNEL_ACTIVATIONS:
         raise ConfigError(
             f"the {layout} kernels do not take activations of {rows.dtype}; convert them to "
             "float16 or bfloat16, or call the layer's prepare() with this dtype"
         )
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.is_contiguous() or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _run_sm80(
@@ -224,35 +228,51 @@ def _run_8bit(
     return out
 
 
-def _run_sm90(
-    rows: Tensor,
+def _gemm_sm90(
+    a: Tensor,
     weights: Tensor,
     scales: Tensor,
+    zeros: Tensor | None,
     perm: Tensor | None,
-    global_scale: Tensor | None,
     bias: Tensor | None,
     k: int,
     n: int,
     group_size: int,
     weight_type: str,
+    layout: str,
     batch_invariant: bool,
+    global_scale: Tensor | None = None,
+    activation: str = "",
+    reduce_half: bool = False,
 ) -> Tensor:
-    rows = _kernel_rows(rows, "sm90")
-    out = rows.new_empty(rows.shape[0], n)
-    if bias is not None and bias.dtype != rows.dtype:
-        bias = bias.to(rows.dtype)
-    t = lookup(weight_type)
-    k_padded, n_padded = weights.shape[0] * 16, weights.shape[1] * t.pack_factor // 16
-    if scales.shape[0] == 1 and t.symmetric and t.scale == "float16":
-        group_size = -1
+    """`gemm` with weights in the layout "sm90", in few steps: its host time counts."""
+    check_activations(a, weights, k)
+    # a view [M, K] of contiguous [..., K] would take a tenth of a call
+    flat = a.is_contiguous() or a.dim() == 2
+    rows = _kernel_rows(a if flat else a.reshape(-1, k), "sm90")
+    out = a.new_empty(*a.shape[:-1], n)
+    if bias is not None and bias.dtype != a.dtype:
+        bias = bias.to(a.dtype)
+    sizes = _sm90_sizes(weights.shape, scales.shape, group_size, weight_type)
     backends.kernels("sm90").gemm(
-        *(rows, weights, scales, bias, out, k, n, k_padded, n_padded, group_size),
+        *(rows, weights, scales, bias, out, k, n, *sizes),
         batch_invariant=batch_invariant,
         weight_type=weight_type,
         global_scale=global_scale,
         perm=perm,
     )
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _sm90_sizes(
+    weights: torch.Size, scales: torch.Size, group_size: int, weight_type: str
+) -> tuple[int, int, int]:
+    """Padded k and n of weights in the layout of these kernels, and the size of a group."""
+    t = lookup(weight_type)
+    if scales[0] == 1 and t.symmetric and t.scale == "float16":
+        group_size = -1
+    return weights[0] * 16, weights[1] * t.pack_factor // 16, group_size
 
 
 def mul(

@@ -166,9 +166,7 @@ def _aligned(t: Tensor) -> Tensor:
     return copy[:, :columns]
 
 
-@functools.lru_cache(maxsize=1)
-def _plans() -> launch._ThreadPlans:
-    return launch._ThreadPlans()
+_plans = launch.ThreadPlans()
 
 
 def _gpu_name(index: int) -> str:
@@ -197,13 +195,10 @@ def launch_config(
     index = a.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
     key = (config, index, stream, a.dtype, out.dtype, sparse, m, n, dependent_launch)
-    plans = _plans().plans
-    plan = plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        if len(plans) >= launch._MAX_PLANS:
-            plans.clear()
         names = str(a.dtype)[6:], str(out.dtype)[6:]
-        plan = plans[key] = launch.Plan(
+        plan = launch.Plan(
             launch.load(config.source(*names, sparse), index),
             (config.grid(m, n, launch.multiprocessors(index)), 1, 1),
             config.threads,
@@ -213,6 +208,7 @@ def launch_config(
             _MAPS_OFFSET + 2 * _MAP_BYTES,
             dependent_launch=dependent_launch,
         )
+        _plans.keep(key, plan)
     a, weight = _aligned(a), _aligned(weight)
     row = STAGE_K // 2 if sparse else STAGE_K
     at = _MAPS_OFFSET

@@ -70,7 +70,7 @@ def _workspace(index: int, stream: int, need: Geometry) -> launch.Workspace:
     return launch.workspace(index, stream, need.partial_bytes, need.counters)
 
 
-_thread_plans = launch._ThreadPlans()
+_plans = launch.ThreadPlans()
 
 
 def _plan(
@@ -83,13 +83,10 @@ def _plan(
     grid: int,
 ) -> launch.Plan:
     """A plan of this thread. It does not overlap its predecessor: the kernel never waits for it."""
-    plans = _thread_plans.plans
     key = (source, index, stream, grid)
-    plan = plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        if len(plans) >= launch._MAX_PLANS:
-            plans.clear()
-        plan = plans[key] = launch.Plan(
+        plan = launch.Plan(
             _load(source, shared_bytes, index),
             (grid, 1, 1),
             threads,
@@ -99,6 +96,7 @@ def _plan(
             argument_bytes,
             dependent_launch=False,
         )
+        _plans.keep(key, plan)
     return plan
 
 

@@ -55,9 +55,7 @@ def types(weight_type: str, activation: str, dtype: torch.dtype, group_size: int
     return EightBitTypes(weight_type, activation, NAMES[dtype], group_size)
 
 
-@functools.lru_cache(maxsize=1)
-def _plans() -> launch._ThreadPlans:
-    return launch._ThreadPlans()
+_plans = launch.ThreadPlans()
 
 
 def _limit_to_resident(plan: launch.Plan, cluster: int) -> None:
@@ -88,12 +86,9 @@ def launch_config(
     index = a.device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
     key = (config, types, index, stream, m, n, dependent_launch)
-    plans = _plans().plans
-    plan = plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        if len(plans) >= launch._MAX_PLANS:
-            plans.clear()
-        plan = plans[key] = launch.Plan(
+        plan = launch.Plan(
             launch.load(config.source(types), index),
             (config.grid(m, n, launch.multiprocessors(index)), 1, 1),
             config.threads,
@@ -105,6 +100,7 @@ def launch_config(
         )
         if config.multicast > 1:
             _limit_to_resident(plan, config.multicast)
+        _plans.keep(key, plan)
     start = launch._TENSOR_MAP_OFFSET
     plan.arguments[start : start + launch._TENSOR_MAP_BYTES] = scaled_mm._byte_map(
         a.data_ptr(), m, k, k, (config.tokens // config.multicast, STAGE_K)

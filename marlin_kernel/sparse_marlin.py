@@ -10,7 +10,6 @@ tensors (sparse_format.py). `SparseLayer` (sparse_layer.py) is what models hold.
 
 from __future__ import annotations
 
-import functools
 import struct
 
 import torch
@@ -98,9 +97,7 @@ def stored_weights(
 _PROBLEM = struct.Struct("<QQQQiiii")  # sparse::Problem
 
 
-@functools.lru_cache(maxsize=1)
-def _plans() -> launch._ThreadPlans:
-    return launch._ThreadPlans()
+_plans = launch.ThreadPlans()
 
 
 def launch_config(
@@ -126,12 +123,9 @@ def launch_config(
     column_tiles, k_tiles = weights.shape[:2]
     sizes = m, k_tiles, column_tiles
     key = (config, index, stream, a.dtype, bits, group_size, *sizes, dependent_launch)
-    plans = _plans().plans
-    plan = plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        if len(plans) >= launch._MAX_PLANS:
-            plans.clear()
-        plan = plans[key] = launch.Plan(
+        plan = launch.Plan(
             launch.load(config.source(_DTYPES[a.dtype], bits, group_size), index),
             config.grid(*sizes, bits, group_size, launch.multiprocessors(index)),
             config.threads,
@@ -141,6 +135,7 @@ def launch_config(
             launch._TENSOR_MAP_OFFSET + launch._TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
         )
+        _plans.keep(key, plan)
     addresses = (
         weights.data_ptr(),
         scales.data_ptr(),

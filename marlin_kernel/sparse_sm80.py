@@ -6,7 +6,6 @@ exist.
 
 from __future__ import annotations
 
-import functools
 import struct
 from dataclasses import dataclass, fields
 
@@ -71,9 +70,7 @@ def select(m: int) -> Sm80SparseConfig:
     return next((config for config in CONFIGS if m <= config.tokens), CONFIGS[-1])
 
 
-@functools.lru_cache(maxsize=1)
-def _plans() -> launch._ThreadPlans:
-    return launch._ThreadPlans()
+_plans = launch.ThreadPlans()
 
 
 def launch_config(
@@ -92,12 +89,9 @@ def launch_config(
     stream = torch._C._cuda_getCurrentRawStream(index)
     feature_tiles, k_tiles = weights.shape[:2]
     key = (config, index, stream, a.dtype, bits, group_size, m, feature_tiles)
-    plans = _plans().plans
-    plan = plans.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        if len(plans) >= launch._MAX_PLANS:
-            plans.clear()
-        plan = plans[key] = launch.Plan(
+        plan = launch.Plan(
             launch.load(config.source(a.dtype, bits, group_size), index),
             config.grid(m, feature_tiles),
             config.threads,
@@ -107,6 +101,7 @@ def launch_config(
             256,
             dependent_launch=False,
         )
+        _plans.keep(key, plan)
     _PROBLEM.pack_into(
         plan.arguments,
         0,

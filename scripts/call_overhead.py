@@ -12,17 +12,23 @@ from torch import nn
 from marlin_kernel import Layer, QuantizedLinear, gemm, weight_type
 
 
-def host_us(call: Callable[[], object], calls: int = 200, bursts: int = 41) -> float:
-    """Median microseconds of host time of a call, over bursts that the GPU's queue can hold."""
-    times = []
+def host_us(
+    calls: dict[str, Callable[[], object]], number: int = 200, bursts: int = 41
+) -> dict[str, float]:
+    """Median microseconds of host time of each call, over bursts that the GPU's queue can hold.
+
+    The calls take turns burst by burst: a processor that changes its speed changes it for all.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(bursts):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) * 1e6 / calls)
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(number):
+                call()
+            times[name].append((time.perf_counter() - start) * 1e6 / number)
     torch.cuda.synchronize()
-    return statistics.median(times)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 @torch.inference_mode()
@@ -45,4 +51,4 @@ def call_overhead(k: int, n: int, m: int, dtype: torch.dtype, group_size: int) -
     }
     for call in calls.values():
         call()
-    return {name: host_us(call) for name, call in calls.items()}
+    return host_us(calls)

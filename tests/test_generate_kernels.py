@@ -910,10 +910,9 @@ def test_layers_run_prebuilt_kernels(
     monkeypatch.setattr(compiler, "_compile", lambda source, arch: pytest.fail(source.expression))
     monkeypatch.setattr(compiler, "cache_directory", lambda: tmp_path / "empty")
     monkeypatch.setattr(launch, "_functions", {})
-    monkeypatch.setattr(launch, "_thread_plans", launch._ThreadPlans())
+    for module in (launch, sm80_path, sm90_8bit_path):
+        monkeypatch.setattr(module, "_plans", launch.ThreadPlans())
     sm80_path._load.cache_clear()
-    sm80_path._thread_plans.plans.clear()
-    sm90_8bit_path._plans().plans.clear()
     layer = Layer.from_quantized(
         QuantizedLinear.quantize(torch.randn(k, n), c.weight_type, group_size)
     )

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 # Stand-ins for what a CUDA build of torch would answer, and for tensors: only addresses matter.
 PRELUDE = """
-import contextlib, ctypes, struct
+import contextlib, ctypes, math, struct
 from types import SimpleNamespace
 import torch
 
@@ -65,8 +65,10 @@ launch.compile_kernel = compile_kernel
 
 def tensor(address, *shape, stride=0, dtype=torch.float16):
     return SimpleNamespace(
-        data_ptr=lambda: address, shape=shape, stride=lambda i: stride, dtype=dtype,
-        device=torch.device("cuda", 0), element_size=lambda: 2,
+        data_ptr=lambda: address, shape=shape, dtype=dtype,
+        stride=lambda i=None: (stride, 1) if i is None else stride,
+        is_contiguous=lambda: stride in (0, shape[-1]), numel=lambda: math.prod(shape),
+        device=torch.device("cuda", 0), get_device=lambda: 0, element_size=lambda: 2,
     )
 
 workspace = launch.Workspace(tensor(0x6000), tensor(0x7000))
@@ -233,6 +235,45 @@ assert fields == (0x100, 0x200, 0x300, 0, 0x500, 1008, m, n, k, n_padded // 64, 
     run(fake_directory, program, *HOPPER)
 
 
+def test_sm90_calls_of_one_size(fake_directory: Path) -> None:
+    """What a size decides is decided once; addresses, strides and tensor maps belong to a call."""
+    program = """
+from marlin_kernel import kernel_configs
+encoded = []
+def tensor_map(*arguments):
+    encoded.append(arguments)
+    return len(encoded).to_bytes(128, "little")
+launch._tensor_map = tensor_map
+launch.workspace = lambda *need: workspace
+k, n = 4096, 512
+config = kernel_configs.select_config(64, 64, 8, 128, gpu="fake")
+assert isinstance(config, kernel_configs.GemmConfig)
+def call(a, weights, out, bias=None, **more):
+    launch.gemm(a, tensor(weights), tensor(0x300), bias, tensor(out), k, n, k, n, 128, **more)
+    (plan,) = {id(p): p for p in launch._plans._plans.values()}.values()
+    return struct.unpack_from("<5Qq3i", bytes(record.arguments)), bytes(plan.arguments[128:256])
+def mapped(count):
+    return count.to_bytes(128, "little")
+whole = tensor(0x100, 64, k, stride=k)
+assert call(whole, 0x200, 0x500) == ((0x100, 0x200, 0x300, 0, 0x500, k, 64, n, k), mapped(1))
+assert call(whole, 0x210, 0x510, tensor(0x400)) == (
+    (0x100, 0x210, 0x300, 0x400, 0x510, k, 64, n, k), mapped(1))
+rows = tensor(0x100, 64, k, stride=k + 8)
+assert call(rows, 0x200, 0x500) == ((0x100, 0x200, 0x300, 0, 0x500, k + 8, 64, n, k), mapped(2))
+batch = tensor(0x900, 4, 16, k)
+assert call(batch, 0x200, 0x500) == ((0x900, 0x200, 0x300, 0, 0x500, k, 64, n, k), mapped(3))
+assert call(whole, 0x200, 0x500)[1] == mapped(4)
+assert [(e[0], *e[2:5]) for e in encoded] == [
+    (0x100, 64, k, 2 * k), (0x100, 64, k, 2 * k + 16), (0x900, 64, k, 2 * k), (0x100, 64, k, 2 * k)]
+assert len(compiled) == 1 and compiled[0][0] == config.source("float16", 128)
+launch._plans._plans.clear()
+invariant = kernel_configs.select_config(64, 64, 8, 128, batch_invariant=True)
+call(whole, 0x200, 0x500, batch_invariant=True)
+assert compiled[-1][0] == invariant.source("float16", 128) != compiled[0][0]
+"""
+    run(fake_directory, program, *HOPPER)
+
+
 def test_act_order_launches(fake_directory: Path) -> None:
     program = """
 from marlin_kernel import kernel_configs
@@ -245,13 +286,14 @@ assert not kernel_configs.select_for_act_order(8, 16, 5, 128, gpu="fake").gather
 for m in (4, 300):
     a = tensor(0x100, m, k, stride=1008)
     a.new_empty = lambda *shape: tensor(0x700, *shape, stride=shape[1])
+    a.reshape = lambda *shape: a
     arguments = (a, tensor(0x200), tensor(0x300), None, tensor(0x500))
     compiled.clear()
     count = record.count
     launch._tensor_map = lambda *encoded: bytes(128)
     launch.gemm(*arguments, k, n, 1024, n, 128, perm=perm)
     config = kernel_configs.select_for_act_order(m, 16, 5, 128, gpu="fake")
-    assert compiled[-1] == (config.source("float16", 128), "sm_90a")
+    assert compiled[0] == (config.source("float16", 128), "sm_90a")
     assert record.shared_bytes == config.shared_bytes(m, 16, 128)
     fields = struct.unpack_from("<5Qq3i", bytes(record.arguments))
     if m == 4:
@@ -260,7 +302,7 @@ for m in (4, 300):
     else:
         assert not config.gathers and record.count == count + 2
         shape = kernel_configs.gather_plan(m, k, 1024)
-        assert compiled[0] == (shape.source(), "sm_90a")
+        assert compiled[1:] == [(shape.source(), "sm_90a")]
         assert fields == (0x700, 0x200, 0x300, 0, 0x500, 1024, m, n, 1024)
         launch.gather(a, perm)
         assert tuple(record.grid) == shape.grid and record.shared_bytes == shape.shared_bytes
@@ -331,7 +373,7 @@ for m, bits, group_size in ((1, 4, 128), (100, 8, -1)):
     assert fields == (0x200, 0x300, 0, 0x500, m, n, 8, 5)
     row_bytes = 2 * (1008 if m > 1 else 1000)
     assert encoded[-1] == (0x100, "float16", m, k, row_bytes, config.tokens)
-    (plan,) = (p for key, p in sparse_marlin._plans().plans.items() if m in key)
+    (plan,) = (p for key, p in sparse_marlin._plans._plans.items() if m in key)
     assert bytes(plan.arguments[128:256]) == bytes(range(128))
 
     if m == 1:

@@ -270,6 +270,7 @@ class FakeKernels:
 
     def __init__(self):
         self.calls = []
+        self.taken = []
 
     def supports(self, device, weight_type_name, group_size, dtype, *features):
         self.calls.append((device.type, weight_type_name, group_size, dtype))
@@ -290,7 +291,10 @@ class FakeKernels:
         batch_invariant=False,
         **more,
     ):
-        assert a.stride(1) == 1 and out.shape == (a.shape[0], n)
+        assert a.is_contiguous() or (a.dim() == 2 and a.stride(1) == 1)
+        assert out.is_contiguous() and out.numel() // n == a.numel() // k
+        self.taken.append(a)
+        a, out = a.reshape(-1, k), out.view(-1, n)
         self.calls.append((k, n, k_padded, n_padded, max(group_size, 0), batch_invariant))
         spec_group = k if group_size <= 0 else group_size
         assert more["weight_type"] == "uint4b8"
@@ -325,6 +329,32 @@ def test_kernel_layouts_call_their_module(fake_kernels, layout, group_size):
     prepared = prepare(layout, tensors, layer.spec, torch.float16)
     back = restore(prepared, layer.spec)
     assert torch.equal(back["B"], tensors["B"]) and torch.equal(back["s"], tensors["s"])
+
+
+@pytest.mark.parametrize("layout", ["sm80", "sm90"])
+def test_kernel_layouts_take_activations_of_any_strides(fake_kernels, layout):
+    """Kernels read rows of any stride: only what no row stride describes is copied."""
+    layer = random_layer(64, 40, U4B8, 32, bias=True)
+    of_one, of_three = torch.randn(64).half(), torch.randn(2, 3, 64).half()
+    cases = {
+        "one row": (of_one, True),
+        "two dimensions": (of_three[0], True),
+        "rows apart": (of_three[:, 1], True),
+        "three dimensions": (of_three, True),
+        "no tokens": (of_three[:, :0], True),
+        "one row of other strides": (torch.randn(128).half()[::2], False),
+        "transposed": (of_three.transpose(0, 1), False),
+        "every second input": (torch.randn(2, 3, 128).half()[..., ::2], False),
+    }
+    for name, (a, in_place) in cases.items():
+        fake_kernels.taken.clear()
+        out = gemm(a, *arguments(layer, layout, torch.float16))
+        assert out.shape == (*a.shape[:-1], 40) and out.is_contiguous(), name
+        expected = reference.matmul(a.reshape(-1, 64), layer.dequantize(), layer.bias)
+        if a.numel():
+            assert relative_error(out.view(-1, 40), expected) < TOLERANCE[torch.float16], name
+            (taken,) = fake_kernels.taken
+            assert (taken.data_ptr() == a.data_ptr()) == in_place, name
 
 
 @pytest.mark.parametrize("layout", ["sm80", "sm90"])
