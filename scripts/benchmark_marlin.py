@@ -64,7 +64,13 @@ from marlin_kernel.validity import (
 from marlin_kernel.weight_types import WEIGHT_TYPES
 from scripts import plot_bench
 from scripts.command_line import make_parser, positive, require_gpu, write_json
-from scripts.gpu_timing import CHECKED_TOKENS, circumstances, compile_first, relative_error
+from scripts.gpu_timing import (
+    CHECKED_TOKENS,
+    captured,
+    circumstances,
+    compile_first,
+    relative_error,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "configs" / "bench" / "marlin.yaml"
@@ -124,11 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = circumstances("scripts/benchmark_marlin.py", options)
     report = {"circumstances": facts, "rows": [], "skipped": []}
     for shape in shapes:
-        try:
-            bench_shape(shape, cases, options, report)
-        finally:  # a sweep takes hours: what stops it leaves what was measured
-            if options.json:
-                write_json(options.json, report)
+        bench_shape(shape, cases, options, report)
     for line in dict.fromkeys(report["skipped"]):
         print(f"skipped: {line}")
     if options.plot:
@@ -431,16 +433,7 @@ def timed(
             call()
 
     if options.device == "cuda" and not options.no_graph:
-        run_once = run
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run_once()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run_once()
-        run = graph.replay
+        run = captured(calls).replay
     timer = benchmark.Timer("run()", globals={"run": run}, **labels)
     measured = timer.blocked_autorange(min_run_time=options.min_run_time)
     return benchmark.Measurement(
@@ -470,11 +463,18 @@ def bench_shape(
     for m, measured in baseline.items():
         report["rows"].append(row(shape, BASELINE, m, measured, measured))
 
+    def keep() -> None:  # a sweep takes hours: whatever ends it leaves what was measured
+        if options.json:
+            write_json(options.json, report)
+
+    keep()
+
     def add(timings: Timings, name: str) -> None:
         for m, (measured, error) in timings.items():
             what = name if m else f"{REPACK} {name}"
             report["rows"].append(row(shape, what, m, measured, baseline.get(m), error))
             results.append(measured)
+        keep()
 
     for c in tqdm(cases, desc=f"K={shape.k} N={shape.n}", unit="type"):
         try:
@@ -488,6 +488,7 @@ def bench_shape(
             report["skipped"].append(str(error))
         else:
             add(bench_product(product, shape, activations, options), name)
+    keep()
     print(f"\n{shape.name}: K={shape.k} N={shape.n}")
     table = benchmark.Compare(results)
     table.trim_significant_figures()

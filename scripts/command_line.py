@@ -50,9 +50,15 @@ def require_gpu(script: str, capability: tuple[int, int] | None = None, hint: st
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, and the folders that lead to it: no run ends for lack of one."""
+    """Write a JSON file, and the folders that lead to it: no run ends for lack of one.
+
+    A file that was there is replaced at once: whatever ends the run, one of the two is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    whole = path.with_name(path.name + ".partial") if path.is_file() else path
+    whole.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if whole is not path:
+        os.replace(whole, path)
 
 
 def command(script: str, without: Sequence[str] = ()) -> str:

@@ -104,8 +104,8 @@ def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> floa
     return statistics.median(replay_times(launches, replays)) * 1e6 / len(launches)
 
 
-def replay_times(launches: Sequence[Callable[[], None]], replays: int) -> list[float]:
-    """Seconds of each replay of a graph of all launches."""
+def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of all launches; the first two are made once before, as captures require."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -116,6 +116,12 @@ def replay_times(launches: Sequence[Callable[[], None]], replays: int) -> list[f
     with torch.cuda.graph(graph):
         for launch in launches:
             launch()
+    return graph
+
+
+def replay_times(launches: Sequence[Callable[[], None]], replays: int) -> list[float]:
+    """Seconds of each replay of a graph of all launches."""
+    graph = captured(launches)
     graph.replay()
     graph.replay()
     times = []

@@ -124,6 +124,25 @@ def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (row["what"], row["m"]) == ("torch.matmul", 2)
 
 
+def test_each_kind_is_kept_once_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed says nothing: the file must hold what came before."""
+    output = tmp_path / "results.json"
+    bench, seen = script.bench_combination, []
+
+    def observed(c, *arguments):
+        seen.append((str(c), {row["what"] for row in json.loads(output.read_text())["rows"]}))
+        return bench(c, *arguments)
+
+    monkeypatch.setattr(script, "bench_combination", observed)
+    arguments = [*SMALL, "--device", "cpu", "--batch-sizes", "2", "--types", "uint4b8"]
+    arguments += ["--limit-group-size", "64", "--limit-act-order", "0", "--activations", "float16"]
+    assert script.main([*arguments, "--min-run-time", "0.001", "--json", str(output)]) == 0
+    (first, before_first), (_, before_second) = seen
+    assert before_first == {"torch.matmul"}
+    assert before_second == {"torch.matmul", first, f"repack {first}"}
+    assert not list(tmp_path.glob("*.partial"))
+
+
 # ---- what a GPU's kernels are called with, checked by plain multiplication ----
 
 
