@@ -32,6 +32,7 @@ from marlin_kernel.kernel_configs import (
     GemmConfig,
     KernelConfig,
 )
+from marlin_kernel.sm90_layout import Sizes
 from marlin_kernel.weight_types import WEIGHT_TYPES
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -208,7 +209,8 @@ class _ProductPlan(Plan):
     """A plan for products of m tokens with weights of one size, by one of this file's kernels.
 
     Everything but the addresses of tensors and the row stride of the activations is decided here,
-    because host time counts for each call.
+    because host time counts for each call. act_order: the activations are gathered, by the kernel
+    or by one in front of it.
     """
 
     def __init__(
@@ -218,15 +220,15 @@ class _ProductPlan(Plan):
         stream: int,
         dtype: str,
         m: int,
-        k: int,
-        n: int,
-        k_padded: int,
-        n_padded: int,
-        group_size: int,
+        sizes: Sizes,
+        act_order: bool,
         dependent_launch: bool,
-        weight_type: str,
     ) -> None:
+        k, n, k_padded, n_padded, group_size, weight_type = sizes
         k_tiles, column_tiles = k_padded // TILE_K, n_padded // TILE_N
+        self._gathered = act_order and not config.gathers
+        if self._gathered:
+            k = k_padded
         super().__init__(
             load(config.source(dtype, group_size, weight_type), index),
             config.grid(
@@ -239,9 +241,10 @@ class _ProductPlan(Plan):
             _TENSOR_MAP_OFFSET + _TENSOR_MAP_BYTES,
             dependent_launch=dependent_launch,
         )
-        self.gathers = config.gathers
+        self._gathers = config.gathers
         self._on_stream = (index, stream)
         self._workspace = (0, 0)  # floats and counters that blocks need to add up
+        self._memory: Workspace | None = None  # that they had in the last call
         self._mapped: tuple[int, int] | None = None  # address and stride in the tensor map
         self._box: tuple[str, int, int, int] | None = None  # what else the map is made of
         whole_tiles = 0  # of the warpgroup kernel: tiles that are not split
@@ -263,15 +266,20 @@ class _ProductPlan(Plan):
         global_scale: Tensor | None,
         perm: Tensor | None,
     ) -> None:
-        """Launch with tensors as `gemm` takes them, `a` gathered unless the kernel does it."""
+        """Launch with tensors as `gemm` takes them."""
+        if self._gathered:
+            a = gather(a.reshape(-1, a.shape[-1]), perm)
         stride = self._row_stride if a.is_contiguous() else a.stride()[0]
         address = a.data_ptr()
         partials = counters = 0
         if self._box is not None:
-            floats, number = self._workspace
-            if number > 0:
-                memory = workspace(*self._on_stream, 4 * floats, number)
-                partials, counters = memory.partials.data_ptr(), memory.counters.data_ptr()
+            if self._workspace[1] > 0:
+                memory, capturing = self._memory, torch.cuda.is_current_stream_capturing()
+                if capturing or memory is None or _workspaces.get(self._on_stream) is not memory:
+                    floats, number = self._workspace
+                    memory = workspace(*self._on_stream, 4 * floats, number)
+                    self._memory = None if capturing else memory  # a graph's must not be kept
+                partials, counters = memory.addresses
             if address % 16 or stride % 8:  # tensor copies need rows that start on 16 bytes
                 a = _aligned_rows(a)
                 address, stride = a.data_ptr(), a.stride(0)
@@ -281,7 +289,7 @@ class _ProductPlan(Plan):
                 dtype, m, k, tokens = self._box
                 self.arguments[start:end] = _tensor_map(address, dtype, m, k, 2 * stride, tokens)
                 self._mapped = (address, stride)
-        elif self.gathers:
+        elif self._gathers:
             _ADDRESS.pack_into(self.arguments, _TENSOR_MAP_OFFSET, perm.data_ptr())
         _PROBLEM.pack_into(
             self.arguments,
@@ -303,14 +311,93 @@ class _ProductPlan(Plan):
 _plans = ThreadPlans()
 
 
-def _product_plan(
-    config: KernelConfig, index: int, stream: int, dtype: torch.dtype, *sizes: Any
-) -> _ProductPlan:
+def _product_plan(config: KernelConfig, index: int, stream: int, *problem: Any) -> _ProductPlan:
     """This thread's plan with these arguments."""
-    key = (config, index, stream, dtype, *sizes)
-    return _plans.get(key) or _plans.keep(
-        key, _ProductPlan(config, index, stream, _DTYPES[dtype], *sizes)
+    key = (config, index, stream, *problem)
+    return _plans.get(key) or _plans.keep(key, _ProductPlan(*key))
+
+
+class _Parts:
+    """Products of more rows than one launch may take, in two halves."""
+
+    def __init__(self, rows: int, m: int, *problem: Any) -> None:
+        self._halves = (slice(0, rows), slice(rows, m))
+        self._problem = problem
+
+    def multiply(self, a: Tensor, b: Tensor, s: Tensor, bias: Any, out: Tensor, *rest: Any) -> None:
+        """As _ProductPlan.multiply."""
+        sizes = self._problem[0]
+        a, out = a.reshape(-1, sizes.k), out.view(-1, sizes.n)
+        for rows in self._halves:
+            part = product(rows.stop - rows.start, *self._problem)
+            part.multiply(a[rows], b, s, bias, out[rows], *rest)
+
+
+class _OnDevice:
+    """Products on a device that is not the current one."""
+
+    def __init__(self, *problem: Any) -> None:
+        self._problem = problem
+
+    def multiply(self, a: Tensor, *rest: Any) -> None:
+        """As _ProductPlan.multiply."""
+        with torch.cuda.device(a.device):
+            product(*self._problem).multiply(a, *rest)
+
+
+def product(
+    m: int,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    index: int,
+    batch_invariant: bool = False,
+    act_order: bool = False,
+) -> _ProductPlan | _Parts | _OnDevice:
+    """How m > 0 rows are multiplied on device `index`, on its current stream: by `multiply`.
+
+    One look-up when it has been asked before. See `gemm` for the arguments.
+    """
+    current = torch.cuda.current_device()
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    key = (m, sizes, dtype, index, current, stream, batch_invariant, act_order)
+    found = _plans.get(key)
+    if found is None:
+        problem = (sizes, dtype, index, batch_invariant, act_order)
+        found = _plans.keep(key, _new_product(m, *problem, current, stream))
+    return found
+
+
+def _new_product(
+    m: int,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    index: int,
+    batch_invariant: bool,
+    act_order: bool,
+    current: int,
+    stream: int,
+) -> _ProductPlan | _Parts | _OnDevice:
+    problem = (sizes, dtype, index, batch_invariant, act_order)
+    if index != current:
+        return _OnDevice(m, *problem)
+    select = kernel_configs.select_for_act_order if act_order else kernel_configs.select_config
+    k_tiles, column_tiles = sizes.k_padded // TILE_K, sizes.n_padded // TILE_N
+    config = select(
+        m,
+        k_tiles,
+        column_tiles,
+        sizes.group_size,
+        batch_invariant=batch_invariant,
+        gpu=_gpu_key(index),
+        multiprocessors=multiprocessors(index),
+        weight_type=sizes.weight_type,
+        dtype=_DTYPES[dtype],
     )
+    if batch_invariant and not kernel_configs.affordable(
+        config, m, column_tiles, multiprocessors(index)
+    ):  # the split must stay, so fewer rows at a time; their bits do not depend on that
+        return _Parts(-(-m // 256) * 128, m, *problem)
+    return _product_plan(config, index, stream, _DTYPES[dtype], m, sizes, act_order, True)
 
 
 @functools.cache
@@ -362,6 +449,10 @@ class Workspace:
 
     partials: Tensor  # uint8
     counters: Tensor  # int32, zero whenever no kernel runs
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, int]:
+        return self.partials.data_ptr(), self.counters.data_ptr()
 
 
 _workspaces: dict[tuple[int, ...], Workspace] = {}
@@ -456,12 +547,11 @@ def launch_config(
 
     With `perm`, a kernel that does not gather activations is preceded by one that does.
     """
-    if perm is not None and not config.gathers:
-        a, k = gather(a, perm), k_padded
     index = a.get_device()
     stream = torch._C._cuda_getCurrentRawStream(index)
-    sizes = (a.shape[0], k, n, k_padded, n_padded, group_size, dependent_launch, weight_type)
-    plan = _product_plan(config, index, stream, a.dtype, *sizes)
+    sizes = Sizes(k, n, k_padded, n_padded, group_size, weight_type)
+    problem = (_DTYPES[a.dtype], a.shape[0], sizes, perm is not None, dependent_launch)
+    plan = _product_plan(config, index, stream, *problem)
     plan.multiply(a, b, s, bias, out, global_scale, perm)
 
 
@@ -554,54 +644,9 @@ def gemm(
     m = a.numel() // k
     if m == 0 or n == 0:
         return
-    index = a.get_device()
-    typed = (weight_type, global_scale, perm)
-    if index != torch.cuda.current_device():
-        arguments = (a, b_dev, s_dev, bias, out, k, n, k_padded, n_padded, group_size)
-        with torch.cuda.device(index):
-            return gemm(*arguments, batch_invariant, *typed)
-    if batch_invariant and (at_once := _invariant_rows(m, k_padded, n_padded, index)) < m:
-        a, out = a.reshape(-1, k), out.view(-1, n)
-        for rows in (slice(0, at_once), slice(at_once, m)):
-            part = (a[rows], b_dev, s_dev, bias, out[rows])
-            gemm(*part, k, n, k_padded, n_padded, group_size, True, *typed)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    sizes = (m, k, n, k_padded, n_padded, group_size)
-    key = (index, stream, a.dtype, perm is None, *sizes, batch_invariant, weight_type)
-    plan = _plans.get(key)
-    if plan is None:
-        select = kernel_configs.select_config
-        if perm is not None:
-            select = kernel_configs.select_for_act_order
-        config = select(
-            m,
-            k_padded // TILE_K,
-            n_padded // TILE_N,
-            group_size,
-            batch_invariant=batch_invariant,
-            gpu=_gpu_key(index),
-            multiprocessors=multiprocessors(index),
-            weight_type=weight_type,
-            dtype=_DTYPES[a.dtype],
-        )
-        if perm is not None and not config.gathers:
-            sizes = (m, k_padded, *sizes[2:])
-        options = (*sizes, True, weight_type)
-        plan = _plans.keep(key, _product_plan(config, index, stream, a.dtype, *options))
-    if perm is not None and not plan.gathers:
-        a = gather(a.reshape(-1, k), perm)
-    plan.multiply(a, b_dev, s_dev, bias, out, global_scale, perm)
-
-
-@functools.lru_cache(maxsize=4096)
-def _invariant_rows(m: int, k_padded: int, n_padded: int, index: int) -> int:
-    """How many of m rows one launch may multiply where the split must not depend on m."""
-    sizes = (n_padded // TILE_N, multiprocessors(index))
-    config = kernel_configs.select_config(
-        m, k_padded // TILE_K, sizes[0], -1, batch_invariant=True, multiprocessors=sizes[1]
-    )
-    return m if kernel_configs.affordable(config, m, *sizes) else -(-m // 256) * 128
+    sizes = Sizes(k, n, k_padded, n_padded, group_size, weight_type)
+    how = product(m, sizes, a.dtype, a.get_device(), batch_invariant, perm is not None)
+    how.multiply(a, b_dev, s_dev, bias, out, global_scale, perm)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from . import backends, formats, ops
 from .backends import Prepared, Selection
 from .errors import ConfigError
 from .formats import LayerSpec, QuantizedLinear
+from .sm90_layout import Sizes, sizes_of
 from .validity import Combination, check
 from .weight_types import INTEGER_TYPES, normalize_group_size
 from .weight_types import weight_type as lookup
@@ -69,6 +70,7 @@ class Layer(nn.Module):
         self.batch_invariant = batch_invariant
         self.activation, self.reduce_half = activation, reduce_half
         self._group_size: int | None = None  # inputs per scale of the prepared layout, if others
+        self._sizes: Sizes | None = None  # in the layout "sm90"
         self.layout: str | None = None  # None: the on-disk tensors
         self._dtype: torch.dtype | None = None  # of activations, as given to prepare()
         for suffix, (shape, stored) in formats.tensor_shapes("marlin", self.spec).items():
@@ -205,6 +207,11 @@ class Layer(nn.Module):
         self.layout = prepared.layout
         self._group_size = prepared.group_size
         self._dtype = dtype
+        if self.layout == "sm90":
+            shapes = prepared.weights.shape, prepared.scales.shape
+            spec, group_size = self.spec, prepared.group_size
+            group_size = spec.group_size if group_size is None else group_size
+            self._sizes = sizes_of(spec.k, spec.n, *shapes, group_size, spec.weight_type.name)
         return self
 
     def unprepare(self) -> Layer:
@@ -215,6 +222,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float16, bfloat16 or float32 [..., in_features] -> [..., out_features], same dtype."""
+        held = self._buffers  # attributes of a module take longer
+        bias = held["bias"] if "bias" in held else self.bias
+        if self._sizes is not None and ops.nothing_looks_on(x, bias):
+            tensors = (held["weights"], held["scales"], held["perm"], bias)
+            typed = held.get("global_scale"), self._sizes
+            return ops.multiply_sm90(x, *tensors, *typed, self.batch_invariant)
         spec = self.spec
         group_size = spec.group_size
         if self.layout is None and not spec.k_full:
@@ -222,23 +235,22 @@ class Layer(nn.Module):
         if self.layout is None:
             perm = torch.argsort(self.g_idx, stable=True) if spec.act_order else None
             tensors = (self.B, self.s, getattr(self, "z", None), perm)
-        else:  # attributes of a module take a microsecond each
-            held = self._buffers
+        else:
             tensors = (held["weights"], held["scales"], held["zeros"], held["perm"])
             if self._group_size is not None:
                 group_size = self._group_size
         layout = self.layout or "marlin"
-        return ops.eager_gemm(x, layout)(
+        return ops.eager_gemm(x, bias, layout)(
             x,
             *tensors,
-            self._buffers["bias"] if "bias" in self._buffers else self.bias,
+            bias,
             spec.k,
             spec.n,
             group_size,
             spec.weight_type.name,
             layout,
             self.batch_invariant,
-            self._buffers.get("global_scale"),
+            held.get("global_scale"),
             self.activation or "",
             self.reduce_half,
         )
@@ -275,7 +287,7 @@ class Layer(nn.Module):
 
     def _set_stored(self, tensors: Mapping[str, Tensor]) -> None:
         self._drop(_PREPARED)
-        self.layout = None
+        self.layout = self._sizes = None
         for name in _STORED:
             if name in tensors:
                 self.register_buffer(name, tensors[name])

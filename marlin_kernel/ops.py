@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import backends, dense, formats, gradient, reference
 from .errors import ConfigError
 from .formats import LayerSpec
+from .sm90_layout import Sizes, sizes_of
 from .weight_types import weight_type as lookup
 
 _SCHEMA = (
@@ -47,10 +48,9 @@ def _gemm(
     reduce_half: bool = False,
 ) -> Tensor:
     if layout == "sm90":
-        tensors = (a, weights, scales, zeros, perm, bias)
-        return _gemm_sm90(
-            *tensors, k, n, group_size, weight_type, layout, batch_invariant, global_scale
-        )
+        sizes = sizes_of(k, n, weights.shape, scales.shape, group_size, weight_type)
+        tensors = (a, weights, scales, perm, bias, global_scale)
+        return multiply_sm90(*tensors, sizes, batch_invariant)
     check_activations(a, weights, k)
     rows = a if a.dim() == 2 else a.reshape(-1, k)
     if perm is not None and layout not in _KERNEL_LAYOUTS:
@@ -121,25 +121,25 @@ of the dtype of `a`, accumulated in float32.
 gradient.register(_library, gemm)
 
 
-def eager_gemm(a: Tensor, layout: str) -> Callable[..., Tensor]:
-    """What a layer calls for activations `a`: `gemm`, or its implementation if nothing looks on.
+def eager_gemm(a: Tensor, bias: Tensor | None, layout: str) -> Callable[..., Tensor]:
+    """What a layer calls for activations `a`: `gemm`, or its implementation if nothing looks on."""
+    return _gemm if layout in _KERNEL_LAYOUTS and nothing_looks_on(a, bias) else gemm
 
-    The dispatcher takes longer than the rest of a call. It is needed when something traces, wraps
-    or differentiates the call, and for layouts where its time does not matter.
+
+def nothing_looks_on(a: Tensor, bias: Tensor | None) -> bool:
+    """Whether a kernel may be called for activations `a` without the dispatcher, which takes longer
+    than the rest of a call: nothing traces, wraps or differentiates the call.
     """
-    nothing_looks_on = (
-        layout in _KERNEL_LAYOUTS
-        and not torch.compiler.is_compiling()
+    return (
+        not torch.compiler.is_compiling()
         and type(a) is Tensor
         and a.is_cuda
         and not a.requires_grad
+        and (bias is None or not bias.requires_grad or not torch.is_grad_enabled())
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
-    if not nothing_looks_on:
-        return gemm
-    return _gemm_sm90 if layout == "sm90" else _gemm
 
 
 def check_activations(a: Tensor, weights: Tensor, k: int) -> None:
@@ -155,7 +155,7 @@ def check_activations(a: Tensor, weights: Tensor, k: int) -> None:
 
 
 def _kernel_rows(rows: Tensor, layout: str) -> Tensor:
-    """Activations [M, K], or contiguous [..., K], as the kernels read them, or ConfigError."""
+    """Activations [M, K], or contiguous ones, as the kernels read them, or ConfigError."""
     if rows.dtype not in _KERNEL_ACTIVATIONS:
         raise ConfigError(
             f"the {layout} kernels do not take activations of {rows.dtype}; convert them to "
@@ -228,51 +228,37 @@ def _run_8bit(
     return out
 
 
-def _gemm_sm90(
+def multiply_sm90(
     a: Tensor,
     weights: Tensor,
     scales: Tensor,
-    zeros: Tensor | None,
     perm: Tensor | None,
     bias: Tensor | None,
-    k: int,
-    n: int,
-    group_size: int,
-    weight_type: str,
-    layout: str,
+    global_scale: Tensor | None,
+    sizes: Sizes,
     batch_invariant: bool,
-    global_scale: Tensor | None = None,
-    activation: str = "",
-    reduce_half: bool = False,
 ) -> Tensor:
-    """`gemm` with weights in the layout "sm90", in few steps: its host time counts."""
-    check_activations(a, weights, k)
-    # a view [M, K] of contiguous [..., K] would take a tenth of a call
-    flat = a.is_contiguous() or a.dim() == 2
-    rows = _kernel_rows(a if flat else a.reshape(-1, k), "sm90")
-    out = a.new_empty(*a.shape[:-1], n)
-    if bias is not None and bias.dtype != a.dtype:
-        bias = bias.to(a.dtype)
-    sizes = _sm90_sizes(weights.shape, scales.shape, group_size, weight_type)
-    backends.kernels("sm90").gemm(
-        *(rows, weights, scales, bias, out, k, n, *sizes),
-        batch_invariant=batch_invariant,
-        weight_type=weight_type,
-        global_scale=global_scale,
-        perm=perm,
-    )
+    """`gemm` with weights in the layout "sm90", in few steps: the host time of a call counts.
+
+    sizes: of sm90_layout.sizes_of; the rest as of `gemm`.
+    """
+    shape, dtype, index = a.shape, a.dtype, a.get_device()
+    known = dtype in _KERNEL_ACTIVATIONS and shape[-1:] == sizes[:1]
+    if not known or index != weights.get_device():
+        check_activations(a, weights, sizes.k)
+        _kernel_rows(a, "sm90")
+    rows = a
+    if not a.is_contiguous():
+        rows = _kernel_rows(a if a.dim() == 2 else a.reshape(-1, sizes.k), "sm90")
+    out = a.new_empty(*shape[:-1], sizes.n)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if out.numel() > 0:
+        m = out.numel() // sizes.n
+        kernels = backends.kernels("sm90")
+        product = kernels.product(m, sizes, dtype, index, batch_invariant, perm is not None)
+        product.multiply(rows, weights, scales, bias, out, global_scale, perm)
     return out
-
-
-@functools.lru_cache(maxsize=4096)
-def _sm90_sizes(
-    weights: torch.Size, scales: torch.Size, group_size: int, weight_type: str
-) -> tuple[int, int, int]:
-    """Padded k and n of weights in the layout of these kernels, and the size of a group."""
-    t = lookup(weight_type)
-    if scales[0] == 1 and t.symmetric and t.scale == "float16":
-        group_size = -1
-    return weights[0] * 16, weights[1] * t.pack_factor // 16, group_size
 
 
 def mul(

@@ -8,8 +8,10 @@ to each other what one tile needs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +20,32 @@ from . import sm80_layout
 from .formats import LayerSpec
 from .sm80_layout import KernelTensors
 from .weight_types import WeightType
+from .weight_types import weight_type as lookup
 
 TILE = 64  # features and k of a weight tile
+
+
+class Sizes(NamedTuple):
+    """Of weights in this order; as the arguments of launch.gemm."""
+
+    k: int
+    n: int
+    k_padded: int
+    n_padded: int
+    group_size: int
+    weight_type: str = "uint4b8"
+
+
+@functools.lru_cache(maxsize=4096)
+def sizes_of(
+    k: int, n: int, weights: torch.Size, scales: torch.Size, group_size: int, weight_type: str
+) -> Sizes:
+    """Sizes of k x n weights, from the shapes of what `kernel_tensors` made of them."""
+    t = lookup(weight_type)
+    if scales[0] == 1 and t.symmetric and t.scale == "float16":
+        group_size = -1
+    n_padded = weights[1] * t.pack_factor // 16
+    return Sizes(k, n, weights[0] * 16, n_padded, group_size, weight_type)
 
 
 def kernel_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> KernelTensors:

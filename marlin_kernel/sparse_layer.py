@@ -70,6 +70,7 @@ class SparseLayer(Layer):
             dense.prepare(dtype)
             held = tuple(dense._buffers[name] for name in _PREPARED)
             layout, self._group_size = dense.layout, dense._group_size
+            self._sizes = dense._sizes
         self._drop((*_STORED, *_PREPARED))
         for name, tensor in zip(_PREPARED, held, strict=True):
             self.register_buffer(name, tensor, persistent=False)
@@ -116,6 +117,6 @@ class SparseLayer(Layer):
 
     def _set_stored(self, tensors: Mapping[str, Tensor]) -> None:
         self._drop(_PREPARED)
-        self.layout = None
+        self.layout = self._sizes = None
         for name in _STORED:
             self.register_buffer(name, tensors[name])

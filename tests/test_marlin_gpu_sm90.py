@@ -175,6 +175,38 @@ def test_rows_that_start_off_alignment() -> None:
         weights.check(weights.run(a), a)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_layers_take_activations_of_any_strides(act_order: bool, rows: int) -> None:
+    quantized = random_layer(512, 320, weight_type("uint4b8"), 64, act_order=act_order, bias=True)
+    module = PackedLayer.from_quantized(quantized).to("cuda").prepare(torch.float16)
+    assert module.layout == "sm90"
+    weight, bias = quantized.dequantize(torch.float64).cuda(), quantized.bias.double().cuda()
+    wide = torch.randn(3, rows, 1024, device="cuda").half()
+    whole = wide[..., :512].contiguous()
+    cases = (
+        whole,
+        whole.unsqueeze(0),
+        whole[0, 0],
+        whole[:, 0],
+        whole[:, :0],
+        whole.transpose(0, 1),
+        whole[:1].expand(3, rows, 512),
+        whole[0, :1].expand(rows, 512),
+        wide[..., :512],
+        wide[0, :, 8:520],
+        wide[..., 1:513],
+        wide[..., ::2],
+    )
+    for a in cases:
+        out = module(a)
+        assert out.shape == (*a.shape[:-1], 320) and out.is_contiguous()
+        assert torch.equal(out, module(a.contiguous()))
+        if a.numel():
+            expected = a.double() @ weight + bias
+            assert (out.double() - expected).norm() / expected.norm() < 1e-3
+
+
 def test_no_tokens() -> None:
     weights = layer(576, 192, 64, torch.float16)
     assert weights.run(tokens(0, 576, torch.float16)).shape == (0, 192)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -308,6 +310,16 @@ class FakeKernels:
             codes, scales, _ = backends.natural(stored["B"], stored["s"], None, k, n, U4B8)
         out.copy_(dense.multiply(a, codes, scales, None, bias, spec_group, U4B8))
 
+    def product(self, m, sizes, dtype, index, batch_invariant, act_order):
+        assert (dtype, index, act_order) == (torch.float16, -1, False)
+
+        def multiply(a, b, s, bias, out, global_scale, perm):
+            assert m == out.numel() // sizes.n and perm is global_scale is None
+            more = {"weight_type": sizes.weight_type}
+            self.gemm(a, b, s, bias, out, *sizes[:5], batch_invariant, **more)
+
+        return SimpleNamespace(multiply=multiply)
+
 
 @pytest.fixture
 def fake_kernels(monkeypatch):
@@ -511,3 +523,20 @@ def test_gpu_gradients(name):
         a = torch.randn(2, 33, 1152, device="cuda", dtype=dtype)
         weights = layer.dequantize()
         check_gradients(a, layer.bias, product, weights, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of_input", [False, True])
+def test_gpu_layer_trains_its_bias(of_input):
+    quantized = random_layer(256, 192, U4B8, 128, bias=True)
+    layer = PackedLayer.from_quantized(quantized).to("cuda").prepare(torch.float16)
+    layer.bias = torch.nn.Parameter(layer.bias)
+    a = torch.randn(2, 5, 256, device="cuda").half().requires_grad_(of_input)
+    out = layer(a)
+    with torch.no_grad():
+        assert torch.equal(layer(a), out)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected = grad.reshape(-1, 192).float().sum(0)
+    torch.testing.assert_close(layer.bias.grad.float(), expected, rtol=1e-2, atol=1e-2)
+    assert (a.grad is not None) == of_input
