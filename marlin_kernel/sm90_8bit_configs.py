@@ -193,6 +193,12 @@ _DIRECT_SHAPES = (
     (128, 3, 1, 1, (1,)),
     (128, 3, 2, 1, (1,)),
 )
+# weight type, activation, group size, tokens, lead: what the compiler spills registers in
+_SPILLING = (
+    ("uint8b128", "int8", 128, 192, 0),
+    ("uint8b128", "int8", 128, 192, 1),
+    ("uint4b8", "int8", 128, 192, 0),
+)
 # tokens, warpgroups, multicast, part, sets, turns, splits: of sums of e4m3 products
 _MOVING_SHAPES = (
     *((256, 2, 1, 128, 1, turns, (1, 2, 4)) for turns in (0, 1)),
@@ -232,8 +238,6 @@ def supported_configs(types: EightBitTypes) -> tuple[EightBitConfig, ...]:
     ):
         if short_of_registers and tokens > 64:
             continue
-        if (types.weight_type, types.group_size, tokens) == ("uint8b128", 128, 192):
-            continue  # likewise
         if asymmetric and types.group_size and tokens > 64:  # likewise
             splits = splits[:1]
         add(EightBitConfig(tokens, groups, multicast, 1, 3, blocks), splits)
@@ -241,7 +245,8 @@ def supported_configs(types: EightBitTypes) -> tuple[EightBitConfig, ...]:
         for tokens, groups, multicast, part, sets, turns, splits in _MOVING_SHAPES:
             config = EightBitConfig(tokens, groups, multicast, 1, 3, 1, 0, part, sets, turns)
             add(config, splits if multicast == 1 else splits[:1])
-    return tuple(found)
+    key = (types.weight_type, types.activation, types.group_size)
+    return tuple(c for c in found if (*key, c.tokens, c.lead) not in _SPILLING)
 
 
 def estimate(

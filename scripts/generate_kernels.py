@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arches = [prebuilt.architecture(part.strip()) for part in options.archs.split(",")]
     except ConfigError as error:
         return refuse(str(error))
+    start = time.perf_counter()
     shapes = layer_shapes()
     arches = list(dict.fromkeys(arches))
     select = functools.partial(wanted, options=options)
@@ -96,7 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for arch in arches:
         served = any(variant.arch == arch for variant in variants)
         report(arch, [k for k in kernels if k.arch == arch], files, served)
-    print(f"{len(kernels)} kernels in {len(files) - 1} files, {changed} written: {options.output}")
+    print(
+        f"{len(kernels)} kernels in {len(files) - 1} files, {changed} written, chosen in "
+        f"{time.perf_counter() - start:.1f} s: {options.output}"
+    )
     if options.sample is not None:
         return compile_sample(kernels, options.sample, options.seed)
     return compile_kernels(kernels, options) if options.compile else 0
