@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +27,7 @@ _LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the librar
 _STEP, _STEP_GPU = 256, 1024  # rows or columns of a triangle multiplied at once, at least
 _SHARED = 4096  # corners of this size are divided among processes
 _SHARED_CHOLESKY = 16384  # matrices of this size are factored by all processes together
-_PANEL = 1024  # columns that one process factors at once
+_PANEL = 512  # columns that one process factors at once
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -144,13 +146,26 @@ def invert_upper(r: Tensor, workers: Workers | None = None) -> Tensor:
             if workers is None or workers.count == 1 or size < _SHARED:
                 corner.copy_(_corner(upper, r[start:middle, middle:end], lower, 0, end - middle))
                 continue
-            shares = workers.share(end - middle)
+            shares = corner_shares(size, end - middle, workers.count)
             first = sum(shares[: workers.rank])
             last = first + shares[workers.rank]
             part = _corner(upper, r[start:middle, middle:end], lower, first, last)
             corner.copy_(workers.gather(part, shares))
         size *= 2
     return u
+
+
+def corner_shares(rows: int, columns: int, count: int) -> list[int]:
+    """How many columns of a corner [rows, columns] each of `count` processes computes.
+
+    Of -A B C a column at x takes ``rows * (2 x + rows)`` operations, as C is triangular, so that
+    those before it take ``rows * (x**2 + rows * x)``: the processes get equal parts of that.
+    """
+    whole = columns**2 + rows * columns
+    ends = [
+        round((math.sqrt(rows**2 + 4 * whole * (i + 1) / count) - rows) / 2) for i in range(count)
+    ]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 def _corner(a: Tensor, b: Tensor, c: Tensor, first: int, last: int) -> Tensor:

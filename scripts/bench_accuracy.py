@@ -50,7 +50,7 @@ from gptq.calibration import joined_rows  # noqa: E402
 from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.models import StreamedModel, resolve_source  # noqa: E402
 from gptq.refine import refine_model  # noqa: E402
-from gptq.run import choose_device, environment  # noqa: E402
+from gptq.run import choose_device  # noqa: E402
 from gptq.sequential import STEP_TOKENS, Walker  # noqa: E402
 from gptq.solver import Solution  # noqa: E402
 from gptq.texts import documents  # noqa: E402
@@ -59,7 +59,12 @@ from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_model, load_tokenizer  # noqa: E402
 from marlin_kernel.layer import Layer  # noqa: E402
 from scripts import peers  # noqa: E402
-from scripts.command_line import command, commit, make_parser, positive  # noqa: E402
+from scripts.command_line import (  # noqa: E402
+    command,
+    commit_and_environment,
+    make_parser,
+    positive,
+)
 
 HELDOUT_ROWS = 64  # calibration rows whose documents are never evaluated
 WINDOW = 2048
@@ -386,8 +391,7 @@ def write(args: argparse.Namespace, recipe: dict, results: list[dict]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": command("scripts/bench_accuracy.py", without=("--out",)),
-        "commit": commit(),
-        "environment": environment(choose_device(QuantizeConfig(device=args.device))),
+        **commit_and_environment(choose_device(QuantizeConfig(device=args.device))),
         "model": args.name or Path(args.model).name,
         "groupsize": recipe["groupsize"],
         "calibration": f"{recipe['rows']} rows of {recipe['row_length']} tokens",

@@ -29,14 +29,18 @@ from torch import Tensor  # noqa: E402
 from gptq.config import QuantizeConfig, load_recipe, resolve  # noqa: E402
 from gptq.models import StreamedModel, resolve_source  # noqa: E402
 from gptq.refine import RefineOptions, StoredLinear, refine_model  # noqa: E402
-from gptq.run import environment  # noqa: E402
 from gptq.sequential import Walker  # noqa: E402
 from marlin_kernel.formats import QuantizedLinear  # noqa: E402
 from marlin_kernel.hf import load_tokenizer  # noqa: E402
 from marlin_kernel.weight_types import weight_type  # noqa: E402
 from scripts import peers  # noqa: E402
 from scripts.bench_accuracy import calibration, texts  # noqa: E402
-from scripts.command_line import command, commit, make_parser, positive  # noqa: E402
+from scripts.command_line import (  # noqa: E402
+    command,
+    commit_and_environment,
+    make_parser,
+    positive,
+)
 
 CPU = torch.device("cpu")
 ITERATIONS = 200  # of AutoRound, its default
@@ -173,8 +177,7 @@ def main() -> None:
     best = fast + count * own["refine_per_layer"] + own["refine_norms"]
     result = {
         "command": command("scripts/bench_peers.py", without=("--out",)),
-        "commit": commit(),
-        "environment": environment(CPU),
+        **commit_and_environment(CPU),
         "model": Path(args.model).name,
         "calibration": f"{args.rows} rows of {args.row_length} tokens",
         "groupsize": args.groupsize,

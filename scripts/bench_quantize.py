@@ -63,7 +63,6 @@ from gptq.run import (  # noqa: E402
     calibration_samples,
     choose_device,
     choose_dtype,
-    environment,
     load_tokenizer,
     random_samples,
     run,
@@ -73,7 +72,12 @@ from gptq.sequential import Walker  # noqa: E402
 from gptq.solver import solve  # noqa: E402
 from gptq.storage import BackgroundWriter, FinishedLayers  # noqa: E402
 from scripts import peers  # noqa: E402
-from scripts.command_line import command, commit, make_parser, positive  # noqa: E402
+from scripts.command_line import (  # noqa: E402
+    command,
+    commit_and_environment,
+    make_parser,
+    positive,
+)
 
 # ---- a real model --------------------------------------------------------------------------------
 
@@ -170,8 +174,7 @@ def bench_model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     floor_full = 2 * forward + full
     result = {
         "command": noted_command(),
-        "commit": commit(),
-        "environment": report["environment"] | environment(device),
+        **commit_and_environment(device),
         "settings": config.fingerprint(),
         "calibration_tokens": tokens,
         "seconds": {
@@ -233,8 +236,7 @@ def bench_layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         full = hessian_seconds(model, len(samples), args.seqlen, layers, True, now)
     result = {
         "command": noted_command(),
-        "commit": commit(),
-        "environment": environment(model.device),
+        **commit_and_environment(model.device),
         "settings": config.fingerprint(),
         "calibration_tokens": len(samples) * args.seqlen,
         "layers": layers,
@@ -440,8 +442,7 @@ def bench_shape(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
         slowest = slowest_kernels(walker, layers) if args.profile else None
     result = {
         "command": noted_command(),
-        "commit": commit(),
-        "environment": environment(device),
+        **commit_and_environment(device),
         "settings": config.fingerprint(),
         "processes": workers.count,
         "layers": layers,

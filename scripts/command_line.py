@@ -90,6 +90,14 @@ def commit() -> str | None:
         return None
 
 
+def commit_and_environment(device: torch.device) -> dict[str, object]:
+    """ "commit", once and from `commit`, and "environment", the versions and hardware, for JSON."""
+    from gptq.run import environment
+
+    facts = {name: fact for name, fact in environment(device).items() if name != "commit"}
+    return {"commit": commit(), "environment": facts}
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, as a type of argparse."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:

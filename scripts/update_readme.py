@@ -469,6 +469,31 @@ def scaled(dtype: str) -> str:
     return "\n\n".join(parts)
 
 
+def sweep(half_sums: bool) -> str:
+    """Every kind of product that benchmark_marlin.py times; half_sums: those that add in FP16."""
+    contents = [_results(path.name) for path in sorted(RESULTS.glob("benchmark_marlin_*.json"))]
+    repacking, kinds = {}, {}
+    for row in (row for content in contents for row in content["rows"]):
+        if row["speedup"] is None:
+            repacking.setdefault(row["what"].removeprefix("repack "), []).append(row["us"])
+        elif row["what"] != "torch.matmul" and row["what"].endswith("-reduce16") == half_sums:
+            kinds.setdefault(row["what"], {}).setdefault(row["m"], []).append(row["speedup"])
+    tokens = sorted({m for times in kinds.values() for m in times})
+    lines = [f"| | {' | '.join(f'M = {m}' for m in tokens)} | repacking |"]
+    lines.append(f"|---|{'---|' * (len(tokens) + 1)}")
+    for kind, times in kinds.items():
+        cells = [_mean_and_least(times[m]) for m in tokens]
+        repack = f"{geometric_mean(repacking[kind]):.0f} us" if kind in repacking else ""
+        lines.append(f"| `{kind}` | {' | '.join(cells)} | {repack} |")
+    where = contents[0]["circumstances"]
+    commits = " and ".join(dict.fromkeys(c["circumstances"]["commit"] for c in contents))
+    lines.append(
+        f"\n{where['gpu'].split(',')[0]}, torch {where['torch']}, commit {commits}; four shapes "
+        f"beside each other, on a GPU each, one by `python {where['command']}`."
+    )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "summary": summary,
@@ -485,6 +510,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "sparse_marlin 8 bits": partial(sparse_marlin, 8),
         "scaled fp8": partial(scaled, "fp8"),
         "scaled int8": partial(scaled, "int8"),
+    },
+    "docs/weight-types.md": {
+        "sweep": partial(sweep, False),
+        "sweep of sums in FP16": partial(sweep, True),
     },
 }
 

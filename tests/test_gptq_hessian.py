@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptq.distributed import Workers
-from gptq.hessian import _STRIPE, Factor, Hessian, factorize, invert_upper, is_finite
+from gptq.hessian import _STRIPE, Factor, Hessian, corner_shares, factorize, invert_upper, is_finite
 from marlin_kernel import NumericalError
 
 
@@ -109,6 +109,18 @@ class Together(Workers):
         whole = torch.cat([self._parts[rank] for rank in range(self.count)], dim=1)
         self._barrier.wait(60)
         return whole
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 60), (64, 5), (16384, 12288)])
+def test_workers_get_equal_work_of_a_corner(rows, columns):
+    for count in (1, 2, 3, 4, 7):
+        shares = corner_shares(rows, columns, count)
+        assert len(shares) == count and sum(shares) == columns and min(shares) >= 0
+        work, start = [], 0
+        for share in shares:
+            work.append(sum(2 * x + rows for x in range(start, start + share)))
+            start += share
+        assert max(work) - min(work) <= 2 * (2 * columns + rows)  # a column at either end
 
 
 def test_workers_share_the_inverse_of_a_triangle(monkeypatch):
