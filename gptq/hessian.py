@@ -27,7 +27,7 @@ _LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the librar
 _STEP, _STEP_GPU = 256, 1024  # rows or columns of a triangle multiplied at once, at least
 _SHARED = 4096  # corners of this size are divided among processes
 _SHARED_CHOLESKY = 16384  # matrices of this size are factored by all processes together
-_PANEL = 512  # columns that one process factors at once
+_PANEL = 1024  # columns that one process factors at once
 _HALF = (torch.float16, torch.bfloat16)
 
 
