@@ -43,6 +43,10 @@ class Workers:
         """Concatenate along the last dimension what every process holds; sizes: columns of each."""
         return part
 
+    def stack(self, part: Tensor) -> Tensor:
+        """What every process holds, contiguous and of equal shape, in the order of their ranks."""
+        return part[None]
+
     def broadcast(self, tensor: Tensor, source: int) -> Callable[[], None]:
         """Start to overwrite `tensor`, contiguous, by what process `source` has there. Returns what
         must be called before the tensor is used (by the source: changed) again."""
@@ -79,11 +83,14 @@ class _Group(Workers):
         # equal shapes for all, as every backend takes them: pad, gather, cut
         padded = torch.zeros(max(sizes), part.shape[0], dtype=part.dtype, device=part.device)
         padded[: part.shape[1]] = part.T
-        parts = [torch.empty_like(padded) for _ in sizes]
-        with self.timed("collective.gather"):
-            self._call(self._dist.all_gather, parts, padded)
-        whole = torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
+        whole = torch.cat([p[:size] for p, size in zip(self.stack(padded), sizes, strict=True)])
         return whole.T.contiguous()
+
+    def stack(self, part: Tensor) -> Tensor:
+        whole = part.new_empty(self.count, *part.shape)
+        with self.timed("collective.gather"):
+            self._call(self._dist.all_gather, list(whole), part)
+        return whole
 
     def broadcast(self, tensor: Tensor, source: int) -> Callable[[], None]:
         work = self._call(self._dist.broadcast, tensor, src=source, async_op=True)

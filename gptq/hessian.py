@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,9 +24,10 @@ _STRIPE_GPU = 1024
 _MAX_RETRIES = 16
 _LEAF, _LEAF_GPU = 512, 256  # triangles of this size are inverted by the library
 _STEP, _STEP_GPU = 256, 1024  # rows or columns of a triangle multiplied at once, at least
+_BATCHED, _BATCHED_GPU = 0, 2048  # corners up to this size are multiplied together
 _SHARED = 4096  # corners of this size are divided among processes
-_SHARED_CHOLESKY = 16384  # matrices of this size are factored by all processes together
-_PANEL = 1024  # columns that one process factors at once
+_BY_PANELS = 16384  # matrices of this size are factored panel by panel
+_PANEL = 1024  # columns of a panel
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -119,88 +119,107 @@ def invert_upper(r: Tensor, workers: Workers | None = None) -> Tensor:
     """Inverse of an upper triangular float32 [K, K], with a third of the work of K solves.
 
     Blocks on the diagonal are inverted together; then, from small to large, the inverse of
-    [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]]. The columns of large corners are divided
-    among `workers`, all of which must call this with the same `r`.
+    [[A, B], [0, C]] is [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]]. A GPU multiplies small corners of one size
+    together; large ones are divided among `workers`, all of which must call this with the same `r`.
     """
     k = r.shape[0]
     u = torch.zeros(r.shape, device=r.device)
-    leaf = _LEAF_GPU if r.is_cuda else _LEAF
-    whole = k // leaf
-    blocks = [slice(i * leaf, (i + 1) * leaf) for i in range(whole)]
-    if whole:
-        eye = torch.eye(leaf, device=r.device).expand(whole, leaf, leaf)
-        diagonal = torch.stack([r[b, b] for b in blocks])
-        inverses = torch.linalg.solve_triangular(diagonal, eye, upper=True)
-        for block, inverse in zip(blocks, inverses, strict=True):
-            u[block, block] = inverse
+    leaf, batched = (_LEAF_GPU, _BATCHED_GPU) if r.is_cuda else (_LEAF, _BATCHED)
+    blocks = _diagonal(r, leaf).contiguous()
+    if len(blocks):
+        eye = torch.eye(leaf, device=r.device).expand(blocks.shape)
+        _diagonal(u, leaf).copy_(torch.linalg.solve_triangular(blocks, eye, upper=True))
     if k % leaf:
-        rest = slice(whole * leaf, k)
+        rest = slice(k - k % leaf, k)
         eye = torch.eye(k % leaf, device=r.device)
         u[rest, rest] = torch.linalg.solve_triangular(r[rest, rest], eye, upper=True)
     size = leaf
     while size < k:
-        for start in range(0, k - size, 2 * size):
+        begin = 0
+        if size <= batched and k >= 2 * size:
+            pairs = _diagonal(u, 2 * size)
+            b = _diagonal(r, 2 * size)[:, :size, size:]
+            product = products.multiply(pairs[:, :size, :size], b)
+            product = products.multiply(product, pairs[:, size:, size:])
+            torch.neg(product, out=pairs[:, :size, size:])
+            begin = k - k % (2 * size)
+        for start in range(begin, k - size, 2 * size):
             middle, end = start + size, min(start + 2 * size, k)
             upper, lower = u[start:middle, start:middle], u[middle:end, middle:end]
-            corner = u[start:middle, middle:end]
+            corner, b = u[start:middle, middle:end], r[start:middle, middle:end]
             if workers is None or workers.count == 1 or size < _SHARED:
-                corner.copy_(_corner(upper, r[start:middle, middle:end], lower, 0, end - middle))
-                continue
-            shares = corner_shares(size, end - middle, workers.count)
-            first = sum(shares[: workers.rank])
-            last = first + shares[workers.rank]
-            part = _corner(upper, r[start:middle, middle:end], lower, first, last)
-            corner.copy_(workers.gather(part, shares))
+                corner.copy_(_corner(upper, b, lower, [slice(0, end - middle)]))
+            else:
+                _shared_corner(corner, upper, b, lower, workers)
         size *= 2
     return u
 
 
-def corner_shares(rows: int, columns: int, count: int) -> list[int]:
-    """How many columns of a corner [rows, columns] each of `count` processes computes.
-
-    Of -A B C a column at x takes ``rows * (2 x + rows)`` operations, as C is triangular, so that
-    those before it take ``rows * (x**2 + rows * x)``: the processes get equal parts of that.
-    """
-    whole = columns**2 + rows * columns
-    ends = [
-        round((math.sqrt(rows**2 + 4 * whole * (i + 1) / count) - rows) / 2) for i in range(count)
-    ]
-    return [end - start for start, end in itertools.pairwise([0, *ends])]
+def _diagonal(a: Tensor, size: int) -> Tensor:
+    """The whole blocks [size, size] on the diagonal of a [K, K]: a view [K // size, size, size]."""
+    row, column = a.stride()
+    strides = (size * (row + column), row, column)
+    return a.as_strided((a.shape[0] // size, size, size), strides, a.storage_offset())
 
 
-def _corner(a: Tensor, b: Tensor, c: Tensor, first: int, last: int) -> Tensor:
-    """Columns first..last of -A B C, with upper triangular A and C: their zeros are left out."""
-    width = max(_STEP_GPU if a.is_cuda else _STEP, c.shape[0] // 8)
-    product = torch.empty(b.shape[0], last - first, device=b.device)
-    for left in range(first, last, width):
-        right = min(left + width, last)
-        out = product[:, left - first : right - first]
-        products.multiply(b[:, :right], c[:right, left:right], out=out)
-    result = torch.empty_like(product)
-    height = max(_STEP_GPU if a.is_cuda else _STEP, a.shape[0] // 8)
+def _corner(a: Tensor, b: Tensor, c: Tensor, parts: list[slice]) -> Tensor:
+    """These columns, side by side, of -A B C, with upper triangular A and C: their zeros are left
+    out. parts: in ascending order."""
+    step = _STEP_GPU if a.is_cuda else _STEP
+    height, width = max(step, a.shape[0] // 8), max(step, c.shape[0] // 8)
+    product = b.new_empty(b.shape[0], sum(part.stop - part.start for part in parts))
+    operand, done = products.split(b[:, : parts[-1].stop]), 0
+    for part in parts:
+        for left in range(part.start, part.stop, width):
+            right = min(left + width, part.stop)
+            out = product[:, done : done + right - left]
+            products.multiply(operand[:, :right], c[:right, left:right], out=out)
+            done += right - left
     operand = products.split(product)
+    result = torch.empty_like(product)
     for top in range(0, a.shape[0], height):
         rows = slice(top, top + height)
         products.multiply(a[rows, top:], operand[top:], out=result[rows])
     return result.neg_()
 
 
+def _shared_corner(corner: Tensor, a: Tensor, b: Tensor, c: Tensor, workers: Workers) -> None:
+    """``corner = -A B C`` by all processes. Later columns take more work, as C is triangular: each
+    process gets some from the left and as many from the right."""
+    size, count = c.shape[0], workers.count
+    width = -(-size // (2 * count))
+    stops = [min(i * width, size) for i in range(2 * count + 1)]
+    parts = [slice(*ends) for ends in itertools.pairwise(stops)]
+    pairs = [[parts[i], parts[-1 - i]] for i in range(count)]
+    lengths = [part.stop - part.start for part in pairs[workers.rank]]
+    found = _corner(a, b, c, pairs[workers.rank]).split(lengths, 1)
+    own = b.new_zeros(2, b.shape[0], width)  # equal shapes for all
+    for columns, place in zip(found, own, strict=True):
+        place[:, : columns.shape[1]] = columns
+    for pair, values in zip(pairs, workers.stack(own), strict=True):
+        for part, columns in zip(pair, values, strict=True):
+            corner[:, part] = columns[:, : part.stop - part.start]
+
+
 def _cholesky(a: Tensor, workers: Workers | None) -> tuple[Tensor, bool]:
     """Lower triangular L with a = L Lᵀ, and whether `a` [K, K], which is used up, was positive
     definite. `workers`, which all hold the same `a`, get the same result."""
-    if workers is None or workers.count == 1 or a.shape[0] < _SHARED_CHOLESKY:
+    workers = workers or Workers()
+    panels = workers.count > 1 or products.on_tensor_cores(a)  # else the library is faster
+    if not panels or a.shape[0] < _BY_PANELS:
         lower, info = torch.linalg.cholesky_ex(a)
         return lower, int(info) == 0
-    _shared_cholesky(a, workers)
+    _cholesky_by_panels(a, workers)
     return a, bool(torch.isfinite(a.diagonal()).all())
 
 
-def _shared_cholesky(a: Tensor, workers: Workers) -> None:
+def _cholesky_by_panels(a: Tensor, workers: Workers) -> None:
     """Cholesky factor of a [K, K] in place, with NaN on its diagonal if there is none.
 
     Right-looking, in panels of columns that belong to the processes in turn: the owner of a panel
     factors it and sends it to all, and each process takes its product off its own later columns.
     The next owner does that for the next panel first, so that it travels beside the other products.
+    All products are split ones (products.py), which on tensor cores are faster than a solve.
     """
     k = a.shape[0]
     panels = [slice(start, min(start + _PANEL, k)) for start in range(0, k, _PANEL)]
@@ -208,9 +227,10 @@ def _shared_cholesky(a: Tensor, workers: Workers) -> None:
     def own(j: int) -> bool:
         return j % workers.count == workers.rank
 
-    def update(c: int, j: int) -> None:
-        rows = slice(panels[c].start, k)
-        a[rows, panels[c]].addmm_(a[rows, panels[j]], a[panels[c], panels[j]].T, alpha=-1)
+    def update(c: int, j: int, panel: products.Operand) -> None:
+        start, stop = panels[c].start - panels[j].start, panels[c].stop - panels[j].start
+        out = a[panels[c].start :, panels[c]]
+        products.accumulate(out, panel[start:], panel[start:stop].T, alpha=-1)
 
     def send(j: int) -> tuple[Tensor, Callable[[], None]]:
         """Factor panel j, if it is this process's, and start to send or to receive it."""
@@ -221,22 +241,21 @@ def _shared_cholesky(a: Tensor, workers: Workers) -> None:
             lower.masked_fill_(info != 0, torch.nan)
             width = lower.shape[0]
             panel[:width] = lower
-            panel[width:] = torch.linalg.solve_triangular(
-                lower.T, a[below, columns], upper=True, left=False
-            )
+            products.multiply(a[below, columns], invert_upper(lower.T), out=panel[width:])
         return panel, workers.broadcast(panel, j % workers.count)
 
     panel, arrive = send(0)
     for j, columns in enumerate(panels):
         arrive()
         a[columns.start :, columns] = panel
+        operand = products.split(panel)
         if j + 1 < len(panels):
             if own(j + 1):
-                update(j + 1, j)
+                update(j + 1, j, operand)
             panel, arrive = send(j + 1)
         for c in range(j + 2, len(panels)):
             if own(c):
-                update(c, j)
+                update(c, j, operand)
     a.tril_()
 
 

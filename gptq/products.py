@@ -18,6 +18,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,25 +34,29 @@ _DROPPED = 13  # bits of a float32 mantissa that TF32 lacks
 class Split:
     """A float32 matrix as the sum of two whose entries are TF32 numbers, the second one nearly.
 
-    tail: None if it is zero. Slices of rows by `[]`.
+    tail: None if it is zero. `[]` takes parts of both.
     """
 
     head: Tensor
     tail: Tensor | None
 
-    def __getitem__(self, rows: slice) -> Split:
-        return Split(self.head[rows], None if self.tail is None else self.tail[rows])
+    def __getitem__(self, key: Any) -> Split:
+        return Split(self.head[key], None if self.tail is None else self.tail[key])
 
     @property
     def shape(self) -> torch.Size:
         return self.head.shape
+
+    @property
+    def T(self) -> Split:  # noqa: N802 (as of a tensor)
+        return Split(self.head.T, None if self.tail is None else self.tail.T)
 
 
 Operand = Tensor | Split
 
 
 def split(a: Tensor, short: bool = False) -> Operand:
-    """`a`, float32 [P, Q] with strides of any order, ready for several products.
+    """`a`, float32 [..., P, Q] with strides of any order, ready for several products.
 
     short: its entries have at most 11 bits, as integers up to 2048 do.
     """
@@ -76,12 +81,12 @@ def put(operand: Operand, rows: slice, values: Tensor) -> None:
 def multiply(a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
     """``a b`` as float32 [P, R]; a: float32 [P, Q], b: float32 [Q, R], or what `split` made.
 
-    out: where to put it, instead of a new tensor.
+    All may have one dimension more in front. out: where to put it, instead of a new tensor.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor) and not _on_tensor_cores(a.device):
         return torch.matmul(a, b, out=out)
     if out is None:
-        out = torch.empty(a.shape[0], b.shape[1], device=_device(a))
+        out = torch.empty(*a.shape[:-1], b.shape[-1], device=_device(a))
     return _products(out, a, b, 1.0, add=False)
 
 
@@ -140,26 +145,29 @@ def _stripe(a: Tensor) -> int:
 
 def _products(out: Tensor, a: Operand, b: Operand, alpha: float, add: bool) -> Tensor:
     b = split(b) if isinstance(b, Tensor) else b
-    for start in range(0, out.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
+    count, inner = a.shape[-2:]
+    step = _ROWS if isinstance(a, Tensor) else max(count, 1)
+    for start in range(0, count, step):
+        rows = (..., slice(start, start + step), slice(None))
         part = split(a[rows]) if isinstance(a, Tensor) else a[rows]
         terms = [(part.head, b.head)]  # the largest last: it is rounded least
         if b.tail is not None:
             terms.insert(0, (part.head, b.tail))
         if part.tail is not None:
             terms.insert(0, (part.tail, b.head))
-        if len(terms) > 1 and a.shape[1] <= _SHORT:
+        if len(terms) > 1 and inner <= _SHORT:
             lefts, rights = zip(*terms, strict=True)
-            terms = [(torch.cat(lefts, 1), torch.cat(rights))]
+            terms = [(torch.cat(lefts, -1), torch.cat(rights, -2))]
         for i, (left, right) in enumerate(terms):
-            for first in range(0, max(left.shape[1], 1), _CHAIN):
-                inner = slice(first, first + _CHAIN)
+            for first in range(0, max(left.shape[-1], 1), _CHAIN):
+                chain = slice(first, first + _CHAIN)
                 more = add or i > 0 or first > 0
-                _tf32_product(out[rows], left[:, inner], right[inner], alpha, more)
+                _tf32_product(out[rows], left[..., chain], right[..., chain, :], alpha, more)
     return out
 
 
 def _tf32_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, add: bool) -> None:
     """``out = alpha a b``, or plus `out`; the tensor cores cut operands to 11 bits."""
+    multiply = out.baddbmm_ if out.ndim == 3 else out.addmm_
     with tf32():
-        out.addmm_(a, b, beta=1.0 if add else 0.0, alpha=alpha)
+        multiply(a, b, beta=1.0 if add else 0.0, alpha=alpha)

@@ -60,7 +60,7 @@ from gptq.distributed import join, leave
 from marlin_kernel import NumericalError
 
 workers = join(torch.device("cpu"))
-hessian._SHARED_CHOLESKY = hessian._SHARED = 64
+hessian._BY_PANELS = hessian._SHARED = 64
 for k, panel in ((200, 64), (128, 64), (130, 64), (65, 16)):
     hessian._PANEL = panel
     x = torch.randn(3 * k, k, generator=torch.Generator().manual_seed(k))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptq.distributed import Workers
-from gptq.hessian import _STRIPE, Factor, Hessian, corner_shares, factorize, invert_upper, is_finite
+from gptq.hessian import _STRIPE, Factor, Hessian, factorize, invert_upper, is_finite
 from marlin_kernel import NumericalError
 
 
@@ -81,19 +81,38 @@ def test_error_of_tensor_core_sums(dtype, k):
 
 
 @pytest.mark.gpu
-def test_inverse_of_a_triangle_on_the_gpu():
-    x = torch.randn(4000, 2000, device="cuda")
-    factor = factorize(2 * x.T @ x, 0.01)
-    error = factor.u.double() @ factor.r.double() - torch.eye(2000, device="cuda")
+@pytest.mark.parametrize(("k", "panel"), [(2000, None), (9000, None), (9000, 1024), (5100, 300)])
+def test_factor_on_the_gpu(k, panel, monkeypatch):
+    """R Rᵀ is the damped H, U its inverse: by the library and by panels, corners one by one and
+    together."""
+    if panel is not None:
+        monkeypatch.setattr("gptq.hessian._BY_PANELS", k)
+        monkeypatch.setattr("gptq.hessian._PANEL", panel)
+    x = torch.randn(2 * k, k, device="cuda")
+    h = 2 * x.T @ x
+    factor = factorize(h, 0.01)
+    r = factor.r.double()
+    error = factor.u.double() @ r - torch.eye(k, device="cuda")
     assert float(error.abs().max()) < 1e-3
+    damped = h.double()
+    damped.diagonal().add_(0.01 * damped.diagonal().mean())
+    assert float((r @ r.T - damped).norm() / damped.norm()) < 1e-5
+    assert torch.equal(factor.r, factor.r.triu()) and torch.equal(factor.u, factor.u.triu())
+    h[k // 2, k // 2] = -1.0  # not positive definite, until damping is raised in vain
+    with pytest.raises(NumericalError, match="cannot be factorized"):
+        monkeypatch.setattr("gptq.hessian._MAX_RETRIES", 2)
+        factorize(h, 0.01)
 
 
 @pytest.mark.parametrize("k", [1, 511, 512, 513, 1100, 2300])
-def test_inverse_of_a_triangle(k):
+@pytest.mark.parametrize("batched", [0, 512, 1024])
+def test_inverse_of_a_triangle(k, batched, monkeypatch):
+    monkeypatch.setattr("gptq.hessian._BATCHED", batched)
     r = torch.randn(k, k, dtype=torch.float64).triu() / k**0.5 + 2 * torch.eye(k)
-    u = invert_upper(r.float())
-    assert torch.equal(u, u.triu())
-    torch.testing.assert_close(u.double(), torch.linalg.inv(r), rtol=1e-4, atol=1e-5)
+    for given in (r.float(), r.float().T.contiguous().T):
+        u = invert_upper(given)
+        assert torch.equal(u, u.triu())
+        torch.testing.assert_close(u.double(), torch.linalg.inv(r), rtol=1e-4, atol=1e-5)
 
 
 class Together(Workers):
@@ -102,32 +121,21 @@ class Together(Workers):
     def __init__(self, rank: int, barrier: threading.Barrier, parts: dict):
         self.rank, self.count, self._barrier, self._parts = rank, barrier.parties, barrier, parts
 
-    def gather(self, part, sizes):
-        assert part.shape[1] == sizes[self.rank]
+    def stack(self, part):
+        assert part.is_contiguous()
         self._parts[self.rank] = part
         self._barrier.wait(60)
-        whole = torch.cat([self._parts[rank] for rank in range(self.count)], dim=1)
+        whole = torch.stack([self._parts[rank] for rank in range(self.count)])
         self._barrier.wait(60)
         return whole
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 60), (64, 5), (16384, 12288)])
-def test_workers_get_equal_work_of_a_corner(rows, columns):
-    for count in (1, 2, 3, 4, 7):
-        shares = corner_shares(rows, columns, count)
-        assert len(shares) == count and sum(shares) == columns and min(shares) >= 0
-        work, start = [], 0
-        for share in shares:
-            work.append(sum(2 * x + rows for x in range(start, start + share)))
-            start += share
-        assert max(work) - min(work) <= 2 * (2 * columns + rows)  # a column at either end
-
-
-def test_workers_share_the_inverse_of_a_triangle(monkeypatch):
+@pytest.mark.parametrize("k", [513, 700, 900])
+def test_workers_share_the_inverse_of_a_triangle(k, monkeypatch):
     monkeypatch.setattr("gptq.hessian._LEAF", 64)
     monkeypatch.setattr("gptq.hessian._STEP", 32)
     monkeypatch.setattr("gptq.hessian._SHARED", 128)
-    k = 700
+    monkeypatch.setattr("gptq.hessian._BATCHED", 64)
     r = (torch.randn(k, k).triu() / k**0.5 + 2 * torch.eye(k)).contiguous()
     barrier, parts = threading.Barrier(3), {}
     with ThreadPoolExecutor(3) as pool:
