@@ -40,6 +40,12 @@ struct Dequantizer<weights::float8_e4m3fn, __half> {
   }
 };
 
+// Bytes 0 and 2, and bytes 1 and 3, of a word as bf16, times 2^-120.
+__device__ __forceinline__ void e4m3_over_2_120(uint32_t& even, uint32_t& odd, uint32_t word) {
+  even = ptx::and_or(word << 4, 0x07f007f0, word << 8 & 0x80008000);
+  odd = ptx::and_or(word >> 4, 0x07f007f0, word & 0x80008000);
+}
+
 template <>
 struct Dequantizer<weights::float8_e4m3fn, __nv_bfloat16> : HalfScales<__nv_bfloat16> {
   static constexpr int WORDS = 2;
@@ -47,16 +53,9 @@ struct Dequantizer<weights::float8_e4m3fn, __nv_bfloat16> : HalfScales<__nv_bflo
   static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[2],
                                                   const uint32_t*, int) {
 #pragma unroll
-    for (int row = 0; row < 2; row++) {
-      a[row] = upper_bytes(words[row] << 8);
-      a[row + 2] = upper_bytes(words[row]);
-    }
-  }
-
- private:
-  static __device__ __forceinline__ uint32_t upper_bytes(uint32_t word) {
-    const uint32_t value = ptx::and_or(word >> 4, 0x07f007f0, word & 0x80008000);
-    return ptx::mul2(value, 0x7b807b80, __nv_bfloat16());  // 2^120
+    for (int row = 0; row < 2; row++) e4m3_over_2_120(a[row], a[row + 2], words[row]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = ptx::mul2(a[i], 0x7b807b80, __nv_bfloat16());  // 2^120
   }
 };
 

@@ -28,6 +28,7 @@ constexpr uint32_t kHalfMinus1032 = 0xe408e408;  // {-1032, -1032}
 constexpr uint32_t kHalfSixteenth = 0x2c002c00;  // {1/16, 1/16}
 constexpr uint32_t kHalfMinus72 = 0xd480d480;    // {-72, -72}
 constexpr uint32_t kBf16_128 = 0x43004300;       // {128, 128}
+constexpr uint32_t kBf16_2To127 = 0x7f007f00;    // {2^127, 2^127}
 constexpr uint32_t kBf16Minus136 = 0xc308c308;   // {-136, -136}
 
 // One word to the four registers of an A fragment, values code - 8, exact.
@@ -73,10 +74,11 @@ struct RowScales<__half> {
 template <>
 struct RowScales<__nv_bfloat16> {
   uint32_t high[2], low[2];
-  __device__ __forceinline__ explicit RowScales(uint32_t scales) {
+  // unit: a power of two that multiplies the scales
+  __device__ __forceinline__ explicit RowScales(uint32_t scales, float unit = 1.f) {
     const float2 s = __half22float2(*reinterpret_cast<const __half2*>(&scales));
-    split(s.x, high[0], low[0]);
-    split(s.y, high[1], low[1]);
+    split(s.x * unit, high[0], low[0]);
+    split(s.y * unit, high[1], low[1]);
   }
   __device__ __forceinline__ void apply(uint32_t (&a)[4]) const {
 #pragma unroll

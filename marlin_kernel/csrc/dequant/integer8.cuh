@@ -3,10 +3,9 @@
 // Bytes of a word: k, k + 8, k + 1, k + 9 of one feature (FORMAT.md). Bytes 0 and 2 are the pair of
 // one register, bytes 1 and 3 that of another.
 //   fp16: prmt puts 0x64 above each byte: 1024 + q, and subtracting 1024 + z is exact.
-//   bf16: has seven bits below its leading one, so the upper bit h of q = 128 h + l goes to the
-//     constant: (128 + l) - (h ? 128 : 256) = q - 128. With 0xc380 = -256 and h in bit 7, the
-//     constant is 0xc380 ^ (q & 0x80). A zero point becomes z - 128 likewise, and
-//     (q - 128) - (z - 128) has at most eight significant bits: exact.
+//   bf16: a number whose upper byte is zero is its lower byte * 2^-133, since subnormals and the
+//     first normal numbers have the same unit. So q is there as it lies, and one fused multiply-add
+//     makes (q - 128) / 64 of it, or (q - z) / 64: eight significant bits at most, exact.
 // Zero points of a lane's eight features are the bytes of two words, in order of features.
 #pragma once
 
@@ -25,11 +24,14 @@ __device__ __forceinline__ uint32_t byte_pair_plus_1024(uint32_t word, uint32_t 
   return ptx::permute_bytes(word, 0x64646464, selector);
 }
 
-// Bytes 0 and 2 of `word` as bf16, minus 128.
-__device__ __forceinline__ uint32_t byte_pair_minus_128(uint32_t word) {
-  const uint32_t low = ptx::and_or(word, 0x007f007f, kBf16_128);
-  const uint32_t offset = (word & 0x00800080) ^ 0xc380c380;
-  return ptx::add2(low, offset, __nv_bfloat16());
+constexpr uint32_t kBf16Minus2To127 = 0xff00ff00;
+constexpr uint32_t kBf16MinusTwo = 0xc000c000;  // {-2, -2}
+
+// (q + 64 offset) / 64 of bytes 0 and 2, and of bytes 1 and 3, of a word.
+__device__ __forceinline__ void bytes_over_64(uint32_t& even, uint32_t& odd, uint32_t word,
+                                              uint32_t offset) {
+  even = ptx::fma2(word & 0x00ff00ff, kBf16_2To127, offset, __nv_bfloat16());
+  odd = ptx::fma2(ptx::permute_bytes(word, 0, 0x4341), kBf16_2To127, offset, __nv_bfloat16());
 }
 
 template <>
@@ -49,14 +51,11 @@ struct Dequantizer<weights::uint8b128, __half> : HalfScales<__half> {
 template <>
 struct Dequantizer<weights::uint8b128, __nv_bfloat16> : HalfScales<__nv_bfloat16> {
   static constexpr int WORDS = 2;
-  static constexpr float UNIT = 1.f, SCALED_UNIT = 1.f;
+  static constexpr float UNIT = 64.f, SCALED_UNIT = 64.f;
   static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[2],
                                                   const uint32_t*, int) {
 #pragma unroll
-    for (int row = 0; row < 2; row++) {
-      a[row] = byte_pair_minus_128(words[row]);
-      a[row + 2] = byte_pair_minus_128(words[row] >> 8);
-    }
+    for (int row = 0; row < 2; row++) bytes_over_64(a[row], a[row + 2], words[row], kBf16MinusTwo);
   }
 };
 
@@ -81,7 +80,7 @@ struct Dequantizer<weights::uint8, __half> : HalfScales<__half> {
 template <>
 struct Dequantizer<weights::uint8, __nv_bfloat16> : HalfScales<__nv_bfloat16> {
   static constexpr int WORDS = 2;
-  static constexpr float UNIT = 1.f, SCALED_UNIT = 1.f;
+  static constexpr float UNIT = 64.f, SCALED_UNIT = 64.f;
   static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[2],
                                                   const uint32_t* zeros, int j) {
 #pragma unroll
@@ -89,9 +88,8 @@ struct Dequantizer<weights::uint8, __nv_bfloat16> : HalfScales<__nv_bfloat16> {
       const int index = 2 * j + row;
       const uint32_t byte =
           ptx::permute_bytes(zeros[index / 4], 0, 0x4040 | index % 4 | (index % 4) << 8);
-      const uint32_t z = byte_pair_minus_128(byte) ^ 0x80008000;
-      a[row] = ptx::add2(byte_pair_minus_128(words[row]), z, __nv_bfloat16());
-      a[row + 2] = ptx::add2(byte_pair_minus_128(words[row] >> 8), z, __nv_bfloat16());
+      const uint32_t z = ptx::mul2(byte, kBf16Minus2To127, __nv_bfloat16());
+      bytes_over_64(a[row], a[row + 2], words[row], z);
     }
   }
 };

@@ -7,12 +7,12 @@
 //   ScalePair<Weight>::get(words, j)   scales of rows g and g + 8 of row tile j, as fp32
 // With j = 0, scales and zero points of these two rows may stand alone in the lowest bits.
 //
-// uint4b8 to bf16, SCALED (the others lack the registers for its constants): a bf16 whose upper byte is
-// zero is its lower byte * 2^-133, since subnormals and the first normal numbers have the same unit. So
+// uint4b8 to bf16, SCALED (the others lack the registers for its constants): as in dequant/integer8.cuh
 // the nibbles in bits 0-3 and 4-7 are q * 2^-133 and q * 2^-129 as they lie, and one fused multiply-add
 // makes (q - 8) / 64 of either: one shift for a word instead of three.
 //
-// float8_e4m3fn to fp16: Hopper converts two bytes at once.
+// float8_e4m3fn to fp16: Hopper converts two bytes at once. To bf16, SCALED: scales bring 2^111 of the
+// 2^120 that registers lack (an fp16 scale has room for so much in bf16), the output the rest.
 //
 // float4_e2m1f: a table of the eight magnitudes in two registers, from which prmt picks four bytes by
 // the nibbles of a selector. In fp16 a magnitude is its upper byte alone; bf16 needs a second table.
@@ -86,7 +86,7 @@ struct Operand : Dequantizer<Weight, Scalar> {
   }
 };
 
-constexpr uint32_t kBf16_2To127 = 0x7f007f00, kBf16_2To123 = 0x7d007d00;
+constexpr uint32_t kBf16_2To123 = 0x7d007d00;
 constexpr uint32_t kBf16MinusEighth = 0xbe00be00;
 
 template <>
@@ -116,6 +116,22 @@ struct Operand<weights::float8_e4m3fn, __half, SCALED> : HalfScales<__half> {
       a[row] = ptx::e4m3_pair_to_half2(pairs, false);
       a[row + 2] = ptx::e4m3_pair_to_half2(pairs, true);
     }
+  }
+};
+
+template <>
+struct Operand<weights::float8_e4m3fn, __nv_bfloat16, true> {
+  using Tables = NoTables;
+  static constexpr float UNIT = 1329227995784915872903807060280344576.f;  // 2^120
+  static constexpr float SCALED_UNIT = 512.f;                             // 2^9
+  static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[2],
+                                                  const uint32_t*, int, const Tables&) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) e4m3_over_2_120(a[row], a[row + 2], words[row]);
+  }
+  static __device__ __forceinline__ void apply(uint32_t (&a)[4], const uint32_t* scales, int j) {
+    constexpr float k2To111 = 2596148429267413814265248164610048.f;
+    RowScales<__nv_bfloat16>(scales[j], k2To111).apply(a);
   }
 };
 
