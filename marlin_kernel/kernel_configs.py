@@ -201,7 +201,8 @@ class GemmConfig:
     tokens: of a tile; m_tiles: 64-feature tiles of each warpgroup; stages: of the ring;
     blocks_per_sm: blocks that registers must leave room for; stage_tiles: 64-k tiles of a stage (1
     or 2); scale_sums: scales multiply the sums of a group instead of the weights; split: parts of
-    the k range, when blocks share a tile of outputs; cluster: those blocks form a cluster and add
+    the k range, when blocks share a tile of outputs; 0: blocks get equal stretches of k of the
+    tiles that are split, wherever these begin and end; cluster: those blocks form a cluster and add
     in its shared memory (otherwise in global memory, and split is an argument of the launch); tail:
     only tiles of the last, incomplete round over the multiprocessors are split; warpgroups: that
     multiply, 2 to 4.
@@ -235,7 +236,7 @@ class GemmConfig:
             self.tokens,
             self.warpgroups,
             self.m_tiles,
-            self.split if self.cluster else 1,
+            self.split if self.cluster else min(self.split, 1),
             self.stages,
             self.blocks_per_sm,
             self.stage_tiles,
@@ -278,6 +279,13 @@ class GemmConfig:
         slots = multiprocessors * self.blocks_per_sm
         return tiles // slots * slots if self.tail else 0
 
+    def parts(self, m: int, column_tiles: int, multiprocessors: int = 132) -> int:
+        """Parts of a tile that is split, at most."""
+        if self.split:
+            return self.split
+        split = self.tiles(m, column_tiles) - self.whole_tiles(m, column_tiles, multiprocessors)
+        return -(-multiprocessors * self.blocks_per_sm // split) + 1 if split else 1
+
     def grid(
         self,
         m: int,
@@ -289,7 +297,8 @@ class GemmConfig:
     ) -> tuple[int, int, int]:
         """Blocks of a launch."""
         whole = self.whole_tiles(m, column_tiles, multiprocessors)
-        items = whole + (self.tiles(m, column_tiles) - whole) * self.split
+        each = self.split or -(-k_tiles // self.stage_tiles)  # of a tile that is split
+        items = whole + (self.tiles(m, column_tiles) - whole) * each
         if self.cluster:
             return (items, 1, 1)
         return (min(items, multiprocessors * self.blocks_per_sm), 1, 1)
@@ -299,7 +308,8 @@ class GemmConfig:
         if self.split == 1 or self.cluster:
             return 0, 0
         tiles = self.tiles(m, column_tiles) - self.whole_tiles(m, column_tiles, multiprocessors)
-        return tiles * self.split * self.columns * TILE_N * self.tokens, self.warpgroups * tiles
+        parts = self.parts(m, column_tiles, multiprocessors)
+        return tiles * parts * self.columns * TILE_N * self.tokens, self.warpgroups * tiles
 
     def fits(self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8") -> bool:
         if group_size == 16 and self.scale_sums:
@@ -462,6 +472,8 @@ _GEMM_SHAPES_16 = (
     (16, 2, 4, 1, 2, False),
 )
 _SPLITS = (2, 3, 4, 5, 6, 8)
+_SPREAD_TOKENS = 128  # of tiles whose last round is spread evenly
+_SPREAD_PARTS = 8  # of a tile, more of which take longer to add than they save
 _MANY_TOKENS = 1024  # from here on more of them change nothing
 _FEW_TOKENS = 4  # up to so many, the small-batch kernel was the faster one at every shape measured
 _INVARIANT_SHAPES = ((32, 4, 2), (64, 4, 2), (128, 3, 1))  # tokens, stages, blocks_per_sm
@@ -491,6 +503,8 @@ def supported_configs(weight_type: str = "uint4b8") -> tuple[KernelConfig, ...]:
             configs += [
                 GemmConfig(*shape, split, tail=True, warpgroups=groups) for split in _SPLITS
             ]
+        if shape[0] >= _SPREAD_TOKENS and groups == 2:
+            configs.append(GemmConfig(*shape, split=0, tail=True))
     for tokens, stages, blocks in _INVARIANT_SHAPES:
         configs += [GemmConfig(tokens, 1, stages, blocks, 2, False, s) for s in (1, 2, 4)]
     return tuple(dict.fromkeys(configs))
@@ -638,12 +652,16 @@ def _estimate_gemm(
         cycles *= _SCALED_WEIGHTS
     tiles = config.tiles(m, column_tiles)
     slots = multiprocessors * resident
-    blocks, whole_rounds = tiles * config.split, 0
+    blocks, whole_rounds, parts = tiles * config.split, 0, float(config.split)
     if config.tail:
-        blocks = tiles % slots * config.split
-        if tiles < slots or not blocks:
+        last = tiles % slots
+        blocks, whole_rounds = last * config.split, tiles // slots
+        if not last or (config.split and not whole_rounds):
             return math.inf
-        whole_rounds = tiles // slots
+        if not config.split:
+            blocks, parts = slots, slots / last
+            if parts > _SPREAD_PARTS:
+                return math.inf
     if config.cluster:
         slots = resident_clusters(config.split, resident, multiprocessors) * config.split
     rounds = -(-blocks // slots)
@@ -652,7 +670,7 @@ def _estimate_gemm(
         cycles *= _LONELY
     if config.warpgroups == 3:
         cycles *= _THREE_WARPGROUPS
-    steps = on_busiest * -(-k_tiles // config.split) + whole_rounds * resident * k_tiles
+    steps = on_busiest * -(-k_tiles // parts) + whole_rounds * resident * k_tiles
     compute = steps * columns * cycles / _CLOCK
     weights = k_tiles * column_tiles * _read_bytes(weight_type)
     activations = tiles * k_tiles * min(m, tokens) * TILE_K * 2
@@ -661,7 +679,7 @@ def _estimate_gemm(
     reduction = 0.0
     if config.cluster:
         reduction = _CLUSTER_SUM + floats * config.split * _CLUSTER_SUM_PER_FLOAT
-    elif config.split > 1:
+    elif parts != 1:
         reduction = _MEMORY_SUM + blocks * columns * TILE_N * tokens * _MEMORY_SUM_PER_FLOAT
     each_round = (_ROUND if config.cluster else _PERSISTENT_ROUND) + floats * _OUTPUT_PER_FLOAT
     return (

@@ -3,6 +3,7 @@
 Interface for `marlin_kernel.ops` (everything else here is private to kernels and tuning):
     supports(...)  can this device run this weight type? (no compilation)
     gemm(...)      out = a @ W (+ bias), W as sm90_layout.kernel_tensors left it
+    product(...)   how gemm multiplies so many rows: its `multiply`, for callers that ask often
 
 A launch costs a dictionary look-up, packing of one argument block and one driver call: kernels are
 launched through plans that hold the function, the launch attributes and the argument buffers. Plans
@@ -247,14 +248,14 @@ class _ProductPlan(Plan):
         self._memory: Workspace | None = None  # that they had in the last call
         self._mapped: tuple[int, int] | None = None  # address and stride in the tensor map
         self._box: tuple[str, int, int, int] | None = None  # what else the map is made of
-        whole_tiles = 0  # of the warpgroup kernel: tiles that are not split
+        split, whole_tiles = config.split, 0  # of the warpgroup kernel: tiles that are not split
         if isinstance(config, GemmConfig):
             size = (m, column_tiles, multiprocessors(index))
-            whole_tiles = config.whole_tiles(*size)
+            split, whole_tiles = config.parts(*size), config.whole_tiles(*size)
             self._workspace = config.workspace(*size)
             self._box = (dtype, m, k, config.tokens)
         self._row_stride = -(-k // 8) * 8 if m == 1 else k  # that of a single row means nothing
-        self._sizes = (m, n, k, column_tiles, k_tiles, config.split, whole_tiles)
+        self._sizes = (m, n, k, column_tiles, k_tiles, split, whole_tiles)
 
     def multiply(
         self,
@@ -281,7 +282,7 @@ class _ProductPlan(Plan):
                     self._memory = None if capturing else memory  # a graph's must not be kept
                 partials, counters = memory.addresses
             if address % 16 or stride % 8:  # tensor copies need rows that start on 16 bytes
-                a = _aligned_rows(a)
+                a = aligned_rows(a)
                 address, stride = a.data_ptr(), a.stride(0)
             if self._mapped != (address, stride):
                 self._mapped = None
@@ -435,7 +436,7 @@ def _tensor_map(address: int, dtype: str, m: int, k: int, row_bytes: int, tokens
     return ctypes.string_at(encoded.getPtr(), _TENSOR_MAP_BYTES)
 
 
-def _aligned_rows(a: Tensor) -> Tensor:
+def aligned_rows(a: Tensor) -> Tensor:
     """A copy of `a` [..., k] as [M, k] whose rows start on 16 bytes."""
     k = a.shape[-1]
     rows = a.reshape(-1, k)

@@ -91,7 +91,7 @@ def commit() -> str | None:
 
 
 def commit_and_environment(device: torch.device) -> dict[str, object]:
-    """ "commit", once and from `commit`, and "environment", the versions and hardware, for JSON."""
+    """For JSON: "commit", once and from `commit`, and "environment", versions and hardware."""
     from gptq.run import environment
 
     facts = {name: fact for name, fact in environment(device).items() if name != "commit"}

@@ -67,6 +67,7 @@ CONFIGS = (  # scales on sums and on weights, one and two tiles of 64 k in a sta
     GemmConfig(64, 2, 8, 1, 1, False),
     GemmConfig(64, 2, 5, 1, 2, True),
     GemmConfig(128, 1, 3, 1, 2, False, warpgroups=3),
+    GemmConfig(128, 1, 3, 1, 2, False, split=0, tail=True),
 )
 DECODE_CONFIG = DecodeConfig(1, 2, 4, 2, 4, 1)
 SPARSE_CONFIGS = (

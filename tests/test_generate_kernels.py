@@ -654,6 +654,7 @@ def test_sm90_launches_as_python_does(
             floats, counters = config.workspace(m, column_tiles)
             assert (plan.partial_bytes, plan.counter_bytes) == (4 * floats, 4 * counters)
             assert plan.whole_tiles == config.whole_tiles(m, column_tiles)
+            assert plan.splits == config.parts(m, column_tiles)
             assert plan.cluster == (config.split if config.cluster else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import re
 from dataclasses import asdict
@@ -23,7 +24,7 @@ SHAPES = list(
         config.source("float16", 128).expression: config
         for config in kernel_configs.supported_configs()
         if config.fits(1, 64, 128)
-        and (config.split == 1 or (config.split == 4 and getattr(config, "cluster", True)))
+        and (config.split < 2 or (config.split == 4 and getattr(config, "cluster", True)))
     }.values()
 )
 VARIANTS = [("bfloat16", 128), ("float16", 32), ("bfloat16", 32), ("float16", -1), ("float16", 64)]
@@ -110,7 +111,7 @@ def test_types_compile(weight_type: str) -> None:
         fitting = [
             config
             for config in kernel_configs.supported_configs(weight_type)
-            if config.split == 1 and config.fits(1, 64, group_size, weight_type)
+            if config.split < 2 and config.fits(1, 64, group_size, weight_type)
         ]
         assert {type(config) for config in fitting} == {DecodeConfig, GemmConfig}
         for config in fitting[i :: len(sets)][:3]:
@@ -369,6 +370,32 @@ def test_choice_for_act_order() -> None:
     one_token = kernel_configs.select_for_act_order(1, 64, 64, 128)
     assert one_token.gathers, "of the tuned table"
     assert not kernel_configs.select_for_act_order(1, 64, 64, 128, batch_invariant=True).gathers
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 7, 132])
+def test_shares_of_the_last_tiles(multiprocessors: int) -> None:
+    """Blocks get stretches of k that differ by one stage at most, and workspace for all parts."""
+    config = GemmConfig(128, 1, 3, 1, 2, False, split=0, tail=True)
+    for m, k_tiles, column_tiles in ((1, 1, 1), (300, 3, 9), (256, 64, 192), (512, 65, 344)):
+        tiles = config.tiles(m, column_tiles)
+        whole = config.whole_tiles(m, column_tiles, multiprocessors)
+        stages = -(-k_tiles // config.stage_tiles)
+        total = (tiles - whole) * stages
+        (blocks, *_) = config.grid(m, k_tiles, column_tiles, 128, multiprocessors)
+        assert whole % multiprocessors == 0 and tiles - whole < multiprocessors
+        assert blocks == min(multiprocessors, whole + total)
+        sharing = min(blocks, total)
+        begins = [total * block // max(sharing, 1) for block in range(sharing + 1)]
+        parts = [
+            sum(
+                b < (tile + 1) * stages and e > tile * stages for b, e in itertools.pairwise(begins)
+            )
+            for tile in range(tiles - whole)
+        ]
+        most = config.parts(m, column_tiles, multiprocessors)
+        assert max(parts, default=1) <= most
+        floats, counters = config.workspace(m, column_tiles, multiprocessors)
+        assert floats == (tiles - whole) * most * 128 * 128 and counters == 2 * (tiles - whole)
 
 
 def test_unfit_configurations_say_so() -> None:

@@ -32,6 +32,8 @@ GEMM_CONFIGS = (
     GemmConfig(16, 1, 3, 1, stage_tiles=2, scale_sums=True),
     GemmConfig(64, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2),
     GemmConfig(64, 2, 2, 1, stage_tiles=1, scale_sums=False, split=3, tail=True),
+    GemmConfig(16, 1, 3, 1, stage_tiles=1, scale_sums=True, split=0, tail=True),
+    GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=0, tail=True),
     GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=4),
     GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=3),
     GemmConfig(16, 1, 4, 1, stage_tiles=1, scale_sums=True, split=2, cluster=True, warpgroups=3),
@@ -39,7 +41,10 @@ GEMM_CONFIGS = (
 
 # M, N, K, multiprocessors
 DECODE_SHAPES = ((1, 64, 64, 1), (8, 301, 333, 1), (3, 200, 1088, 1), (15, 130, 448, 1))
-GEMM_SHAPES = ((1, 64, 64, 1), (17, 301, 333, 3), (65, 520, 448, 2), (130, 200, 320, 3))
+GEMM_SHAPES = (
+    *((1, 64, 64, 1), (17, 301, 333, 3), (65, 520, 448, 2), (130, 200, 320, 3)),
+    (40, 301, 333, 5),  # the last tiles are fewer than multiprocessors
+)
 
 
 def kernels(dtype: torch.dtype) -> list[Kernel]:
@@ -130,6 +135,11 @@ MUTANTS = (
         torch.float16,
         64,
     ),
+    Kernel(
+        GemmConfig(16, 1, 3, 1, stage_tiles=1, scale_sums=True, split=0, tail=True),
+        torch.float16,
+        64,
+    ),
 )
 # What a careless edit may break: (header, text, replacement). Each must be noticed.
 MUTATIONS = {
@@ -192,13 +202,23 @@ MUTATIONS = {
     ),
     "gemm: parts are added before the last has arrived": (
         "sm90/gemm.cuh",
-        "const bool last = shared_.arrivals[group_] == p_.split - 1;",
-        "const bool last = shared_.arrivals[group_] == p_.split - 2;",
+        "const bool last = shared_.arrivals[group_] == parts_of(item) - 1;",
+        "const bool last = shared_.arrivals[group_] == parts_of(item) - 2;",
     ),
     "gemm: the counter is not reset": (
         "sm90/gemm.cuh",
-        "if (before == p_.split - 1) *counter = 0;",
+        "if (before == parts_of(item) - 1) *counter = 0;",
         "",
+    ),
+    "gemm: a share of the last tiles ends before the next begins": (
+        "sm90/gemm.cuh",
+        "items = share_begin(blockIdx.x + 1, p);",
+        "items = share_begin(blockIdx.x + 1, p) - (blockIdx.x == 0);",
+    ),
+    "gemm: a tile counts on a part that no block has": (
+        "sm90/gemm.cuh",
+        "((stage + 1u) * sharers(p) - 1)",
+        "((stage + 2u) * sharers(p) - 1)",
     ),
     "gemm: sums overwrite a ring that is still read": (
         "sm90/gemm.cuh",

@@ -293,10 +293,8 @@ class FakeKernels:
         batch_invariant=False,
         **more,
     ):
-        assert a.is_contiguous() or (a.dim() == 2 and a.stride(1) == 1)
-        assert out.is_contiguous() and out.numel() // n == a.numel() // k
+        assert a.dim() == 2 and a.stride(1) == 1 and out.shape == (a.shape[0], n)
         self.taken.append(a)
-        a, out = a.reshape(-1, k), out.view(-1, n)
         self.calls.append((k, n, k_padded, n_padded, max(group_size, 0), batch_invariant))
         spec_group = k if group_size <= 0 else group_size
         assert more["weight_type"] == "uint4b8"
@@ -314,7 +312,10 @@ class FakeKernels:
         assert (dtype, index, act_order) == (torch.float16, -1, False)
 
         def multiply(a, b, s, bias, out, global_scale, perm):
-            assert m == out.numel() // sizes.n and perm is global_scale is None
+            assert perm is global_scale is None
+            assert a.is_contiguous() or (a.dim() == 2 and a.stride(1) == 1)
+            assert out.is_contiguous() and out.numel() == m * sizes.n
+            a, out = a.reshape(-1, sizes.k), out.view(-1, sizes.n)
             more = {"weight_type": sizes.weight_type}
             self.gemm(a, b, s, bias, out, *sizes[:5], batch_invariant, **more)
 

@@ -490,15 +490,19 @@ static int marlin_lay_out_sm90(const marlin_device* device, const marlin_kernel*
       (long long)marlin_ceil_div(column_tiles, columns) * marlin_ceil_div(m, kernel->tile_m);
   const long long slots = (long long)device->multiprocessors * kernel->blocks_per_processor;
   const long long whole = kernel->split == 1 ? tiles : kernel->tail ? tiles / slots * slots : 0;
-  const long long items = whole + (tiles - whole) * kernel->split;
+  const long long last = tiles - whole; /* tiles that are split */
+  /* A split of 0 gives every block an equal stretch of the stages of these tiles. */
+  const long long each =
+      kernel->split > 0 ? kernel->split : marlin_ceil_div(k_tiles, kernel->tile_k / 64);
+  const long long items = whole + last * each;
   if (items > INT_MAX) return 0;
+  if (kernel->split == 0) plan->splits = last > 0 ? (int)((slots + last - 1) / last) + 1 : 1;
   plan->whole_tiles = (int)whole;
   plan->grid_x = (unsigned)(kernel->cluster > 1 || items < slots ? items : slots);
   plan->shared_bytes = (unsigned)kernel->shared_bytes;
-  if (kernel->split > 1 && kernel->cluster == 1) {
-    plan->partial_bytes =
-        (size_t)((tiles - whole) * kernel->split) * kernel->tile_n * kernel->tile_m * 4;
-    plan->counter_bytes = (size_t)(kernel->counters_per_tile * (tiles - whole)) * 4;
+  if (kernel->split != 1 && kernel->cluster == 1) {
+    plan->partial_bytes = (size_t)(last * plan->splits) * kernel->tile_n * kernel->tile_m * 4;
+    plan->counter_bytes = (size_t)(kernel->counters_per_tile * last) * 4;
   }
   return 1;
 }

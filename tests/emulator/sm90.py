@@ -90,8 +90,9 @@ class Sm90Library:
         column_tiles, k_tiles = n_padded // TILE_N, k_padded // TILE_K
         split, whole_tiles, floats, counts = 1, 0, 0, 0
         if isinstance(config, GemmConfig):
-            split, whole_tiles = config.split, config.whole_tiles(m, column_tiles, blocks)
-            floats, counts = config.workspace(m, column_tiles, blocks)
+            size = (m, column_tiles, blocks)
+            split, whole_tiles = config.parts(*size), config.whole_tiles(*size)
+            floats, counts = config.workspace(*size)
         entry = getattr(self._library, f"run_{_entry(config)}")
         types = (kernel.group_size, kernel.weight_type)
         grid = config.grid(m, k_tiles, column_tiles, types[0], blocks, types[1])

@@ -35,6 +35,9 @@ __device__ __forceinline__ void pin_registers(float (&r)[Count]) {
 #pragma unroll
   for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
+// The same; and what was computed from it before is computed again where it is needed behind this
+// point, instead of being kept.
+__device__ __forceinline__ void pin_register(int& r) { asm volatile("" : "+r"(r)::"memory"); }
 
 // Descriptor of a K-major operand with the 128-byte swizzle: rows of 128 bytes, 8 of them (1024
 // bytes, so aligned) per atom. The start advances by 32 bytes per k step of 16.

@@ -9,9 +9,10 @@
 // Copies of weights start before the preceding kernel has ended; activations wait for it.
 //
 // Blocks are persistent and walk over work items: a tile, or one of `split` parts of a tile's k
-// range. Parts are added in order of k: through the shared memory of a cluster (CLUSTER == split;
-// faster, but clusters do not fit on every multiprocessor), or through global memory by whoever
-// finishes the last part (nothing waits for another block).
+// range, or (SPREAD) the stretches of tiles that a block's equal share of the last tiles consists of.
+// Parts are added in order of k: through the shared memory of a cluster (CLUSTER == split; faster,
+// but clusters do not fit on every multiprocessor), or through global memory by whoever finishes the
+// last part (nothing waits for another block).
 #pragma once
 
 #include "dequant/operand.cuh"
@@ -49,6 +50,7 @@ struct WorkItem {
   static constexpr int kBand = 8;
   int part, parts;  // of the tile's k range
   int shared_tile;  // number of the tile among those that are split
+  int begin, end;   // SPREAD: of the tile's stages
   int column_block, token_block;
   __device__ __forceinline__ WorkItem(int item, int whole_tiles, int split, int column_blocks,
                                       int token_blocks) {
@@ -70,14 +72,19 @@ struct WorkItem {
   }
 };
 
-// The items of this block.
+// The items of this block. They are numbered: whole tiles first, then parts, or (SPREAD) the stages
+// of the tiles that are split, one after another, of which each block has an equal share.
 template <class Config>
 struct Walk {
   int item, items;
   template <class Problem>
   __device__ __forceinline__ explicit Walk(const Problem& p)
-      : item(static_cast<int>(blockIdx.x)),
-        items(p.whole_tiles + (column_blocks(p) * token_blocks(p) - p.whole_tiles) * p.split) {}
+      : item(static_cast<int>(blockIdx.x)), items(p.whole_tiles + split_tiles(p) * p.split) {
+    if constexpr (Config::SPREAD) {
+      items = share_begin(blockIdx.x + 1, p);
+      if (item >= p.whole_tiles) item = share_begin(blockIdx.x, p);
+    }
+  }
   template <class Problem>
   static __device__ __forceinline__ int column_blocks(const Problem& p) {
     return ceil_div(p.column_tiles, Config::COLUMNS);
@@ -86,18 +93,73 @@ struct Walk {
   static __device__ __forceinline__ int token_blocks(const Problem& p) {
     return ceil_div(p.m, Config::TOKENS);
   }
+  template <class Problem>
+  static __device__ __forceinline__ int split_tiles(const Problem& p) {
+    return column_blocks(p) * token_blocks(p) - p.whole_tiles;
+  }
+  template <class Problem>
+  static __device__ __forceinline__ int stages(const Problem& p) {  // of a tile
+    return ceil_div(p.k_tiles, Config::STAGE_TILES);
+  }
   __device__ __forceinline__ bool done() const { return item >= items; }
-  __device__ __forceinline__ void next() { item += static_cast<int>(gridDim.x); }
+  template <class Problem>
+  __device__ __forceinline__ void next(const Problem& p) {
+    if (!Config::SPREAD || item < p.whole_tiles) {
+      item += static_cast<int>(gridDim.x);
+      if (Config::SPREAD && item >= p.whole_tiles) item = share_begin(blockIdx.x, p);
+    } else {  // the next tile, as far as the share goes
+      const int behind = item - p.whole_tiles;
+      item = min(item + stages(p) - behind % stages(p), items);
+    }
+  }
   template <class Problem>
   __device__ __forceinline__ WorkItem get(const Problem& p) const {
-    return WorkItem(item, p.whole_tiles, p.split, column_blocks(p), token_blocks(p));
+    const int split = Config::SPREAD ? stages(p) : p.split;
+    WorkItem work(item, p.whole_tiles, split, column_blocks(p), token_blocks(p));
+    if constexpr (Config::SPREAD) {
+      work.begin = 0;
+      work.end = split;
+      if (item >= p.whole_tiles) {  // the part so far is the first stage
+        const int first = work.shared_tile * split, owner = owner_of(first, p);
+        work.begin = work.part;
+        work.end = min(split, items - p.whole_tiles - first);
+        work.part = static_cast<int>(blockIdx.x) - owner;
+        work.parts = owner_of(first + split - 1, p) - owner + 1;
+      }
+    }
+    return work;
+  }
+
+ private:
+  // Stages of the tiles that are split, and blocks that have a share of them: the first ones.
+  template <class Problem>
+  static __device__ __forceinline__ unsigned split_stages(const Problem& p) {
+    return split_tiles(p) * stages(p);
+  }
+  template <class Problem>
+  static __device__ __forceinline__ unsigned sharers(const Problem& p) {
+    return min(gridDim.x, split_stages(p));
+  }
+  // Number of the first item of a block's share, where that of the block before it ends. Products
+  // stay below 2^32: split tiles and blocks are at most as many as fit on the GPU together.
+  template <class Problem>
+  static __device__ __forceinline__ int share_begin(unsigned block, const Problem& p) {
+    const unsigned count = sharers(p);
+    if (count == 0) return p.whole_tiles;
+    return p.whole_tiles + static_cast<int>(split_stages(p) * min(block, count) / count);
+  }
+  // The block whose share holds a stage: the last one whose share begins at or before it.
+  template <class Problem>
+  static __device__ __forceinline__ int owner_of(int stage, const Problem& p) {
+    return static_cast<int>(((stage + 1u) * sharers(p) - 1) / split_stages(p));
   }
 };
 
 // K tiles of a work item: whole stages, but for the last one of an odd number.
 template <class Config, class Problem>
 __device__ __forceinline__ Range k_range_of(const WorkItem& item, const Problem& p) {
-  Range range(ceil_div(p.k_tiles, Config::STAGE_TILES), item.part, item.parts);
+  Range range(Walk<Config>::stages(p), item.part, item.parts);
+  if constexpr (Config::SPREAD) range.begin = item.begin, range.end = item.end;
   range.begin *= Config::STAGE_TILES;
   range.end = min(range.end * Config::STAGE_TILES, p.k_tiles);
   return range;
@@ -135,7 +197,7 @@ class Feeder {
     __device__ __forceinline__ void advance(const Problem<Scalar>& p) {
       k_tile += Config::STAGE_TILES;
       if (k_tile >= k_end) {
-        walk.next();
+        walk.next(p);
         enter_item(p);
       }
     }
@@ -271,19 +333,26 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     bool waited = false;
-    for (Walk<Config> walk(p_); !walk.done(); walk.next()) {
-      const WorkItem item = walk.get(p_);
+    for (Walk<Config> walk(p_); !walk.done(); walk.next(p_)) {
+      WorkItem item = walk.get(p_);
       multiply(item);
+      if constexpr (Config::SPREAD) item = again(walk);
       if (!waited) ptx::wait_for_predecessors();  // they may still read what is overwritten here
       waited = true;
       if constexpr (Config::CLUSTER > 1)
         add_cluster(item);
       else if (item.parts == 1 || add_parts(item))
-        write_tile(item);
+        write_tile(Config::SPREAD ? again(walk) : item);
     }
   }
 
  private:
+  // The item, worked out once more: there are no registers in which to keep its parts.
+  __device__ __forceinline__ WorkItem again(Walk<Config>& walk) const {
+    ptx::pin_register(walk.item);
+    return walk.get(p_);
+  }
+
   // ---- mainloop ----
   __device__ __forceinline__ void multiply(const WorkItem& item) {
 #pragma unroll
@@ -495,6 +564,10 @@ class Consumer {
   }
 
   // ---- tiles in several parts ----
+  __device__ __forceinline__ int parts_of(const WorkItem& item) const {
+    return Config::SPREAD ? item.parts : p_.split;
+  }
+
   // Leave this part's sums in global memory. Whoever finishes the last part of a tile adds them in
   // order of k into total_, and gets true. The warpgroups of a block do this independently.
   __device__ __forceinline__ bool add_parts(const WorkItem& item) {
@@ -513,11 +586,11 @@ class Consumer {
     if (lane == 0) {
       const int before = ptx::atomic_add(counter, 1);
       ptx::device_fence();
-      if (before == p_.split - 1) *counter = 0;
+      if (before == parts_of(item) - 1) *counter = 0;
       shared_.arrivals[group_] = before;
     }
     ptx::named_sync(1 + group_, kWarpgroupThreads);
-    const bool last = shared_.arrivals[group_] == p_.split - 1;
+    const bool last = shared_.arrivals[group_] == parts_of(item) - 1;
     ptx::named_sync(1 + group_, kWarpgroupThreads);  // read before the next item overwrites it
     if (!last) return false;
     ptx::device_fence();
@@ -530,7 +603,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll(kRoom / kAtOnce)
-      for (int part = 0; part < p_.split; ++part) {
+      for (int part = 0; part < parts_of(item); ++part) {
         const float4* theirs = parts + (part * kQuads + first) * kWarpgroupThreads;
         float4 v[kAtOnce];
 #pragma unroll

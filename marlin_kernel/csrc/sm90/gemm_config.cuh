@@ -13,7 +13,8 @@ template <class Weight_,       // of common/weight_types.cuh
           int TOKENS_,         // tokens of a tile
           int WARPGROUPS_,     // that multiply: 2 to 4
           int M_TILES_,        // 64-feature tiles of each warpgroup: 1 or 2
-          // blocks of a cluster that share a tile's k range; 1: see Problem::split
+          // blocks of a cluster that share a tile's k range; 1: see Problem::split; 0: the last tiles
+          // are shared by all blocks in equal stretches of k, see Walk
           int CLUSTER_,
           int STAGES_,         // of the ring
           int BLOCKS_PER_SM_,  // blocks that the registers must leave room for
@@ -27,7 +28,8 @@ struct GemmConfig {
   static constexpr int TOKENS = TOKENS_;
   static constexpr int WARPGROUPS = WARPGROUPS_;
   static constexpr int M_TILES = M_TILES_;
-  static constexpr int CLUSTER = CLUSTER_;
+  static constexpr bool SPREAD = CLUSTER_ == 0;
+  static constexpr int CLUSTER = SPREAD ? 1 : CLUSTER_;
   static constexpr int STAGES = STAGES_;
   static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
   static constexpr bool SCALE_SUMS = SCALE_SUMS_ != 0 && GROUP != 0;

@@ -54,7 +54,8 @@ struct Problem {
   int k;                      // k that exist
   int column_tiles;           // N' / 64
   int k_tiles;                // K' / 64
-  int split;                  // parts of the k range, when several blocks share a tile of outputs
+  int split;                  // parts of the k range, when several blocks share a tile of outputs;
+                              // at most so many where stretches of k differ (gemm_config.cuh, SPREAD)
   int whole_tiles;            // so many tiles come first and are not split
   float* partials;            // their sums, if split > 1
   int* counters;              // of finished parts; zero before and after

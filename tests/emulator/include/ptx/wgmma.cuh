@@ -13,6 +13,7 @@ template <int Pending>
 inline void wgmma_wait() {
   emu::wait_groups(Pending);
 }
+inline void pin_register(int&) { asm volatile("" ::: "memory"); }
 template <int Count>
 inline void pin_registers(float (&)[Count]) {
   asm volatile("" ::: "memory");
