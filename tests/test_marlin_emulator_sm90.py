@@ -202,24 +202,30 @@ MUTATIONS = {
     ),
     "gemm: parts are added before the last has arrived": (
         "sm90/gemm.cuh",
-        "const bool last = shared_.arrivals[group_] == parts_of(item) - 1;",
-        "const bool last = shared_.arrivals[group_] == parts_of(item) - 2;",
+        "const bool last = shared_.arrivals[group_] == p_.split - 1;",
+        "const bool last = shared_.arrivals[group_] == p_.split - 2;",
     ),
     "gemm: the counter is not reset": (
         "sm90/gemm.cuh",
-        "if (before == parts_of(item) - 1) *counter = 0;",
+        "if (before == p_.split - 1) *counter = 0;",
         "",
     ),
     "gemm: a share of the last tiles ends before the next begins": (
         "sm90/gemm.cuh",
-        "items = share_begin(blockIdx.x + 1, p);",
-        "items = share_begin(blockIdx.x + 1, p) - (blockIdx.x == 0);",
+        "const int end = share_begin(blockIdx.x + 1, p);",
+        "const int end = share_begin(blockIdx.x + 1, p) - (blockIdx.x == 0);",
     ),
     "gemm: a tile counts on a part that no block has": (
         "sm90/gemm.cuh",
         "((stage + 1u) * sharers(p) - 1)",
         "((stage + 2u) * sharers(p) - 1)",
     ),
+    "gemm: stretches are added before they are there": (
+        "sm90/gemm.cuh",
+        "ptx::wait_for_count(counter, item.part);",
+        "",
+    ),
+    "gemm: the counter of stretches is not reset": ("sm90/gemm.cuh", "      *counter = 0;\n", ""),
     "gemm: sums overwrite a ring that is still read": (
         "sm90/gemm.cuh",
         "ptx::named_sync(1, Config::CONSUMERS);",
@@ -246,7 +252,7 @@ def mutant_outcomes(mutation: str | None) -> list[str]:
     built = Sm90Library(chosen, MUTATIONS[name] if mutation else None)
     wrong = []
     for kernel in chosen:
-        for m, n, k, sms in ((9, 200, 1088, 1), (16, 520, 700, 2)):
+        for m, n, k, sms in ((9, 200, 1088, 1), (16, 520, 700, 2), (16, 130, 640, 4)):
             p = problem(m, n, k, kernel.dtype, kernel.group_size)
             for seed in range(6):
                 verdict, out = run(built, kernel, p, sms, seed)

@@ -48,6 +48,15 @@ __device__ __forceinline__ int atomic_add(int* address, int value) {
   return old;
 }
 
+// Wait until another block has brought a counter to `value`; what was written before that (and fenced)
+// is visible then.
+__device__ __forceinline__ void wait_for_count(const int* counter, int value) {
+  int found;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(found) : "l"(counter) : "memory");
+  } while (found != value);
+}
+
 // ld.relaxed.gpu: 16 bytes from L2, never from this multiprocessor's L1, which other blocks' writes
 // do not reach.
 __device__ __forceinline__ float4 load_l2(const float4* address) {

@@ -12,7 +12,7 @@
 // range, or (SPREAD) the stretches of tiles that a block's equal share of the last tiles consists of.
 // Parts are added in order of k: through the shared memory of a cluster (CLUSTER == split; faster,
 // but clusters do not fit on every multiprocessor), or through global memory by whoever finishes the
-// last part (nothing waits for another block).
+// last part (nothing waits for another block), or (SPREAD) by the block that has the last stretch.
 #pragma once
 
 #include "dequant/operand.cuh"
@@ -81,8 +81,8 @@ struct Walk {
   __device__ __forceinline__ explicit Walk(const Problem& p)
       : item(static_cast<int>(blockIdx.x)), items(p.whole_tiles + split_tiles(p) * p.split) {
     if constexpr (Config::SPREAD) {
-      items = share_begin(blockIdx.x + 1, p);
-      if (item >= p.whole_tiles) item = share_begin(blockIdx.x, p);
+      items = kDone;
+      if (item >= p.whole_tiles) enter_share(p);
     }
   }
   template <class Problem>
@@ -106,10 +106,10 @@ struct Walk {
   __device__ __forceinline__ void next(const Problem& p) {
     if (!Config::SPREAD || item < p.whole_tiles) {
       item += static_cast<int>(gridDim.x);
-      if (Config::SPREAD && item >= p.whole_tiles) item = share_begin(blockIdx.x, p);
-    } else {  // the next tile, as far as the share goes
-      const int behind = item - p.whole_tiles;
-      item = min(item + stages(p) - behind % stages(p), items);
+      if (Config::SPREAD && item >= p.whole_tiles) enter_share(p);
+    } else {  // the tile before, as far as the share goes
+      item -= (item - p.whole_tiles) % stages(p) + 1;
+      if (item < share_begin(blockIdx.x, p)) item = kDone;
     }
   }
   template <class Problem>
@@ -119,10 +119,10 @@ struct Walk {
     if constexpr (Config::SPREAD) {
       work.begin = 0;
       work.end = split;
-      if (item >= p.whole_tiles) {  // the part so far is the first stage
+      if (item >= p.whole_tiles) {  // the part so far is the last stage
         const int first = work.shared_tile * split, owner = owner_of(first, p);
-        work.begin = work.part;
-        work.end = min(split, items - p.whole_tiles - first);
+        work.begin = max(0, share_begin(blockIdx.x, p) - p.whole_tiles - first);
+        work.end = work.part + 1;
         work.part = static_cast<int>(blockIdx.x) - owner;
         work.parts = owner_of(first + split - 1, p) - owner + 1;
       }
@@ -131,6 +131,14 @@ struct Walk {
   }
 
  private:
+  static constexpr int kDone = 0x7fffffff;
+  // A share is walked from its end: the first stretch of a tile, which its last one is added to, has
+  // then been finished long before that one.
+  template <class Problem>
+  __device__ __forceinline__ void enter_share(const Problem& p) {
+    const int end = share_begin(blockIdx.x + 1, p);
+    item = end > share_begin(blockIdx.x, p) ? end - 1 : kDone;
+  }
   // Stages of the tiles that are split, and blocks that have a share of them: the first ones.
   template <class Problem>
   static __device__ __forceinline__ unsigned split_stages(const Problem& p) {
@@ -341,7 +349,7 @@ class Consumer {
       waited = true;
       if constexpr (Config::CLUSTER > 1)
         add_cluster(item);
-      else if (item.parts == 1 || add_parts(item))
+      else if (item.parts == 1 || (Config::SPREAD ? add_stretches(item) : add_parts(item)))
         write_tile(Config::SPREAD ? again(walk) : item);
     }
   }
@@ -564,10 +572,6 @@ class Consumer {
   }
 
   // ---- tiles in several parts ----
-  __device__ __forceinline__ int parts_of(const WorkItem& item) const {
-    return Config::SPREAD ? item.parts : p_.split;
-  }
-
   // Leave this part's sums in global memory. Whoever finishes the last part of a tile adds them in
   // order of k into total_, and gets true. The warpgroups of a block do this independently.
   __device__ __forceinline__ bool add_parts(const WorkItem& item) {
@@ -586,11 +590,11 @@ class Consumer {
     if (lane == 0) {
       const int before = ptx::atomic_add(counter, 1);
       ptx::device_fence();
-      if (before == parts_of(item) - 1) *counter = 0;
+      if (before == p_.split - 1) *counter = 0;
       shared_.arrivals[group_] = before;
     }
     ptx::named_sync(1 + group_, kWarpgroupThreads);
-    const bool last = shared_.arrivals[group_] == parts_of(item) - 1;
+    const bool last = shared_.arrivals[group_] == p_.split - 1;
     ptx::named_sync(1 + group_, kWarpgroupThreads);  // read before the next item overwrites it
     if (!last) return false;
     ptx::device_fence();
@@ -603,7 +607,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll(kRoom / kAtOnce)
-      for (int part = 0; part < parts_of(item); ++part) {
+      for (int part = 0; part < p_.split; ++part) {
         const float4* theirs = parts + (part * kQuads + first) * kWarpgroupThreads;
         float4 v[kAtOnce];
 #pragma unroll
@@ -618,6 +622,52 @@ class Consumer {
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) set_quad(first + i, sums[i]);
+    }
+    return true;
+  }
+
+  // SPREAD: leave this stretch's sums in global memory; the block of the last one waits for those of
+  // the others, adds them to its own in order of k, and gets true. It waits for blocks with smaller
+  // numbers only, which have begun before it has.
+  __device__ __forceinline__ bool add_stretches(const WorkItem& item) {
+    constexpr int kQuads = Config::M_TILES * SUMS / 4;  // of a lane
+    constexpr int kAtOnce = kQuads < 16 ? kQuads : 16;  // loads that are under way together
+    const int lane = threadIdx.x % kWarpgroupThreads;
+    const int place = item.shared_tile * Config::WARPGROUPS + group_;
+    float4* parts = reinterpret_cast<float4*>(p_.partials) +
+                    static_cast<long long>(place) * p_.split * kQuads * kWarpgroupThreads + lane;
+    int* counter = p_.counters + place;
+    if (item.part < item.parts - 1) {
+      float4* mine = parts + item.part * kQuads * kWarpgroupThreads;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) ptx::store_l2(mine + q * kWarpgroupThreads, quad(q));
+      ptx::device_fence();
+      ptx::named_sync(1 + group_, kWarpgroupThreads);
+      if (lane == 0) ptx::atomic_add(counter, 1);
+      return false;
+    }
+    if (lane == 0) {
+      ptx::wait_for_count(counter, item.part);
+      *counter = 0;
+    }
+    ptx::named_sync(1 + group_, kWarpgroupThreads);
+    ptx::device_fence();
+#pragma unroll 1
+    for (int part = 0; part < item.part; ++part) {
+      const float4* theirs = parts + part * kQuads * kWarpgroupThreads;
+#pragma unroll
+      for (int first = 0; first < kQuads; first += kAtOnce) {
+        float4 v[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          v[i] = ptx::load_l2(theirs + (first + i) * kWarpgroupThreads);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const float4 sum = quad(first + i);
+          set_quad(first + i, make_float4(sum.x + v[i].x, sum.y + v[i].y, sum.z + v[i].z,
+                                          sum.w + v[i].w));
+        }
+      }
     }
     return true;
   }
