@@ -314,8 +314,9 @@ class GemmConfig:
     def fits(self, m: int, k_tiles: int, group_size: int, weight_type: str = "uint4b8") -> bool:
         if group_size == 16 and self.scale_sums:
             return False  # a commit and a wait for every 16 k
-        if group_size == -1 and (self.tokens, self.m_tiles, self.blocks_per_sm) == (16, 2, 2):
-            return False  # the compiler runs out of registers and serialises its products
+        short = (self.tokens, self.m_tiles, self.blocks_per_sm) == (16, 2, 2)
+        if short and (group_size == -1 or self.split == 0):
+            return False  # of registers: the compiler serialises its products, or spills
         partial = self.columns * TILE_N * (self.tokens + 4) * 4
         return (
             m > 0
@@ -472,7 +473,7 @@ _GEMM_SHAPES_16 = (
     (16, 2, 4, 1, 2, False),
 )
 _SPLITS = (2, 3, 4, 5, 6, 8)
-_SPREAD_TOKENS = 128  # of tiles whose last round is spread evenly
+_SPREAD_TOKENS = 16  # of tiles whose last round is spread evenly
 _SPREAD_PARTS = 8  # of a tile, more of which take longer to add than they save
 _MANY_TOKENS = 1024  # from here on more of them change nothing
 _FEW_TOKENS = 4  # up to so many, the small-batch kernel was the faster one at every shape measured

@@ -95,11 +95,11 @@ struct Walk {
   }
   template <class Problem>
   static __device__ __forceinline__ int split_tiles(const Problem& p) {
-    return column_blocks(p) * token_blocks(p) - p.whole_tiles;
+    return fresh(column_blocks(p) * token_blocks(p) - p.whole_tiles);
   }
   template <class Problem>
   static __device__ __forceinline__ int stages(const Problem& p) {  // of a tile
-    return ceil_div(p.k_tiles, Config::STAGE_TILES);
+    return fresh(ceil_div(p.k_tiles, Config::STAGE_TILES));
   }
   __device__ __forceinline__ bool done() const { return item >= items; }
   template <class Problem>
@@ -132,6 +132,11 @@ struct Walk {
 
  private:
   static constexpr int kDone = 0x7fffffff;
+  // Keeps what shares are worked out from out of registers while products need them.
+  static __device__ __forceinline__ int fresh(int value) {
+    if constexpr (Config::SPREAD) ptx::pin_register(value);
+    return value;
+  }
   // A share is walked from its end: the first stretch of a tile, which its last one is added to, has
   // then been finished long before that one.
   template <class Problem>
