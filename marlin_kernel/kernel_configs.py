@@ -534,6 +534,7 @@ def _gathering(config: DecodeConfig) -> DecodeConfig:
 _TILE_CYCLES = {8: 67.6, 16: 84.1, 32: 72.0, 64: 93.5, 128: 239.0, 256: 426.0}  # by tokens
 _SCALED_WEIGHTS = 2.03  # up to 64 tokens, scaling weights takes so much longer than scaling sums
 _LONELY = 1.53  # a block alone on its multiprocessor, up to 64 tokens, takes so much longer
+_SPREAD = 1.05  # equal stretches of k take so much longer than by their length
 _THREE_WARPGROUPS = 1.1  # with three of them, a tile takes so much longer than with two
 _CLOCK = 1650.0  # cycles per us under load
 _DRAM_RATE, _ACTIVATION_RATE = 5.79e6, 10.0e6  # bytes per us
@@ -671,6 +672,8 @@ def _estimate_gemm(
         cycles *= _LONELY
     if config.warpgroups == 3:
         cycles *= _THREE_WARPGROUPS
+    if not config.split:
+        cycles *= _SPREAD
     steps = on_busiest * -(-k_tiles // parts) + whole_rounds * resident * k_tiles
     compute = steps * columns * cycles / _CLOCK
     weights = k_tiles * column_tiles * _read_bytes(weight_type)
