@@ -333,8 +333,9 @@ KernelConfig = DecodeConfig | GemmConfig
 class GatherPlan:
     """How csrc/sm90/gather.cuh puts activations into the order of the weights' rows.
 
-    threads: of a block; rows: of activations that a block holds; part: inputs K' that a block
-    works on; grid: blocks; shared_bytes: dynamic shared memory of a block.
+    threads: of a block; rows: of activations that a block holds, 0: none, threads pick from device
+    memory; part: inputs K' that a block works on; grid: blocks; shared_bytes: dynamic shared memory
+    of a block.
     """
 
     threads: int
@@ -345,10 +346,13 @@ class GatherPlan:
 
     def source(self) -> KernelSource:
         expression = f"sm90::gather_kernel<sm90::GatherConfig<{self.threads}, {self.rows}>>"
+        if self.rows == 0:
+            expression = f"sm90::pick_kernel<{self.threads}>"
         return KernelSource("sm90/gather.cuh", expression)
 
 
-_GATHER_PART = 512  # inputs of a block, at least
+_GATHER_PART = 512  # inputs of a block that holds rows, at least
+_PICKED_TOKENS = 2  # of which threads pick from device memory, at most
 
 
 @functools.lru_cache(maxsize=4096)
@@ -358,15 +362,25 @@ def gather_plan(
     k_padded: int,
     multiprocessors: int = 132,
     *,
-    threads: int = 256,
+    picks: bool | None = None,
+    threads: int | None = None,
     blocks: int | None = None,
 ) -> GatherPlan:
     """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
 
-    threads, blocks: up to m = blocks * multiprocessors, blocks share a token's inputs, so many on
-    each multiprocessor (None: what was fastest, docs/kernel-log.md). Of more tokens, larger blocks
-    take several in turn.
+    picks: threads pick from device memory, instead of rows in shared memory. threads, blocks: of
+    the latter; up to m = blocks * multiprocessors, blocks share a token's inputs, so many on each
+    multiprocessor, and of more tokens, larger blocks take several in turn. None: what was fastest
+    (docs/kernel-log.md).
     """
+    if picks is None:
+        picks = m <= _PICKED_TOKENS
+    if picks:
+        threads = threads or 32
+        parts = -(-k_padded // (4 * threads))
+        grid = (parts, min(m, max(1, 8 * multiprocessors // parts)), 1)
+        return GatherPlan(threads, 0, 4 * threads, grid, 0)
+    threads = threads or 256
     if blocks is None:
         limits = ((16, 1), (64, 2), (multiprocessors, 4), (m, 1))
         blocks = next(number for limit, number in limits if m <= limit)

@@ -6,7 +6,8 @@
     python scripts/bench_w4a8.py --peers docs/results/h200_peers.csv --tuned h200    # needs no GPU
 
 Protocol of scripts/gpu_timing.py: graphs that rotate over copies of the weights. Results are
-checked against float32 before they are timed. `us` is the product of quantized activations,
+checked against float64 before they are timed, and the GPU rests before more than 64 tokens, because
+products that just ran lower its clock (--rest). `us` is the product of quantized activations,
 `us_fp16` the same with the kernel that quantizes FP16 activations in front. Dense, in the same run:
 torch._scaled_mm row-wise with and without fast accumulation, torch._int_mm.
 """
@@ -46,7 +47,13 @@ from marlin_kernel.sm90_8bit_configs import (  # noqa: E402
 from marlin_kernel.sm90_8bit_layout import Records, stored_tensors  # noqa: E402
 from marlin_kernel.weight_types import WEIGHT_TYPES  # noqa: E402
 from scripts.command_line import make_parser, require_gpu, write_json  # noqa: E402
-from scripts.gpu_timing import ROTATE_BYTES, circumstances, graph_time  # noqa: E402
+from scripts.gpu_timing import (  # noqa: E402
+    REST_OPTION,
+    ROTATE_BYTES,
+    circumstances,
+    graph_time,
+    let_rest,
+)
 from scripts.tuned_tables import read_rows  # noqa: E402
 
 DEFAULT_TYPES = ("uint4b8-int8-0", "uint4b8-int8-128", "uint4b8-float8_e4m3fn-128")
@@ -75,7 +82,7 @@ def check(
     return float((out[:, : 64 * columns].double() - expected).norm() / expected.norm())
 
 
-def dense_times(m: int, k: int, n: int) -> dict[str, float]:
+def dense_times(m: int, k: int, n: int, rest: float) -> dict[str, float]:
     """Microseconds of torch's dense 8-bit products."""
     copies = min(48, max(2, -(-ROTATE_BYTES // (k * n))))
     fp8 = torch.float8_e4m3fn
@@ -92,10 +99,12 @@ def dense_times(m: int, k: int, n: int) -> dict[str, float]:
             )
             for x in w
         ]
+        let_rest(m, rest)
         times[name] = graph_time(calls)
     if m > 16:
         w = [x.view(torch.int8) for x in w]
         a8 = a.view(torch.int8)
+        let_rest(m, rest)
         times["int_mm"] = graph_time([partial(torch._int_mm, a8, x.t()) for x in w])
     return times
 
@@ -145,9 +154,15 @@ def read_peers(path: Path) -> dict[tuple[str, int, int, int], tuple[str, float]]
 
 
 def measure(
-    types: EightBitTypes, held: list[Records], m: int, k: int, n: int, dense: dict[str, float]
+    types: EightBitTypes,
+    held: list[Records],
+    m: int,
+    k: int,
+    n: int,
+    dense: dict[str, float],
+    rest: float,
 ) -> dict:
-    """One row."""
+    """One row; rest: as of `let_rest`."""
     tokens = random_tokens(types, m, k)
     out = torch.full((m, n), float("nan"), device="cuda", dtype=torch.float16)
     half = torch.randn(m, k, device="cuda", dtype=torch.float16)
@@ -166,7 +181,9 @@ def measure(
     config = select_config(
         m, n, k, types, gpu=scaled_mm._gpu_name(0), multiprocessors=launch.multiprocessors(0)
     )
+    let_rest(m, rest)
     us = graph_time([partial(product, copy, *tokens) for copy in used])
+    let_rest(m, rest)
     name = DENSE[types.activation]
     return {
         **{"weight_type": types.weight_type, "activation": types.activation},
@@ -210,6 +227,7 @@ def main() -> None:
     parser.add_argument(
         "--tuned", metavar="GPU", help="compare this tuned table, as h200; measure nothing"
     )
+    parser.add_argument("--rest", **REST_OPTION)
     parser.add_argument("--output", type=Path, help="JSON file for rows and circumstances")
     options = parser.parse_args()
     if options.tuned:
@@ -226,12 +244,12 @@ def main() -> None:
     # Few tokens first: minutes of large products leave the chip hot, and its clock low.
     for part in ([m for m in options.m if m <= 64], [m for m in options.m if m > 64]):
         for k, n in options.shapes if part else ():
-            dense = {m: dense_times(m, k, n) for m in part}
+            dense = {m: dense_times(m, k, n, options.rest) for m in part}
             torch.cuda.empty_cache()
             for types in options.types:
                 held = rotating_records(types, k, n)
                 for m in part:
-                    row = measure(types, held, m, k, n, dense[m])
+                    row = measure(types, held, m, k, n, dense[m], options.rest)
                     peer = peers.get((types.activation, k, n, m))
                     if peer:
                         row |= {"peer": peer[0], "us_peer": peer[1]}

@@ -35,6 +35,8 @@ from scripts.command_line import (  # noqa: E402
     write_json,
 )
 
+TYPES = [t.name for t in WEIGHT_TYPES.values() if t.symmetric and not t.is_float]
+
 CHILD = """
 import json, sys, time
 import torch
@@ -102,7 +104,7 @@ def parse_options() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--m", nargs="+", type=positive, default=(1, 16, 1024), help="tokens")
     parser.add_argument(
-        "--types", nargs="+", choices=WEIGHT_TYPES, default=("uint4b8", "uint8b128"), help="weights"
+        "--types", nargs="+", choices=TYPES, default=TYPES, help="of weights, with groups of 128"
     )
     parser.add_argument(
         "--shape", type=shape, metavar="KxN", default="4096x12288", help="inputs x features"

@@ -249,7 +249,8 @@ def test_types_are_compared_with_reading_their_bytes(script, monkeypatch):
     fake(module, monkeypatch, read_floor=floor, TOKENS=(), layer_of=anything, formats=anything,
          PATHS={"sm90": anything}, copies_of=anything,
          RotatingWeights=SimpleNamespace(make=lambda *_, **__: yardstick))  # fmt: skip
-    assert module.measure(("uint4b8", "float16", "float16", 128, False), 64, 64, "sm90") == []
+    case = ("uint4b8", "float16", "float16", 128, False)
+    assert module.measure(case, 64, 64, "sm90", 0.0) == []
     floor.assert_called_once_with(64, 3, True)
 
 
@@ -257,16 +258,17 @@ def test_results_of_8_bit_activations_are_stored(script, tmp_path, monkeypatch):
     """With peers and options beside them, shape by shape, few tokens first."""
     module, order = script("bench_w4a8"), []
 
-    def measure(types, held, m, k, n, dense):
+    def measure(types, held, m, k, n, dense, rest):
+        assert rest == 0.25
         order.append((types.activation, m, k, n, dense))
         return {"weight_type": types.weight_type, "activation": types.activation, "group_size": 0,
                 "k": k, "n": n, "m": m, "us": 2.0, "x_dense": 1.5}  # fmt: skip
 
-    fake(module, monkeypatch, dense_times=lambda m, k, n: {"int_mm": m},
+    fake(module, monkeypatch, dense_times=lambda m, k, n, rest: {"int_mm": m},
          rotating_records=lambda *_: [], measure=measure)  # fmt: skip
     peers, output = tmp_path / "peers.csv", tmp_path / "new" / "w4a8.json"
     peers.write_text("kernel,dtype,group_size,K,N,M,us\nother,w4a8-int8,-1,4096,4096,1,3.0\n")
-    command = "x --types uint4b8-int8-0 --shapes 4096x4096 64x128 --m 128 1 --peers"
+    command = "x --types uint4b8-int8-0 --shapes 4096x4096 64x128 --m 128 1 --rest 0.25 --peers"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(peers), "--output", str(output)])
     module.main()
     sizes = [(m, *shape) for m in (1, 128) for shape in ((4096, 4096), (64, 128))]
@@ -348,14 +350,15 @@ def test_types_benchmark_honours_its_options(script, tmp_path, monkeypatch):
     module, output = script("bench_types"), tmp_path / "new" / "types.json"
     asked = []
 
-    def measure(case, k, n, path):
+    def measure(case, k, n, path, rest):
+        assert rest == 0.5
         asked.append((case[0], path))
         return [{"weight_type": case[0], "us": 1.0}]
 
     baseline, repacking = [{"weight_type": "torch.matmul", "us": 2.0}], [{"what": "repack"}]
     ordered = [{"k": 1, "n": 1, "ways": {"front": 1.0}}]
     fake(module, monkeypatch, measure=measure, baseline=lambda *_: list(baseline),
-         repacking=lambda: list(repacking), act_order=lambda: list(ordered))  # fmt: skip
+         repacking=lambda: list(repacking), act_order=lambda rest: list(ordered))  # fmt: skip
     words = ["x", "--types", "uint4", "nvfp4", "--paths", "sm90", "sm80", "--json", str(output)]
     monkeypatch.setattr(sys, "argv", words)
     module.main()

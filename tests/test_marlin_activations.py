@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 
 import pytest
 import torch
@@ -80,8 +81,8 @@ def test_gathering_on_hopper(m: int, k: int, k_padded: int, stride: int, offset:
     a.copy_(torch.randn(m, k, generator=generator))
     perm = torch.randint(-1, k, (k_padded,), dtype=torch.int32, generator=generator)
     expected = torch.where(perm >= 0, a[:, perm.clamp(min=0)], 0)
-    for multiprocessors in (1, 3, 132):
-        plan = kernel_configs.gather_plan(m, k, k_padded, multiprocessors)
+    for multiprocessors, picks in itertools.product((1, 3, 132), (False, True)):
+        plan = kernel_configs.gather_plan(m, k, k_padded, multiprocessors, picks=picks)
         for seed in (0, 1, 2):
             out = torch.full((m + 1, k_padded), float("nan")).half()
             pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
@@ -99,6 +100,7 @@ def test_plans_of_gathering() -> None:
         for m in (1, 2, 16, 100, 132, 133, 1000, 100000):
             plan = kernel_configs.gather_plan(m, k, k_padded)
             parts, tokens, _ = plan.grid
+            assert (plan.rows == 0) == (m <= 2)
             assert plan.shared_bytes <= kernel_configs.MAX_SHARED_BYTES, (m, k, plan)
             assert (parts - 1) * plan.part < k_padded <= parts * plan.part and plan.part % 8 == 0
             assert 0 < tokens <= min(m, 65535)
@@ -111,26 +113,35 @@ GATHER_MUTATIONS = {
     "the phase is forgotten": ("parity ^= 1;", ""),
     "no input is taken for the last one": ("row(threadIdx.x)[p_.k] = 0;", ""),
 }
+PICK_MUTATIONS = {
+    "no input is taken for one": ("columns.z < 0 ? 0 : ", ""),
+    "two elements change places": ("third | fourth << 16", "fourth | third << 16"),
+    "one token of each block": ("token += gridDim.y", "token += p.m"),
+    "threads beyond the row write": ("if (4 * quad >= p.k_padded) return;", ""),
+}
 
 
-@pytest.mark.parametrize("name", GATHER_MUTATIONS)
+@pytest.mark.parametrize("name", [*GATHER_MUTATIONS, *PICK_MUTATIONS])
 def test_mutation_of_gathering_is_caught(name: str) -> None:
-    library = gather_library(("sm90/gather.cuh", *GATHER_MUTATIONS[name]))
+    picks = name in PICK_MUTATIONS
+    library = gather_library(("sm90/gather.cuh", *(GATHER_MUTATIONS | PICK_MUTATIONS)[name]))
     m, k, k_padded = 600, 64, 64
     a = torch.randn(m, k).half()
-    perm = torch.randint(-1, k, (k_padded,), dtype=torch.int32)
-    perm[5] = -1
+    memory = torch.zeros(4 * k_padded, dtype=torch.int32)  # so that what reads on finds indices
+    perm = memory[:k_padded].random_(-1, k)
+    perm[5] = perm[6] = -1
     expected = torch.where(perm >= 0, a[:, perm.clamp(min=0)], 0)
-    plan = kernel_configs.gather_plan(m, k, k_padded, 2)
-    assert plan.rows == 2
+    plan = kernel_configs.gather_plan(m, k, k_padded, 2, picks=picks)
+    assert plan.rows == (0 if picks else 2)
     correct = True
     for seed in range(6):
-        out = torch.full((m, k_padded), float("nan")).half()
+        out = torch.full((m + 4, k_padded), float("nan")).half()
         pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
         block = launch._GATHER.pack(*pointers, k, m, k, k_padded, plan.part)
         shape = (plan.threads, plan.rows, ctypes.c_uint(seed), *plan.grid[:2])
         status = library.run_gather(*shape, plan.shared_bytes, block)
-        correct = correct and status == 0 and torch.equal(out, expected)
+        correct = correct and status == 0 and torch.equal(out[:m], expected)
+        correct = correct and bool(out[m:].isnan().all())
     assert not correct
 
 

@@ -79,7 +79,7 @@ def test_types_that_gather_compile() -> None:
 
 
 def test_gathering_in_front_compiles() -> None:
-    for plan in {kernel_configs.gather_plan(m, k, k) for m in (1, 1024) for k in (4096, 28672)}:
+    for plan in {kernel_configs.gather_plan(m, k, k) for m in (1, 16, 1024) for k in (4096, 28672)}:
         cubin = compiler.compile_kernel(plan.source(), "sm_90a")
         assert cubin.stack_bytes == 0 and plan.shared_bytes <= kernel_configs.MAX_SHARED_BYTES
         assert cubin.registers * 1024 <= REGISTERS  # threads of a multiprocessor
@@ -386,6 +386,8 @@ def test_shares_of_the_last_tiles(multiprocessors: int) -> None:
         assert blocks == min(multiprocessors, whole + total)
         sharing = min(blocks, total)
         begins = [total * block // max(sharing, 1) for block in range(sharing + 1)]
+        lengths = {end - begin for begin, end in itertools.pairwise(begins)}
+        assert max(lengths, default=0) - min(lengths, default=0) <= 1
         parts = [
             sum(
                 b < (tile + 1) * stages and e > tile * stages for b, e in itertools.pairwise(begins)

@@ -7,6 +7,12 @@ int run(unsigned seed, int grid_x, int grid_y, int shared_bytes, const sm90::Gat
   return emu::launch({unsigned(grid_x), unsigned(grid_y)}, {Config::THREADS}, shared_bytes, 1, seed,
                      [=] { sm90::gather_kernel<Config>(p); });
 }
+
+template <int THREADS>
+int run_pick(unsigned seed, int grid_x, int grid_y, const sm90::GatherProblem& p) {
+  return emu::launch({unsigned(grid_x), unsigned(grid_y)}, {THREADS}, 0, 1, seed,
+                     [=] { sm90::pick_kernel<THREADS>(p); });
+}
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) int run_gather(int threads, int rows,
@@ -17,5 +23,6 @@ extern "C" __attribute__((visibility("default"))) int run_gather(int threads, in
     return run<sm90::GatherConfig<256, 1>>(seed, grid_x, grid_y, shared_bytes, *p);
   if (threads == 256 && rows == 2)
     return run<sm90::GatherConfig<256, 2>>(seed, grid_x, grid_y, shared_bytes, *p);
+  if (threads == 32 && rows == 0) return run_pick<32>(seed, grid_x, grid_y, *p);
   return -1;
 }

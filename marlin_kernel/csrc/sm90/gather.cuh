@@ -4,6 +4,9 @@
 // store 16 bytes at a time. A block works on one part of K' and on every gridDim.y-th token. The
 // index is constant, so a block reads its part before the preceding kernel has ended; and since all
 // blocks let the next kernel start at once, that one fetches its weights meanwhile.
+//
+// Of few tokens, threads load their elements straight from device memory (pick_kernel): a sector of
+// 32 bytes each, but one latency instead of that of a copy, a barrier and a read behind each other.
 #pragma once
 
 #include "common/types.cuh"
@@ -22,7 +25,7 @@ struct GatherProblem {
   uint4* gathered;              // [m, k_padded], contiguous
   long long row_stride;         // elements between rows of activations
   int m, k, k_padded;           // k_padded is a multiple of 64, k < 65536
-  int part;                     // length of a part of K', a multiple of 8
+  int part;                     // of K', of a block: a multiple of 8
 };
 
 template <int THREADS_,  // of a block
@@ -153,6 +156,27 @@ template <class Config>
 __global__ void __launch_bounds__(Config::THREADS, Config::RESIDENT / Config::THREADS)
     gather_kernel(const __grid_constant__ GatherProblem problem) {
   Gatherer<Config>(problem).run();
+}
+
+// A thread picks four elements of every gridDim.y-th token; a part has 4 THREADS elements.
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    pick_kernel(const __grid_constant__ GatherProblem problem) {
+  const GatherProblem& p = problem;
+  ptx::launch_dependents();
+  const int quad = static_cast<int>(blockIdx.x) * THREADS + static_cast<int>(threadIdx.x);
+  if (4 * quad >= p.k_padded) return;
+  const int4 columns = reinterpret_cast<const int4*>(p.permutation)[quad];
+  ptx::wait_for_predecessors();
+  for (int token = blockIdx.y; token < p.m; token += gridDim.y) {
+    const uint16_t* row = p.activations + token * p.row_stride;
+    const uint32_t first = columns.x < 0 ? 0 : row[columns.x];
+    const uint32_t second = columns.y < 0 ? 0 : row[columns.y];
+    const uint32_t third = columns.z < 0 ? 0 : row[columns.z];
+    const uint32_t fourth = columns.w < 0 ? 0 : row[columns.w];
+    reinterpret_cast<uint2*>(p.gathered)[token * (p.k_padded / 4LL) + quad] =
+        uint2{first | second << 16, third | fourth << 16};
+  }
 }
 
 }  // namespace sm90
