@@ -250,6 +250,7 @@ def test_types_are_compared_with_reading_their_bytes(script, monkeypatch):
          PATHS={"sm90": anything}, copies_of=anything,
          RotatingWeights=SimpleNamespace(make=lambda *_, **__: yardstick))  # fmt: skip
     case = ("uint4b8", "float16", "float16", 128, False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert module.measure(case, 64, 64, "sm90", 0.0) == []
     floor.assert_called_once_with(64, 3, True)
 
@@ -348,7 +349,7 @@ def test_tuner_keeps_other_entries(script, tmp_path, monkeypatch, capsys):
 
 def test_types_benchmark_honours_its_options(script, tmp_path, monkeypatch):
     module, output = script("bench_types"), tmp_path / "new" / "types.json"
-    asked = []
+    asked, compiled = [], []
 
     def measure(case, k, n, path, rest):
         assert rest == 0.5
@@ -358,12 +359,14 @@ def test_types_benchmark_honours_its_options(script, tmp_path, monkeypatch):
     baseline, repacking = [{"weight_type": "torch.matmul", "us": 2.0}], [{"what": "repack"}]
     ordered = [{"k": 1, "n": 1, "ways": {"front": 1.0}}]
     fake(module, monkeypatch, measure=measure, baseline=lambda *_: list(baseline),
-         repacking=lambda: list(repacking), act_order=lambda rest: list(ordered))  # fmt: skip
+         repacking=lambda: list(repacking), act_order=lambda rest: list(ordered),
+         compile_first=compiled.extend)  # fmt: skip
     words = ["x", "--types", "uint4", "nvfp4", "--paths", "sm90", "sm80", "--json", str(output)]
     monkeypatch.setattr(sys, "argv", words)
     module.main()
     assert {path for _, path in asked} == {"sm80", "sm90"}
     assert {name for name, _ in asked} == {"uint4", "nvfp4"}
+    assert compiled and all("uint4," in s.expression or "nvfp4" in s.expression for s in compiled)
     assert json.loads(output.read_text())["rows"][-1] == {"what": "repack"}
     asked.clear()
     table = tmp_path / "table.json"
