@@ -205,7 +205,8 @@ class GemmConfig:
     tiles that are split, wherever these begin and end; cluster: those blocks form a cluster and add
     in its shared memory (otherwise in global memory, and split is an argument of the launch); tail:
     only tiles of the last, incomplete round over the multiprocessors are split; warpgroups: that
-    multiply, 2 to 4.
+    multiply, 2 to 4; leaves_room: registers do for a warp of the launch that gathers the next
+    product's activations, too.
     """
 
     tokens: int
@@ -218,6 +219,7 @@ class GemmConfig:
     cluster: bool = False
     tail: bool = False
     warpgroups: int = 2
+    leaves_room: bool = False
     gathers: ClassVar[bool] = False  # its activations are in the order of the weights
 
     @property
@@ -228,6 +230,11 @@ class GemmConfig:
     def columns(self) -> int:
         """Column tiles (64 features) of a block."""
         return self.warpgroups * self.m_tiles
+
+    @property
+    def can_leave_room(self) -> bool:
+        """Of other kernels the registers do for such a warp anyway, or are all needed."""
+        return self.blocks_per_sm == 1 and self.warpgroups == 2 and self.tokens <= 128
 
     def source(self, dtype: str, group_size: int, weight_type: str = "uint4b8") -> KernelSource:
         """dtype: "float16" or "bfloat16"; group_size: one of group_sizes(weight_type)."""
@@ -244,7 +251,8 @@ class GemmConfig:
             self.storage_bytes(group_size, weight_type),
         )
         arguments = f"weights::{weight_type}, {SCALARS[dtype]}, {', '.join(map(str, numbers))}"
-        expression = f"sm90::gemm_kernel<sm90::GemmConfig<{arguments}>>"
+        kernel = "roomy_gemm_kernel" if self.leaves_room else "gemm_kernel"
+        expression = f"sm90::{kernel}<sm90::GemmConfig<{arguments}>>"
         return KernelSource("sm90/gemm.cuh", expression)
 
     def storage_bytes(self, group_size: int, weight_type: str = "uint4b8") -> int:
@@ -320,6 +328,7 @@ class GemmConfig:
         partial = self.columns * TILE_N * (self.tokens + 4) * 4
         return (
             m > 0
+            and (not self.leaves_room or self.can_leave_room)
             and self.storage_bytes(group_size, weight_type) <= MAX_SHARED_BYTES
             and (not self.cluster or partial <= self._ring_bytes(group_size, weight_type))
             and self.split <= -(-k_tiles // self.stage_tiles)
@@ -327,6 +336,7 @@ class GemmConfig:
 
 
 KernelConfig = DecodeConfig | GemmConfig
+_KINDS = {"decode": DecodeConfig, "gemm": GemmConfig}  # by their names in tuned tables
 
 
 @dataclass(frozen=True)
@@ -335,7 +345,7 @@ class GatherPlan:
 
     threads: of a block; rows: of activations that a block holds, 0: none, threads pick from device
     memory; part: inputs K' that a block works on; grid: blocks; shared_bytes: dynamic shared memory
-    of a block.
+    of a block; cluster: neighbouring blocks along x that fetch a row together.
     """
 
     threads: int
@@ -343,9 +353,11 @@ class GatherPlan:
     part: int
     grid: tuple[int, int, int]
     shared_bytes: int
+    cluster: int = 1
 
     def source(self) -> KernelSource:
-        expression = f"sm90::gather_kernel<sm90::GatherConfig<{self.threads}, {self.rows}>>"
+        numbers = f"{self.threads}, {self.rows}, {self.cluster}"
+        expression = f"sm90::gather_kernel<sm90::GatherConfig<{numbers}>>"
         if self.rows == 0:
             expression = f"sm90::pick_kernel<{self.threads}>"
         return KernelSource("sm90/gather.cuh", expression)
@@ -365,13 +377,14 @@ def gather_plan(
     picks: bool | None = None,
     threads: int | None = None,
     blocks: int | None = None,
+    cluster: int | None = None,
 ) -> GatherPlan:
     """For m > 0 tokens of k inputs, which become k_padded (a multiple of 64). Pure.
 
-    picks: threads pick from device memory, instead of rows in shared memory. threads, blocks: of
-    the latter; up to m = blocks * multiprocessors, blocks share a token's inputs, so many on each
-    multiprocessor, and of more tokens, larger blocks take several in turn. None: what was fastest
-    (docs/kernel-log.md).
+    picks: threads pick from device memory, instead of rows in shared memory. threads, blocks,
+    cluster: of the latter; up to m = blocks * multiprocessors, blocks share a token's inputs, so
+    many on each multiprocessor, up to `cluster` of them fetch a row together, and of more tokens,
+    larger blocks take several in turn. None: what was fastest (docs/kernel-log.md).
     """
     if picks is None:
         picks = m <= _PICKED_TOKENS
@@ -380,9 +393,10 @@ def gather_plan(
         parts = -(-k_padded // (4 * threads))
         grid = (parts, min(m, max(1, 8 * multiprocessors // parts)), 1)
         return GatherPlan(threads, 0, 4 * threads, grid, 0)
-    threads = threads or 256
+    if cluster is None:
+        cluster = next(size for limit, size in ((16, 8), (64, 4), (m, 1)) if m <= limit)
     if blocks is None:
-        limits = ((16, 1), (64, 2), (multiprocessors, 4), (m, 1))
+        limits = ((64, 1), (multiprocessors, 4), (m, 1))
         blocks = next(number for limit, number in limits if m <= limit)
     slots = blocks * multiprocessors
     parts = max(1, min(slots // m, k_padded // _GATHER_PART))
@@ -392,12 +406,17 @@ def gather_plan(
     row = -(-k // 8) * 16 + 16
     if 2 * (row + k_padded) > MAX_SHARED_BYTES - 4096:  # long rows
         rows, parts = 1, max(parts, 2)
-    part = -(-k_padded // (64 * parts)) * 64
+    cluster = max(c for c in (1, 2, 4, 8) if c <= min(cluster, parts))
+    threads = threads or (128 if cluster > 1 else 256)
+    parts = parts // cluster * cluster
+    part = -(-k_padded // (8 * parts)) * 8
     parts = -(-k_padded // part)
     shared = 16 * -(-rows // 2) + rows * row + 2 * part
     resident = max(1, min(SM_SHARED_BYTES // (shared + 1024), 1024 // threads))
     grid = (parts, min(m, max(1, resident * multiprocessors // parts)), 1)
-    return GatherPlan(threads, rows, part, grid, shared)
+    if grid[1] < m or parts % cluster:
+        cluster = 1
+    return GatherPlan(threads, rows, part, grid, shared, cluster)
 
 
 # ---- the configurations that exist ----
@@ -568,7 +587,7 @@ _DECODE_ROUND, _DECODE_OUTPUT_PER_FLOAT = 0.473, 6.58e-5
 _DECODE_CLUSTER, _DECODE_CLUSTER_PER_BLOCK = 0.611, 0.103  # us of a round
 _DECODE_OVERLAP = 0.565
 _DECODE_GATHER = 1.1  # act-order, counted: instructions of a tile (docs/kernel-log.md)
-_GATHERED_TOKENS = 16  # of the small-batch kernel, at most
+_FEW_GATHERED_TOKENS = 64  # gathered by one warp in each part of a multiprocessor, at most
 
 
 def estimate(
@@ -734,14 +753,13 @@ def _tuned_rows(
 ) -> dict[tuple[int, int], tuple[tuple[int, KernelConfig], ...]]:
     """By (K' / 64, N' / 64): limits of m and their kernels. What `dtype` has no row for follows the
     type's first dtype of activations."""
-    kinds = {"decode": DecodeConfig, "gemm": GemmConfig}
     table: dict[tuple[int, int], dict[int, KernelConfig]] = {}
     for name in dict.fromkeys((WEIGHT_TYPES[weight_type].activations[0], dtype)):
         path = tuning_path(gpu, weight_type, name)
         for row in json.loads(path.read_text())["rows"] if path.is_file() else ():
             choices = table.setdefault((row["k"] // TILE_K, row["n"] // TILE_N), {})
             for entry in row["choices"]:
-                choices[entry["m"]] = kinds[entry["kind"]](**entry["config"])
+                choices[entry["m"]] = _KINDS[entry["kind"]](**entry["config"])
     rows = {}
     for sizes, choices in table.items():
         limits = sorted(choices)
@@ -758,14 +776,15 @@ def act_order_path(gpu: str) -> Path:
 @functools.cache
 def _tuned_act_order(
     gpu: str,
-) -> dict[tuple[int, int], tuple[tuple[int, DecodeConfig | None], ...]]:
-    """By (K' / 64, N' / 64): limits of m, and a kernel that gathers or None: a launch in front."""
+) -> dict[tuple[int, int], tuple[tuple[int, KernelConfig | None], ...]]:
+    """By (K' / 64, N' / 64): limits of m, and a kernel, which gathers or has a launch in front that
+    does; None: the latter for that of `select_config`."""
     path = act_order_path(gpu)
     if not path.is_file():
         return {}
     return {
         (row["k"] // TILE_K, row["n"] // TILE_N): tuple(
-            (entry["m"], DecodeConfig(**entry["config"]) if entry["config"] else None)
+            (entry["m"], _KINDS[entry["kind"]](**entry["config"]) if entry["config"] else None)
             for entry in sorted(row["choices"], key=lambda entry: entry["m"])
         )
         for row in json.loads(path.read_text())["rows"]
@@ -843,8 +862,9 @@ def select_for_act_order(
 ) -> KernelConfig:
     """The same for activations that are not in the order of the weights' rows. Pure.
 
-    A kernel that gathers them itself where a tuned table has one, else that of `select_config`, for
-    gathered ones: a launch in front was faster but for few tokens of few inputs.
+    What a tuned table has: a kernel that gathers them itself, for few tokens of few inputs, or one
+    that does well behind a launch that gathers; else that of `select_config`, behind such a launch
+    and, for few tokens, with room for it.
     """
     options = {
         "gpu": gpu,
@@ -854,14 +874,21 @@ def select_for_act_order(
     }
     problem = (m, k_tiles, column_tiles, group_size)
     plain = select_config(*problem, batch_invariant=batch_invariant, **options)
-    if batch_invariant or m > _GATHERED_TOKENS:
+    if batch_invariant or m > _FEW_GATHERED_TOKENS:
         return plain
     if weight_type == "uint4b8":
         choices = _tuned_act_order(gpu).get((k_tiles, column_tiles), ())
         config = next((config for limit, config in choices if m <= limit), None)
         if config is not None and config.fits(m, k_tiles, group_size):
             return config
-    return plain
+    return leaving_room(plain)
+
+
+def leaving_room(config: KernelConfig) -> KernelConfig:
+    """The same kernel, with room beside it for the launch that gathers, if it can have that."""
+    if isinstance(config, GemmConfig) and config.can_leave_room:
+        return replace(config, leaves_room=True)
+    return config
 
 
 def _select_invariant(m: int, k_tiles: int, column_tiles: int, multiprocessors: int) -> GemmConfig:

@@ -579,7 +579,7 @@ def gather(a: Tensor, perm: Tensor, shape: kernel_configs.GatherPlan | None = No
         if shape is None:
             shape = kernel_configs.gather_plan(m, k, k_padded, multiprocessors(index))
         function = load(shape.source(), index)
-        size = (shape.grid, shape.threads, 1, shape.shared_bytes)
+        size = (shape.grid, shape.threads, shape.cluster, shape.shared_bytes)
         plan = _plans.keep(key, Plan(function, *size, stream, _GATHER.size))
         _GATHER.pack_into(plan.arguments, 0, 0, 0, 0, 0, m, k, k_padded, shape.part)
     addresses = (a.data_ptr(), perm.data_ptr(), out.data_ptr())

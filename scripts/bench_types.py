@@ -63,7 +63,8 @@ from scripts.gpu_timing import (
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (8192, 8192))
 ORDERED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-ALTERNATIVES = 10  # kernels that gather, timed beside the chosen one
+ALTERNATIVES = 10  # kernels that gather, and others, timed beside the chosen one
+TUNED_TOKENS = 64  # beside which others are timed
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EIGHT_BIT = ("int8", "float8_e4m3fn")
 PATHS = {"sm80": sm80_layout, "sm90": sm90_layout}
@@ -269,8 +270,9 @@ def act_order(rest: float) -> list[dict]:
 
     ratio: of the way that `launch.gemm` chooses to the product without act-order, the faster of two
     times each, in turn, with `rest` seconds before more than 64 tokens; ways: us of
-    "front" (a launch that gathers) and of small-batch kernels that gather; gather_us: that launch
-    alone; front_us: both launches, for other shapes of the first. Results are compared with the
+    "front" (a launch that gathers), of other kernels behind such a launch and of small-batch
+    kernels that gather; gather_us: that launch alone; front_us: both launches, for other shapes of
+    the first. Results are compared with the
     product of gathered activations, bit for bit.
     """
     shapes = yaml.safe_load((ROOT / "configs/bench/anchors.yaml").read_text())["shapes"]
@@ -290,7 +292,7 @@ def act_order(rest: float) -> list[dict]:
         perm = torch.randperm(k, device="cuda").int()
         a = torch.randn(m, k, device="cuda", dtype=torch.float16)
         gathered = a[:, perm.long()].contiguous()
-        plain, chosen, *others = ways[k, n, m]
+        plain, front, chosen, *others = ways[k, n, m]
 
         def launches(config, a: Tensor, perm: Tensor | None, plan=None, weights=weights) -> list:
             out = a.new_empty(a.shape[0], weights.n)
@@ -317,7 +319,7 @@ def act_order(rest: float) -> list[dict]:
             exact = torch.equal(result(config, a, perm), result(same, gathered, None))
             assert exact, f"{config} at {k} x {n}, M={m}"
             let_rest(m, rest)
-            name = str(config) if config.gathers else "front"
+            name = "front" if config == front else str(config)
             times[name] = round(graph_time(launches(config, a, perm)), 2)
         pairs = []
         for _ in range(2):
@@ -331,7 +333,7 @@ def act_order(rest: float) -> list[dict]:
         row |= {"ratio": round(us / before, 3), "chosen": next(iter(times)), "ways": times}
         if (k, n) in SHAPES:
             row["front_us"] = {
-                name: round(graph_time(launches(plain, a, perm, plan)), 2)
+                name: round(graph_time(launches(front, a, perm, plan)), 2)
                 for name, plan in _gather_plans(m, k).items()
             }
         row["gather_us"] = round(graph_time([partial(launch.gather, a, perm)] * 32), 2)
@@ -348,14 +350,21 @@ def act_order(rest: float) -> list[dict]:
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """The fastest way to gather for each number of tokens that the small-batch kernel serves."""
+    """The fastest way for each number of tokens with several; "front" where it is within 1 %."""
+    configs = map(kernel_configs.leaving_room, kernel_configs.supported_configs())
+    found = {str(c): c for c in (*configs, *kernel_configs.gathering_configs())}
     table: dict[tuple[int, int], list[dict]] = {}
     for row in rows:
-        if len(row["ways"]) == 1:
+        ways = row["ways"]
+        if len(ways) == 1:
             continue
-        name = min(row["ways"], key=row["ways"].get)
-        found = {str(c): c for c in kernel_configs.gathering_configs()}.get(name)
-        choice = {"m": row["m"], "us": row["ways"][name], "config": found and asdict(found)}
+        name = min(ways, key=ways.get)
+        if ways["front"] <= 1.01 * ways[name]:
+            name = "front"
+        choice = {"m": row["m"], "us": ways[name], "kind": None, "config": None}
+        if name != "front":
+            kind = "decode" if isinstance(found[name], kernel_configs.DecodeConfig) else "gemm"
+            choice |= {"kind": kind, "config": asdict(found[name])}
         table.setdefault((row["k"], row["n"]), []).append(choice)
     lines = []
     for (k, n), choices in sorted(table.items()):
@@ -392,14 +401,18 @@ def _gather_plans(m: int, k: int) -> dict[str, kernel_configs.GatherPlan]:
 
 
 def _ways(k: int, n: int, m: int) -> list[kernel_configs.KernelConfig]:
-    """Without act-order; with it, as chosen; other ways with it."""
+    """Without act-order; the same behind a launch that gathers; what is chosen; other ways."""
     sizes = (m, k // 64, n // 64)
     plain = kernel_configs.select_config(*sizes, 128)
     chosen = kernel_configs.select_for_act_order(*sizes, 128)
-    gathering = [c for c in kernel_configs.gathering_configs() if c.fits(m, k // 64, 128)]
-    gathering.sort(key=lambda c: kernel_configs.estimate(c, *sizes))
-    others = [c for c in (*gathering[:ALTERNATIVES], plain) if c != chosen]
-    return [plain, chosen, *others]
+    front, others = plain, []
+    if m <= TUNED_TOKENS:
+        front = kernel_configs.leaving_room(plain)
+        for configs in (kernel_configs.gathering_configs(), kernel_configs.supported_configs()):
+            fitting = [c for c in configs if c.fits(m, k // 64, 128)]
+            fitting.sort(key=lambda c: kernel_configs.estimate(c, *sizes))
+            others += map(kernel_configs.leaving_room, fitting[:ALTERNATIVES])
+    return [plain, front, chosen, *(c for c in dict.fromkeys([front, *others]) if c != chosen)]
 
 
 def report(what: str, measured: list[dict], rows: list[dict]) -> None:

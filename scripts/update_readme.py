@@ -488,7 +488,7 @@ def sweep(half_sums: bool) -> str:
     where = contents[0]["circumstances"]
     commits = " and ".join(dict.fromkeys(c["circumstances"]["commit"] for c in contents))
     lines.append(
-        f"\n{where['gpu'].split(',')[0]}, torch {where['torch']}, commit {commits}; two of the four "
+        f"\n{where['gpu'].split(',')[0]}, torch {where['torch']}, commit {commits}; two of four "
         f"shapes beside each other, on a GPU each, one by `python {where['command']}`."
     )
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -16,6 +17,7 @@ from unittest.mock import MagicMock, create_autospec
 import pytest
 import torch
 
+from marlin_kernel import kernel_configs
 from scripts import command_line, tuned_tables
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -195,11 +197,20 @@ def test_tuned_tables_say_how_they_were_made(script, tmp_path, monkeypatch):
     table = json.loads(file.read_text())
     assert table["command"] == "python scripts/tune_w4a8.py --m 1"
     assert table["rows"] == [{"types": "a", "us": 2.0}]
-    ways = [{"k": 64, "n": 128, "m": 1, "ways": {"front": 2.0, "other": 3.0}}]
+    config = next(c for c in kernel_configs.supported_configs() if c.fits(2, 4, 128))
+    ways = [
+        {"k": 64, "n": 128, "m": 1, "ways": {"front": 2.0, "other": 3.0}},
+        {"k": 64, "n": 128, "m": 2, "ways": {"front": 3.0, str(config): 2.0}},
+        {"k": 64, "n": 128, "m": 4, "ways": {"front": 2.01, str(config): 2.0}},
+        {"k": 64, "n": 128, "m": 8, "ways": {"front": 2.0}},
+    ]
     script("bench_types").write_table(file, ways)
     table = json.loads(file.read_text())
     assert table["command"] == "python scripts/bench_types.py --m 1"
-    assert table["rows"][0]["choices"] == [{"m": 1, "us": 2.0, "config": None}]
+    other = {"m": 2, "us": 2.0, "kind": "decode", "config": dataclasses.asdict(config)}
+    front = {"kind": None, "config": None}
+    choices = [{"m": 1, "us": 2.0} | front, other, {"m": 4, "us": 2.01} | front]
+    assert table["rows"] == [{"k": 64, "n": 128, "choices": choices}]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ def gather_library(mutation: tuple[str, str, str] | None = None) -> ctypes.CDLL:
         (1, 300, 320, 300, 0),  # one row that no bulk copy can take
         (7, 320, 320, 328, 8),
         (5, 312, 1344, 320, 0),  # several parts
+        (3, 4096, 4096, 4104, 8),  # blocks that fetch a row together
+        (3, 4104, 4160, 4104, 0),  # the last one less
+        (4, 40, 4096, 48, 0),  # some of them nothing
+        (3, 4100, 4160, 4100, 0),  # and one that no bulk copy can take
         (9, 333, 384, 340, 1),
         (300, 64, 64, 64, 0),  # more tokens than blocks
         (40, 56, 128, 56, 0),
@@ -81,13 +85,14 @@ def test_gathering_on_hopper(m: int, k: int, k_padded: int, stride: int, offset:
     a.copy_(torch.randn(m, k, generator=generator))
     perm = torch.randint(-1, k, (k_padded,), dtype=torch.int32, generator=generator)
     expected = torch.where(perm >= 0, a[:, perm.clamp(min=0)], 0)
-    for multiprocessors, picks in itertools.product((1, 3, 132), (False, True)):
-        plan = kernel_configs.gather_plan(m, k, k_padded, multiprocessors, picks=picks)
+    ways = ({"picks": True}, *({"picks": False, "cluster": c} for c in (1, 2, 4, 8)))
+    for multiprocessors, way in itertools.product((1, 3, 132), ways):
+        plan = kernel_configs.gather_plan(m, k, k_padded, multiprocessors, **way)
         for seed in (0, 1, 2):
             out = torch.full((m + 1, k_padded), float("nan")).half()
             pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
             block = launch._GATHER.pack(*pointers, stride, m, k, k_padded, plan.part)
-            shape = (plan.threads, plan.rows, ctypes.c_uint(seed), *plan.grid[:2])
+            shape = (plan.threads, plan.rows, plan.cluster, ctypes.c_uint(seed), *plan.grid[:2])
             assert gather_library().run_gather(*shape, plan.shared_bytes, block) == 0
             assert torch.equal(out[:m], expected)
             assert out[m].isnan().all()
@@ -101,6 +106,7 @@ def test_plans_of_gathering() -> None:
             plan = kernel_configs.gather_plan(m, k, k_padded)
             parts, tokens, _ = plan.grid
             assert (plan.rows == 0) == (m <= 2)
+            assert parts % plan.cluster == 0 and (plan.cluster == 1 or tokens == m <= 64)
             assert plan.shared_bytes <= kernel_configs.MAX_SHARED_BYTES, (m, k, plan)
             assert (parts - 1) * plan.part < k_padded <= parts * plan.part and plan.part % 8 == 0
             assert 0 < tokens <= min(m, 65535)
@@ -113,6 +119,12 @@ GATHER_MUTATIONS = {
     "the phase is forgotten": ("parity ^= 1;", ""),
     "no input is taken for the last one": ("row(threadIdx.x)[p_.k] = 0;", ""),
 }
+CLUSTER_MUTATIONS = {
+    "barriers of others are not waited for": ("ptx::cluster_wait();", "ptx::block_sync();"),
+    "two blocks bring the same share": ("ptx::cluster_rank())", "ptx::cluster_rank() & 6)"),
+    "a share is for its block alone": ("(1 << Config::CLUSTER) - 1", "1 << ptx::cluster_rank()"),
+    "the last share reads on": ("min(share, p_.k - first)", "share"),
+}
 PICK_MUTATIONS = {
     "no input is taken for one": ("columns.z < 0 ? 0 : ", ""),
     "two elements change places": ("third | fourth << 16", "fourth | third << 16"),
@@ -121,24 +133,28 @@ PICK_MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", [*GATHER_MUTATIONS, *PICK_MUTATIONS])
+MUTATIONS = GATHER_MUTATIONS | CLUSTER_MUTATIONS | PICK_MUTATIONS
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_of_gathering_is_caught(name: str) -> None:
-    picks = name in PICK_MUTATIONS
-    library = gather_library(("sm90/gather.cuh", *(GATHER_MUTATIONS | PICK_MUTATIONS)[name]))
-    m, k, k_padded = 600, 64, 64
+    clusters = name in CLUSTER_MUTATIONS
+    rows = 0 if name in PICK_MUTATIONS else 1 if clusters else 2
+    library = gather_library(("sm90/gather.cuh", *MUTATIONS[name]))
+    m, k, k_padded = (3, 4104, 4160) if clusters else (600, 64, 64)
     a = torch.randn(m, k).half()
     memory = torch.zeros(4 * k_padded, dtype=torch.int32)  # so that what reads on finds indices
     perm = memory[:k_padded].random_(-1, k)
     perm[5] = perm[6] = -1
     expected = torch.where(perm >= 0, a[:, perm.clamp(min=0)], 0)
-    plan = kernel_configs.gather_plan(m, k, k_padded, 2, picks=picks)
-    assert plan.rows == (0 if picks else 2)
+    plan = kernel_configs.gather_plan(m, k, k_padded, 132 if clusters else 2, picks=rows == 0)
+    assert plan.rows == rows and plan.cluster == (8 if clusters else 1)
     correct = True
     for seed in range(6):
         out = torch.full((m + 4, k_padded), float("nan")).half()
         pointers = (a.data_ptr(), perm.data_ptr(), out.data_ptr())
         block = launch._GATHER.pack(*pointers, k, m, k, k_padded, plan.part)
-        shape = (plan.threads, plan.rows, ctypes.c_uint(seed), *plan.grid[:2])
+        shape = (plan.threads, plan.rows, plan.cluster, ctypes.c_uint(seed), *plan.grid[:2])
         status = library.run_gather(*shape, plan.shared_bytes, block)
         correct = correct and status == 0 and torch.equal(out[:m], expected)
         correct = correct and bool(out[m:].isnan().all())

@@ -79,10 +79,35 @@ def test_types_that_gather_compile() -> None:
 
 
 def test_gathering_in_front_compiles() -> None:
-    for plan in {kernel_configs.gather_plan(m, k, k) for m in (1, 16, 1024) for k in (4096, 28672)}:
+    tokens, inputs = (1, 3, 16, 64, 128, 1024), (4096, 28672)
+    for plan in {kernel_configs.gather_plan(m, k, k) for m in tokens for k in inputs}:
         cubin = compiler.compile_kernel(plan.source(), "sm_90a")
         assert cubin.stack_bytes == 0 and plan.shared_bytes <= kernel_configs.MAX_SHARED_BYTES
         assert cubin.registers * 1024 <= REGISTERS  # threads of a multiprocessor
+        assert plan.cluster == 1 or (cubin.registers, plan.threads) == (32, 128)  # see below
+
+
+@pytest.mark.parametrize(
+    "weight_type, dtype, group_size",
+    [
+        ("uint4b8", "float16", 128),
+        ("uint4b8", "float16", 64),
+        ("uint4b8", "bfloat16", 32),
+        ("uint8b128", "float16", 32),
+        ("uint8b128", "bfloat16", 128),
+    ],
+)
+def test_room_for_gathering(weight_type: str, dtype: str, group_size: int, tmp_path: Path) -> None:
+    configs = map(kernel_configs.leaving_room, kernel_configs.supported_configs(weight_type))
+    shapes = {c.source(dtype, group_size, weight_type): c for c in configs if hasattr(c, "tokens")}
+    roomy = [
+        c for c in shapes.values() if c.leaves_room and c.fits(64, 64, group_size, weight_type)
+    ]
+    assert len(roomy) > 10
+    for config in roomy[:: 1 if group_size == 128 else 3]:
+        cubin = check(config, dtype, group_size, weight_type)
+        assert cubin.registers * config.threads + 32 * 128 <= REGISTERS
+    assert "USETMAXREG" in sass(cubin, tmp_path / "kernel.cubin")
 
 
 @pytest.mark.parametrize("dtype, group_size", VARIANTS)
@@ -350,11 +375,13 @@ def test_rows_of_a_dtype_replace_those_of_another(tmp_path, monkeypatch) -> None
 
 
 def test_choice_for_act_order() -> None:
+    supported = kernel_configs.supported_configs()
+    configs = {*kernel_configs.gathering_configs(), *map(kernel_configs.leaving_room, supported)}
     for path in (kernel_configs.TUNING_DIRECTORY / "act_order").glob("*.json"):
         for choices in kernel_configs._tuned_act_order(path.stem).values():
-            assert {c for _, c in choices if c} <= set(kernel_configs.gathering_configs())
+            assert {c for _, c in choices if c} <= configs
     for gpu in ("h200", "another"):
-        for m in (1, 2, 7, 16, 17, 300):
+        for m in (1, 2, 7, 16, 17, 64, 65, 300):
             for k_tiles, columns in (
                 (1, 1),
                 (64, 64),
@@ -365,7 +392,12 @@ def test_choice_for_act_order() -> None:
             ):
                 config = kernel_configs.select_for_act_order(m, k_tiles, columns, 128, gpu=gpu)
                 plain = kernel_configs.select_config(m, k_tiles, columns, 128, gpu=gpu)
-                assert config.gathers or config == plain
+                if m > 64:
+                    assert config == plain
+                elif gpu == "another":
+                    assert config == kernel_configs.leaving_room(plain)
+                else:
+                    assert config in configs
                 assert config.fits(m, k_tiles, 128)
     one_token = kernel_configs.select_for_act_order(1, 64, 64, 128)
     assert one_token.gathers, "of the tuned table"

@@ -40,6 +40,18 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       : "memory");
 }
 
+// cp.async.bulk with multicast: likewise into every block of the cluster whose bit of `blocks` is
+// set, at the same offsets; each one's barrier counts its bytes.
+__device__ __forceinline__ void bulk_copy_to_cluster(void* shared, const void* global,
+                                                     uint32_t bytes, uint64_t* barrier,
+                                                     uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;\n" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
+}
+
 // cp.async.bulk.tensor.2d: the box of `map` whose first element is (column, row); elements outside
 // the tensor arrive as zeros and count as bytes.
 __device__ __forceinline__ void tensor_copy_2d(void* shared, const TensorMap* map, int column,

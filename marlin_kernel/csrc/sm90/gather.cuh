@@ -12,6 +12,7 @@
 #include "common/types.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared_memory.cuh"
@@ -28,11 +29,14 @@ struct GatherProblem {
   int part;                     // of K', of a block: a multiple of 8
 };
 
-template <int THREADS_,  // of a block
-          int ROWS_>     // of activations under way or being read
+template <int THREADS_,   // of a block
+          int ROWS_,      // of activations under way or being read
+          int CLUSTER_>   // blocks that share a token, and fetch its row together
 struct GatherConfig {
   static constexpr int THREADS = THREADS_;
   static constexpr int ROWS = ROWS_;
+  static constexpr int CLUSTER = CLUSTER_;
+  static_assert(CLUSTER == 1 || ROWS == 1, "such blocks take one token");
   static constexpr int CHUNK = 8;  // elements of one store
   // Threads of a multiprocessor that registers must leave room for. Blocks of one row stay small, so
   // that they find room beside the preceding product.
@@ -71,8 +75,12 @@ class Gatherer {
       ptx::fence_mbarrier_init();
     }
     if (threadIdx.x < Config::ROWS) row(threadIdx.x)[p_.k] = 0;
+    if (Config::CLUSTER > 1) ptx::cluster_arrive();
     read_index();
-    ptx::block_sync();
+    if (Config::CLUSTER > 1)
+      ptx::cluster_wait();  // all have barriers
+    else
+      ptx::block_sync();
     ptx::wait_for_predecessors();
     const int step = static_cast<int>(gridDim.y);
     const int begin = static_cast<int>(blockIdx.y);
@@ -122,8 +130,18 @@ class Gatherer {
   __device__ __forceinline__ void fetch(int token, int place) {
     if (token >= p_.m) return;
     const int bytes = p_.k * static_cast<int>(sizeof(uint16_t));
+    const uint16_t* from = p_.activations + token * p_.row_stride;
     ptx::mbarrier_arrive_expect(&shared_.full[place], bytes);
-    ptx::bulk_copy(row(place), p_.activations + token * p_.row_stride, bytes, &shared_.full[place]);
+    if (Config::CLUSTER == 1) {
+      ptx::bulk_copy(row(place), from, bytes, &shared_.full[place]);
+      return;
+    }
+    const int share = (p_.k + Config::CLUSTER * 8 - 1) / (Config::CLUSTER * 8) * 8;
+    const int first = static_cast<int>(ptx::cluster_rank()) * share;
+    const int elements = min(share, p_.k - first);
+    if (elements > 0)
+      ptx::bulk_copy_to_cluster(row(place) + first, from + first, elements * 2,
+                                &shared_.full[place], (1 << Config::CLUSTER) - 1);
   }
 
   __device__ __forceinline__ void gather(int token, const uint16_t* from) {

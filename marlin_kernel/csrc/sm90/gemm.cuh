@@ -850,9 +850,8 @@ class Consumer {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
-    gemm_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem,
-                const __grid_constant__ TensorMap tokens) {
+__device__ __forceinline__ void run_gemm(const Problem<typename Config::Scalar>& problem,
+                                         const TensorMap& tokens) {
   using Storage = GemmStorage<Config>;
   static_assert(sizeof(Storage) == Config::STORAGE_BYTES,
                 "the host's formula for shared memory must agree with the struct");
@@ -876,6 +875,21 @@ __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     ptx::acquire_registers<Config::CONSUMER_REGISTERS>();
     Consumer<Config>(problem).run();
   }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
+    gemm_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem,
+                const __grid_constant__ TensorMap tokens) {
+  run_gemm<Config>(problem, tokens);
+}
+
+// The same, and leaves room beside it.
+template <class Config>
+__global__ void __maxnreg__(LeavingRoom<Config>::LAUNCH_REGISTERS)
+    roomy_gemm_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem,
+                      const __grid_constant__ TensorMap tokens) {
+  run_gemm<LeavingRoom<Config>>(problem, tokens);
 }
 
 }  // namespace sm90

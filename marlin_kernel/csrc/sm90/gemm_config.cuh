@@ -89,6 +89,15 @@ struct GemmConfig {
   static_assert(BLOCKS_PER_SM * WARPGROUPS <= 4, "no share of registers is defined");
 };
 
+// Leaves registers to one more warp of 32 in each part of a multiprocessor: the launch that gathers
+// activations for the next product (gather.cuh) can then begin before this one ends.
+template <class Config>
+struct LeavingRoom : Config {
+  static_assert(Config::BLOCKS_PER_SM == 1 && Config::WARPGROUPS == 2, "others leave it anyway");
+  static constexpr int LAUNCH_REGISTERS = 160;    // instead of 168
+  static constexpr int CONSUMER_REGISTERS = 216;  // two warpgroups and the feeder's 40: 472 of 480
+};
+
 // Dynamic shared memory.
 template <class Config>
 struct GemmStorage {

@@ -37,6 +37,15 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   emu::start_transfer({[=] { memcpy(shared, global, bytes); }, int(bytes), barrier});
 }
 
+inline void bulk_copy_to_cluster(void* shared, const void* global, uint32_t bytes,
+                                 uint64_t* barrier, uint16_t blocks) {
+  emu::require(blocks >> emu::S.cluster_size == 0, "bulk copy: blocks outside the cluster");
+  for (uint32_t rank = 0; rank < uint32_t(emu::S.cluster_size); rank++)
+    if (blocks >> rank & 1)
+      bulk_copy(emu::remote(shared, rank), global, bytes,
+                static_cast<uint64_t*>(emu::remote(barrier, rank)));
+}
+
 inline void tensor_copy_2d(void* shared, const TensorMap* map, int column, int row,
                            uint64_t* barrier) {
   emu::Matrix m;
