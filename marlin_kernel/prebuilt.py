@@ -6,10 +6,10 @@ line of `compiler` builds them. Rules that keep the number low:
 1. Each valid combination of types is served by one family, the one that `backends` prefers: on
    sm_90a sm90 for activations of 16 bits and sm90_8bit for those of 8 bits, elsewhere sm80.
 2. Combinations share kernels where only a launch differs: act-order for many tokens gathers the
-   activations before the product, a shard of an act-order layer is an ordinary layer with
-   groups of 32, one group with zero points is repeated groups (sm80_configs.kernel_types; sm90_8bit
-   takes it as it is), and blocks of the sm_90a kernels exchange sums in float32 for either
-   reduction.
+   activations before the product (for few, sm_90a may take another kernel behind that), a shard
+   of an act-order layer is an ordinary layer with groups of 32, one group with zero points is
+   repeated groups (sm80_configs.kernel_types; sm90_8bit takes it as it is), and blocks of the
+   sm_90a kernels exchange sums in float32 for either reduction.
 3. sm80: only rows that the selection returns for some number of tokens on some GPU of the
    architecture: one for few tokens, one for many, some between, those for little shared memory.
 4. sm90, sm90_8bit: only configurations that the selection returns for a grid of layer shapes and
@@ -191,8 +191,6 @@ def layer_kernels(
             chosen = list(v.configs)
         else:
             chosen = [_select_sm90(family, types, False, m, k, n) for m in tokens]
-        if types.permuted and family == "sm90":
-            chosen = [config for config in chosen if config.gathers]
         found += [*map(v.source, chosen), *_activation_sources(v)]
     return list(dict.fromkeys(found))
 
@@ -358,11 +356,14 @@ def _sm90_choices(
 def _sm90_rows(
     family: str, types: KernelTypes, batch_invariant: bool, k: int, n: int
 ) -> tuple[Choice, ...]:
-    """The choices of one shape; of kernels that gather activations, those that are chosen."""
+    """The choices of one shape; for act-order those that differ from the others."""
     rows: list[Choice] = []
+    in_order = replace(types, permuted=False)
     for tokens in TOKENS:
         config = _select_sm90(family, types, batch_invariant, tokens, k, n)
-        if types.permuted and not config.gathers:
+        if types.permuted and config == _select_sm90(
+            family, in_order, batch_invariant, tokens, k, n
+        ):
             continue
         if rows and rows[-1].config == config:
             rows.pop()

@@ -115,6 +115,7 @@ def test_act_order_on_sm90_gathers_in_kernels_and_before_them() -> None:
             assert config.gathers or kernel_configs.gather_plan(m, k, k).source() in sources
     gathering = [s for s in sources if "decode_gather_kernel" in s.expression]
     assert gathering and any(s.header == "sm90/gather.cuh" for s in sources)
+    assert any("roomy_gemm_kernel" in s.expression for s in sources)
 
 
 def test_the_complete_set_stays_small() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from marlin_kernel import WEIGHT_TYPES, QuantizedLinear, formats, kernel_configs
-from marlin_kernel.kernel_configs import KernelConfig
+from marlin_kernel.kernel_configs import GemmConfig, KernelConfig
 from marlin_kernel.sm80_layout import KernelTensors
 from marlin_kernel.sm90_layout import kernel_tensors
 from tests.test_marlin_gpu_sm90_types import compile_all
@@ -34,6 +34,13 @@ SIZES = ((4096, 4096, 128), (1088, 576, 64), (333, 301, 32), (8192, 512, 128), (
 TOKENS = (1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 24, 31, 33, 64, 65, 100, 128, 130)
 MANY_TOKENS = (300, 1024, 2049)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def in_order(config: KernelConfig) -> KernelConfig:
+    """The same kernel for activations that are in the order of the weights."""
+    if isinstance(config, GemmConfig):
+        return replace(config, leaves_room=False)
+    return replace(config, gathers=False)
 
 
 class Ordered:
@@ -84,8 +91,7 @@ class Ordered:
     def check(self, m: int, a: Tensor, config: KernelConfig | None = None) -> None:
         """The bits of the same kernel on gathered activations; near the float64 product."""
         used = config or self.chosen(m)
-        plain = replace(used, gathers=False) if used.gathers else used
-        expected = self.run(self.gathered(a), None, plain)
+        expected = self.run(self.gathered(a), None, in_order(used))
         out = self.run(a, self.perm, config)
         assert torch.equal(out, expected), (m, used)
         exact = a.double() @ self.exact
@@ -118,7 +124,7 @@ def compile_for(layer: Ordered, tokens: tuple[int, ...]) -> None:
     sources = set()
     for m in tokens:
         config = layer.chosen(m)
-        for c in (config, replace(config, gathers=False) if config.gathers else config):
+        for c in (config, in_order(config)):
             sources.add(c.source(layer.dtype, layer.group_size, layer.weight_type))
     compile_all(sources)
 
@@ -156,8 +162,28 @@ def test_every_kernel_that_gathers(weight_type: str, dtype: str) -> None:
                 layer.check(m, activations(m, layer), config)
 
 
+@pytest.mark.parametrize(
+    "weight_type, dtype, group_size",
+    [("uint4b8", "float16", 128), ("uint4b8", "bfloat16", 64), ("uint8b128", "float16", 32)],
+)
+def test_every_kernel_that_leaves_room(weight_type: str, dtype: str, group_size: int) -> None:
+    layer = ordered(4096, 1024, group_size, weight_type, dtype)
+    configs = map(kernel_configs.leaving_room, kernel_configs.supported_configs(weight_type))
+    configs = [c for c in configs if isinstance(c, GemmConfig) and c.leaves_room]
+    configs = [c for c in configs if c.fits(1, 64, group_size, weight_type)]
+    every = [c for config in configs for c in (config, in_order(config))]
+    compile_all({c.source(dtype, group_size, weight_type) for c in every})
+    assert len(configs) > 20
+    for config in configs:
+        for m in (1, config.tokens, config.tokens + 3):
+            layer.check(m, activations(m, layer), config)
+
+
 def test_gathering_alone() -> None:
-    for m, k, k_padded in ((1, 300, 320), (7, 4096, 4096), (300, 1088, 1152), (2000, 28672, 28672)):
+    for m, k, k_padded in (
+        *((1, 300, 320), (7, 4096, 4096), (9, 4100, 4160), (16, 28672, 28672), (33, 11008, 11008)),
+        *((64, 4104, 4160), (130, 8192, 8192), (300, 1088, 1152), (2000, 28672, 28672)),
+    ):
         a = torch.randn(m, k + 8, device="cuda").half()[:, :k]
         perm = torch.randint(-1, k, (k_padded,), device="cuda").int()
         expected = torch.where(perm >= 0, a[:, perm.clamp(min=0).long()], 0)
@@ -177,9 +203,8 @@ def test_chains_in_a_graph(m: int) -> None:
 
     def slowly(x: Tensor) -> Tensor:
         config = layer.chosen(m)
-        plain = replace(config, gathers=False) if config.gathers else config
         for _ in range(12):
-            x = layer.run(layer.gathered(x), None, plain)
+            x = layer.run(layer.gathered(x), None, in_order(config))
             torch.cuda.synchronize()
         return x
 

@@ -849,47 +849,48 @@ class Consumer {
   float total_[Config::M_TILES][SUMS];
 };
 
-template <class Config>
-__device__ __forceinline__ void run_gemm(const Problem<typename Config::Scalar>& problem,
-                                         const TensorMap& tokens) {
-  using Storage = GemmStorage<Config>;
-  static_assert(sizeof(Storage) == Config::STORAGE_BYTES,
-                "the host's formula for shared memory must agree with the struct");
-  Storage& shared = ptx::shared_memory<Storage>();
-  const int warp = ptx::warp_uniform(threadIdx.x / kWarpSize);
-  constexpr int kFeedingWarp = Config::CONSUMERS / kWarpSize;
-  if (warp == kFeedingWarp && ptx::elect_one()) {
-    ptx::prefetch_tensor_map(&tokens);
-    for (int stage = 0; stage < Config::STAGES; ++stage) {
-      ptx::mbarrier_init(&shared.full[stage], 1);
-      ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);
-    }
-    ptx::fence_mbarrier_init();
+// The body of both kernels. As a function it would be compiled to other instructions than in place.
+#define SM90_GEMM_BODY                                                                          \
+  using Storage = GemmStorage<Config>;                                                          \
+  static_assert(sizeof(Storage) == Config::STORAGE_BYTES,                                       \
+                "the host's formula for shared memory must agree with the struct");             \
+  Storage& shared = ptx::shared_memory<Storage>();                                              \
+  const int warp = ptx::warp_uniform(threadIdx.x / kWarpSize);                                  \
+  constexpr int kFeedingWarp = Config::CONSUMERS / kWarpSize;                                   \
+  if (warp == kFeedingWarp && ptx::elect_one()) {                                               \
+    ptx::prefetch_tensor_map(&tokens);                                                          \
+    for (int stage = 0; stage < Config::STAGES; ++stage) {                                      \
+      ptx::mbarrier_init(&shared.full[stage], 1);                                               \
+      ptx::mbarrier_init(&shared.empty[stage], kFeedingWarp);                                   \
+    }                                                                                           \
+    ptx::fence_mbarrier_init();                                                                 \
+  }                                                                                             \
+  ptx::block_sync();                                                                            \
+  ptx::launch_dependents();                                                                     \
+  if (warp >= kFeedingWarp) {                                                                   \
+    ptx::release_registers<Config::FEEDER_REGISTERS>();                                         \
+    if (warp == kFeedingWarp) Feeder<Config>(problem, &tokens).run();                           \
+  } else {                                                                                      \
+    ptx::acquire_registers<Config::CONSUMER_REGISTERS>();                                       \
+    Consumer<Config>(problem).run();                                                            \
   }
-  ptx::block_sync();
-  ptx::launch_dependents();
-  if (warp >= kFeedingWarp) {
-    ptx::release_registers<Config::FEEDER_REGISTERS>();
-    if (warp == kFeedingWarp) Feeder<Config>(problem, &tokens).run();
-  } else {
-    ptx::acquire_registers<Config::CONSUMER_REGISTERS>();
-    Consumer<Config>(problem).run();
-  }
-}
 
 template <class Config>
 __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     gemm_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem,
                 const __grid_constant__ TensorMap tokens) {
-  run_gemm<Config>(problem, tokens);
+  SM90_GEMM_BODY
 }
 
 // The same, and leaves room beside it.
-template <class Config>
-__global__ void __maxnreg__(LeavingRoom<Config>::LAUNCH_REGISTERS)
-    roomy_gemm_kernel(const __grid_constant__ Problem<typename Config::Scalar> problem,
+template <class Plain>
+__global__ void __maxnreg__(LeavingRoom<Plain>::LAUNCH_REGISTERS)
+    roomy_gemm_kernel(const __grid_constant__ Problem<typename Plain::Scalar> problem,
                       const __grid_constant__ TensorMap tokens) {
-  run_gemm<LeavingRoom<Config>>(problem, tokens);
+  using Config = LeavingRoom<Plain>;
+  SM90_GEMM_BODY
 }
+
+#undef SM90_GEMM_BODY
 
 }  // namespace sm90
