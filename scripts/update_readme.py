@@ -470,10 +470,20 @@ def scaled(dtype: str) -> str:
 
 
 def sweep(half_sums: bool) -> str:
-    """Every kind of product that benchmark_marlin.py times; half_sums: those that add in FP16."""
-    contents = [_results(path.name) for path in sorted(RESULTS.glob("benchmark_marlin_*.json"))]
+    """Every kind of product that benchmark_marlin.py times; half_sums: those that add in FP16.
+
+    What the files named after act-order have takes the place of what the others have of the same
+    kinds: it was timed again when act-order had changed.
+    """
+    names = sorted(path.name for path in RESULTS.glob("benchmark_marlin_*.json"))
+    contents = [_results(name) for name in names if "act_order" not in name]
+    again = [_results(name) for name in names if "act_order" in name]
+    rows = [row for content in contents for row in content["rows"]]
+    order = dict.fromkeys(row["what"] for row in rows)
+    new = [row for content in again for row in content["rows"]]
+    replaced = {row["what"] for row in new}
     repacking, kinds = {}, {}
-    for row in (row for content in contents for row in content["rows"]):
+    for row in (*(row for row in rows if row["what"] not in replaced), *new):
         if row["speedup"] is None:
             repacking.setdefault(row["what"].removeprefix("repack "), []).append(row["us"])
         elif row["what"] != "torch.matmul" and row["what"].endswith("-reduce16") == half_sums:
@@ -481,12 +491,14 @@ def sweep(half_sums: bool) -> str:
     tokens = sorted({m for times in kinds.values() for m in times})
     lines = [f"| | {' | '.join(f'M = {m}' for m in tokens)} | repacking |"]
     lines.append(f"|---|{'---|' * (len(tokens) + 1)}")
-    for kind, times in kinds.items():
-        cells = [_mean_and_least(times[m]) for m in tokens]
+    for kind in filter(kinds.get, order):
+        cells = [_mean_and_least(kinds[kind][m]) for m in tokens]
         repack = f"{geometric_mean(repacking[kind]):.0f} us" if kind in repacking else ""
         lines.append(f"| `{kind}` | {' | '.join(cells)} | {repack} |")
     where = contents[0]["circumstances"]
     commits = " and ".join(dict.fromkeys(c["circumstances"]["commit"] for c in contents))
+    if again and not half_sums:
+        commits += f" (act-order {again[0]['circumstances']['commit']})"
     lines.append(
         f"\n{where['gpu'].split(',')[0]}, torch {where['torch']}, commit {commits}; two of four "
         f"shapes beside each other, on a GPU each, one by `python {where['command']}`."
