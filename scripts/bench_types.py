@@ -269,11 +269,10 @@ def act_order(rest: float) -> list[dict]:
     """With and without act-order, on the shapes of configs/bench/anchors.yaml.
 
     ratio: of the way that `launch.gemm` chooses to the product without act-order, the faster of two
-    times each, in turn, with `rest` seconds before more than 64 tokens; ways: us of
-    "front" (a launch that gathers), of other kernels behind such a launch and of small-batch
-    kernels that gather; gather_us: that launch alone; front_us: both launches, for other shapes of
-    the first. Results are compared with the
-    product of gathered activations, bit for bit.
+    times each, in turn, with `rest` seconds before more than 64 tokens; ways: us of "front" (a
+    launch that gathers), of other kernels behind such a launch and of small-batch kernels that
+    gather; gather_us: that launch alone; front_us: both launches, for other shapes of the first.
+    Results are compared with the product of gathered activations, bit for bit.
     """
     shapes = yaml.safe_load((ROOT / "configs/bench/anchors.yaml").read_text())["shapes"]
     sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]
