@@ -318,52 +318,66 @@ def types() -> str:
     lines.append(
         f"\nTimes as fast as torch.matmul in the dtype of the activations, FP16 unless said: "
         f"geometric means over {SHAPES}, in brackets the worst; tuned tables "
-        "(`marlin_kernel/tuning/`, by `python scripts/tune.py --type NAME`) against torch.matmul "
-        "of the table above, which rested before many tokens as the tuner did not."
+        "(`marlin_kernel/tuning/`, by `python scripts/tune.py --type NAME`: times of the tuner, "
+        "of several candidates the least) against torch.matmul of the table above, which rested "
+        "before many tokens as the tuner did not."
     )
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Times of a tuned table against those of other kernels.
+    """Times against those of other kernels.
 
-    rows: (K, N, M, us); peers: (kernel, dtype) in h200_peers.csv, the fastest of any group size.
+    rows: (K, N, M, us, theirs in the same run); peers: (kernel, dtype) in h200_peers.csv, the
+    fastest of any group size, where the rows do not have theirs.
     """
 
     ours: str
     theirs: str
-    rows: list[tuple[int, int, int, float]]
-    peers: tuple[tuple[str, str], ...]
+    rows: list[tuple[int, int, int, float, float | None]]
+    peers: tuple[tuple[str, str], ...] = ()
 
 
 def _duels() -> list[Duel]:
     tuning = kernel_configs.tuning_path("h200", "uint4b8", "float16").parent
 
-    def rows(name: str, **wanted: object) -> list[tuple[int, int, int, float]]:
+    def rows(name: str, **wanted: object) -> list[tuple[int, int, int, float, None]]:
         found = json.loads((tuning / name / "h200.json").read_text(encoding="utf-8"))["rows"]
         flat = [row | choice for row in found for choice in row.get("choices", [row])]
         chosen = [row for row in flat if wanted.items() <= row.items() and row["us"]]
-        return [(row["k"], row["n"], row["m"], row["us"]) for row in chosen]
+        return [(row["k"], row["n"], row["m"], row["us"], None) for row in chosen]
 
-    int8 = rows("sm90_8bit", types="uint4b8 int8 0")
-    fp8 = rows("sm90_8bit", types="uint4b8 float8_e4m3fn 128")
+    measured = _results("w4a8_h200.json")["rows"]
+
+    def four_bits(
+        activation: str, group_size: int, dense: str = ""
+    ) -> list[tuple[int, int, int, float, float | None]]:
+        kind = {"weight_type": "uint4b8", "activation": activation, "group_size": group_size}
+        chosen = [row for row in measured if kind.items() <= row.items()]
+        return [
+            (row["k"], row["n"], row["m"], row["us"], row.get(dense))
+            for row in chosen
+            if not dense or dense in row
+        ]
+
+    int8, fp8 = ("int8", 0), ("float8_e4m3fn", 128)
     sparse, scaled = rows("sparse", bits=4), rows("scaled", sparse=True)
     vllm, best = ("vllm-marlin", "vLLM-Marlin"), "Machete, vLLM-Marlin"
-    exact, fast = "scaled_mm-rowwise-slowacc", "scaled_mm-rowwise"
+    scaled_mm, fast = "`torch._scaled_mm`, dense", "scaled_mm-rowwise"
     machete = ("machete", "w8a16-int8"), ("machete-best", "w8a16-int8")
-    humming = "humming", "w4a8-int8"
+    int8_peers = ("humming", "w4a8-int8"), (vllm[0], "w4a8-int8")
     fp8_peers = ("humming", "w4a8-fp8"), ("vllm-cutlass-w4a8", "w4a8-fp8")
     return [
         Duel("uint8b128 x FP16", best, rows("uint8b128"), ((vllm[0], "w8a16-int8"), *machete)),
         Duel("float8_e4m3fn x FP16", vllm[1], rows("float8_e4m3fn"), ((vllm[0], "w8a16-fp8"),)),
-        Duel("uint4b8 x INT8", "Humming, vLLM-Marlin", int8, (humming, (vllm[0], "w4a8-int8"))),
-        Duel("uint4b8 x INT8", "`torch._int_mm`, dense", int8, (("int_mm", "w8a8-int8"),)),
-        Duel("uint4b8 x FP8", "CUTLASS of vLLM, Humming", fp8, fp8_peers),
-        Duel("uint4b8 x FP8", "`torch._scaled_mm`, dense, exact sums", fp8, ((exact, "w8a8-fp8"),)),
+        Duel("uint4b8 x INT8", "Humming, vLLM-Marlin", four_bits(*int8), int8_peers),
+        Duel("uint4b8 x INT8", "`torch._int_mm`, dense", four_bits(*int8, "us_int_mm")),
+        Duel("uint4b8 x FP8", "CUTLASS of vLLM, Humming", four_bits(*fp8), fp8_peers),
+        Duel("uint4b8 x FP8", f"{scaled_mm}, exact sums", four_bits(*fp8, "us_scaled_mm_slow")),
         Duel("uint4b8 2:4 x FP16", "sparse Marlin", sparse, (("sparse-marlin-2:4", "sp-w4a16"),)),
         Duel("FP8 2:4 x FP8", "cuSPARSELt", scaled, (("cusparselt-2:4-search", "sp-fp8"),)),
-        Duel("FP8 2:4 x FP8", "`torch._scaled_mm`, dense, row-wise", scaled, ((fast, "w8a8-fp8"),)),
+        Duel("FP8 2:4 x FP8", f"{scaled_mm}, row-wise", scaled, ((fast, "w8a8-fp8"),)),
     ]
 
 
@@ -382,8 +396,9 @@ def peers() -> str:
     ]
     for duel in _duels():
         ratios: dict[int, list[float]] = {m: [] for m in tokens}
-        for k, n, m, us in duel.rows:
+        for k, n, m, us, beside in duel.rows:
             theirs = [best[(*peer, k, n, m)] for peer in duel.peers if (*peer, k, n, m) in best]
+            theirs += [beside] if beside is not None else []
             if theirs and m in ratios:
                 ratios[m].append(min(theirs) / us)
         cells = [_mean_and_least(found) for found in ratios.values()]
@@ -393,8 +408,10 @@ def peers() -> str:
         "brackets the worst; empty: not measured. uint4b8 x "
         "INT8 has one group of weights per column, FP8 2:4 one scale per token and feature, the "
         "others have groups of 128; other kernels count with whichever group size is faster. "
-        "Ours: the tuned tables (`marlin_kernel/tuning/`); others: `docs/results/h200_peers.csv`. "
-        "Both on an H200, torch 2.11, in runs of their own."
+        "uint4b8 x INT8 and x FP8, and the dense products beside them, are of one run with rests "
+        "(`docs/results/w4a8_h200.json`). Ours otherwise: the tuned tables "
+        "(`marlin_kernel/tuning/`: times of the tuner, of several candidates the least); others: "
+        "`docs/results/h200_peers.csv`, of runs of their own. All on an H200, torch 2.11."
     )
     return "\n".join(lines)
 
