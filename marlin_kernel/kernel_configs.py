@@ -257,7 +257,8 @@ class GemmConfig:
 
     def storage_bytes(self, group_size: int, weight_type: str = "uint4b8") -> int:
         """sizeof(GemmStorage); the kernel asserts that it agrees."""
-        out = self.warpgroups * self.tokens * (self.m_tiles * TILE_N + 8) * 2
+        tokens = 64 if self.m_tiles * self.tokens > 128 else self.tokens  # written in turns
+        out = self.warpgroups * tokens * (self.m_tiles * TILE_N + 8) * 2
         if self.cluster:
             out = 16
         barriers = 2 * (-(-self.stages * 8 // 16) * 16) + 16
@@ -490,7 +491,7 @@ _GEMM_SHAPES_8 = (
     (128, 1, 6, 1, 1, False),
     (128, 1, 3, 1, 2, False),
     (128, 2, 4, 1, 1, False),
-    (256, 1, 3, 1, 1, False),
+    (256, 1, 4, 1, 1, False),
 )
 _WIDE_SHAPES_8 = (
     (3, 128, 1, 3, 1, 2, False),

@@ -4,6 +4,8 @@
     python scripts/bench_types.py --paths sm90 --json docs/results/types_sm90.json
     python scripts/bench_types.py --act_order --json docs/results/act_order.json --table H200.json
 
+--shapes K x N, of all runs; without it those of configs/bench/anchors.yaml.
+
 --act_order times uint4b8, FP16, group size 128 on Hopper with and without act-order side by side,
 each way of gathering the activations included: inside the small-batch kernel and in front. --table
 writes the fastest ones, which kernel_configs.act_order_path names the place for.
@@ -49,7 +51,7 @@ from marlin_kernel.layout import packed_shape
 from marlin_kernel.packing import pack
 from marlin_kernel.repack import repack, unpack_source
 from marlin_kernel.sm80_layout import KernelTensors
-from scripts.command_line import command, make_parser, require_gpu, write_json
+from scripts.command_line import command, make_parser, require_gpu, shape, write_json
 from scripts.gpu_timing import (
     REST_OPTION,
     ROTATE_BYTES,
@@ -61,7 +63,8 @@ from scripts.gpu_timing import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = ((4096, 4096), (8192, 8192))
+SHAPES = [*map(shape, yaml.safe_load((ROOT / "configs/bench/anchors.yaml").read_text())["shapes"])]
+PROBED_SHAPES = ((4096, 4096), (8192, 8192))  # of launches in front that gather
 ORDERED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 ALTERNATIVES = 10  # kernels that gather, and others, timed beside the chosen one
 TUNED_TOKENS = 64  # beside which others are timed
@@ -178,7 +181,10 @@ def measure(
         error = float((out.float() - a.float() @ dense).norm() / (a.float() @ dense).norm())
         limit = 0.05 if scales is not None else 0.01
         assert error < limit, f"{case} at {k} x {n}, M={m}: error {error}"
-        launches = [partial(product, path, held, operand, out, name, scales) for held in copies]
+        count = max(2, len(copies) if m <= 256 else len(copies) // 4)  # as scripts/bench.py does
+        launches = [
+            partial(product, path, held, operand, out, name, scales) for held in copies[:count]
+        ]
         let_rest(m, rest)
         rows.append(
             {
@@ -198,38 +204,46 @@ def measure(
     return rows
 
 
-def sources(cases: Iterable[tuple[str, str, str, int, bool]]) -> set[KernelSource]:
-    """The products of the path "sm90"."""
+def sources(
+    cases: Iterable[tuple[str, str, str, int, bool]], shapes: Iterable[tuple[int, int]]
+) -> set[KernelSource]:
+    """The products of the path "sm90", of 16-bit activations."""
     found = set()
     gpu = kernel_configs.gpu_key(torch.cuda.get_device_name())
-    for name, activation, output, group_size, act_order in cases:
-        if activation in EIGHT_BIT:
-            continue
+    for name, _, output, group_size, act_order in cases:
         select = kernel_configs.select_for_act_order if act_order else kernel_configs.select_config
-        for (k, n), m in itertools.product(SHAPES, TOKENS):
+        for (k, n), m in itertools.product(shapes, TOKENS):
             sizes = (m, k // 64, n // 64, group_size)
             config = select(*sizes, gpu=gpu, weight_type=name, dtype=output)
             found.add(config.source(output, group_size, name))
     return found
 
 
-def baseline(k: int, n: int, rest: float) -> list[dict]:
-    """torch.matmul in FP16, the faster of both layouts of the weights; and rounding activations."""
+def baseline(k: int, n: int, dtype: str, rest: float) -> list[dict]:
+    """torch.matmul, the faster of both layouts of the weights."""
     rows = []
     copies = max(2, -(-ROTATE_BYTES // (2 * k * n)))
-    w = [torch.randn(k, n, device="cuda", dtype=torch.float16) for _ in range(copies)]
+    w = [torch.randn(k, n, device="cuda", dtype=DTYPES[dtype]) for _ in range(copies)]
     for m in TOKENS:
-        a = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        a = torch.randn(m, k, device="cuda", dtype=DTYPES[dtype])
         out = a.new_empty(m, n)
         times = []
         for order in (lambda x: x, lambda x: x.view(n, k).T):
             let_rest(m, rest)
             times.append(graph_time([partial(torch.mm, a, order(x), out=out) for x in w]))
-        row = {"weight_type": "torch.matmul", "activation": "float16", "k": k, "n": n, "m": m}
+        row = {"weight_type": "torch.matmul", "activation": dtype, "k": k, "n": n, "m": m}
         rows.append(row | {"us": round(min(times), 2)})
-        row = {"weight_type": "quantize_activations", "activation": "int8", "k": k, "m": m}
+    return rows
+
+
+def quantizing(k: int, n: int) -> list[dict]:
+    """Rounding FP16 activations to INT8."""
+    rows = []
+    for m in TOKENS:
+        a = torch.randn(m, k, device="cuda", dtype=torch.float16)
         launches = [partial(sm80_path.quantize_activations, a, torch.int8, k)] * 32
-        rows.append(row | {"n": n, "us": round(graph_time(launches), 2)})
+        row = {"weight_type": "quantize_activations", "activation": "int8", "k": k, "n": n, "m": m}
+        rows.append(row | {"us": round(graph_time(launches), 2)})
     return rows
 
 
@@ -265,8 +279,8 @@ def repacking() -> list[dict]:
     return rows
 
 
-def act_order(rest: float) -> list[dict]:
-    """With and without act-order, on the shapes of configs/bench/anchors.yaml.
+def act_order(sizes: Iterable[tuple[int, int]], rest: float) -> list[dict]:
+    """With and without act-order, of layers of `sizes`.
 
     ratio: of the way that `launch.gemm` chooses to the product without act-order, the faster of two
     times each, in turn, with `rest` seconds before more than 64 tokens; ways: us of "front" (a
@@ -274,8 +288,6 @@ def act_order(rest: float) -> list[dict]:
     gather; gather_us: that launch alone; front_us: both launches, for other shapes of the first.
     Results are compared with the product of gathered activations, bit for bit.
     """
-    shapes = yaml.safe_load((ROOT / "configs/bench/anchors.yaml").read_text())["shapes"]
-    sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]
     few = [m for m in ORDERED_TOKENS if m <= 64]  # first: large products lower the clock
     many = [m for m in ORDERED_TOKENS if m > 64]
     problems = [(k, n, m) for tokens in (few, many) for k, n in sizes for m in tokens]
@@ -330,7 +342,7 @@ def act_order(rest: float) -> list[dict]:
         us = times[next(iter(times))] = round(us, 2)
         row = {"k": k, "n": n, "m": m, "us": round(before, 2), "act_order_us": us}
         row |= {"ratio": round(us / before, 3), "chosen": next(iter(times)), "ways": times}
-        if (k, n) in SHAPES:
+        if (k, n) in PROBED_SHAPES:
             row["front_us"] = {
                 name: round(graph_time(launches(front, a, perm, plan)), 2)
                 for name, plan in _gather_plans(m, k).items()
@@ -432,6 +444,10 @@ def main() -> None:
     parser.add_argument(
         "--types", nargs="+", choices=WEIGHT_TYPES, help="only these weights (default: all)"
     )
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape, metavar="KxN", default=SHAPES,
+        help="default: the fused linears of Llama-2-7B and 70B",
+    )  # fmt: skip
     parser.add_argument("--act_order", action="store_true", help="only that: see above")
     parser.add_argument("--rest", **REST_OPTION)
     parser.add_argument("--table", type=Path, help="write the fastest ways of act-order here")
@@ -440,12 +456,18 @@ def main() -> None:
         parser.error("--table goes with --act_order")
     hopper = options.act_order or "sm90" in options.paths
     require_gpu("scripts/bench_types.py", capability=(9, 0) if hopper else None)
-    rows = act_order(options.rest) if options.act_order else []
+    rows = act_order(options.shapes, options.rest) if options.act_order else []
     cases = [case for case in CASES if options.types is None or case[0] in options.types]
-    if "sm90" in options.paths and not options.act_order:
-        compile_first(sources(cases))
-    for k, n in () if options.act_order else SHAPES:
-        report(f"{k} x {n} torch.matmul", baseline(k, n, options.rest), rows)
+    if hopper and not options.act_order:
+        served = [case for case in cases if case[1] not in EIGHT_BIT]
+        compile_first(sources(served, options.shapes))
+        cases = cases if "sm80" in options.paths else served
+    for k, n in () if options.act_order else options.shapes:
+        for dtype in dict.fromkeys(output for _, _, output, _, _ in cases):
+            what = f"{k} x {n} torch.matmul {dtype}"
+            report(what, baseline(k, n, dtype, options.rest), rows)
+        if any(activation in EIGHT_BIT for _, activation, *_ in cases):
+            report(f"{k} x {n} quantize_activations", quantizing(k, n), rows)
         for case in cases:
             for path in options.paths:
                 if path == "sm90" and case[1] in EIGHT_BIT:

@@ -13,8 +13,9 @@ the type table, dense and 2:4 products of 8-bit operands and 2:4 sparse 4- and 8
 Every result is compared with float64 before it is timed; a wrong one ends the run, and --json holds
 what was measured until then. Times are torch.utils.benchmark's blocked_autorange over replays of a
 CUDA graph, in which every launch reads another copy of the weights (--rotate-mb in all, so that
-none comes from the L2 cache); with --no-graph calls are timed as a program makes them. Speed-ups
-are over torch.matmul with FP16 weights, the faster of [K, N] and [N, K] transposed.
+none comes from the L2 cache); with --no-graph calls are timed as a program makes them. The GPU
+rests before many tokens (--rest). Speed-ups are over torch.matmul with FP16 weights, the faster of
+[K, N] and [N, K] transposed.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ from scripts import plot_bench
 from scripts.command_line import make_parser, positive, require_gpu, write_json
 from scripts.gpu_timing import (
     CHECKED_TOKENS,
+    REST_OPTION,
     captured,
     circumstances,
     compile_first,
+    let_rest,
     relative_error,
 )
 
@@ -179,6 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG or SVG file (needs matplotlib)")
     parser.add_argument("--dry-run", action="store_true", help="list the cases and stop")
     parser.add_argument("--min-run-time", type=float, default=0.1, help="seconds per case")
+    parser.add_argument("--rest", **REST_OPTION)
     parser.add_argument(
         "--rotate-mb", type=positive, default=400, help="megabytes of copies of the weights"
     )
@@ -441,6 +445,13 @@ def timed(
     )
 
 
+def rest_before(m: int, options: argparse.Namespace) -> None:
+    """Before a product of m tokens is timed: checking its result has lowered the clock, too."""
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+        let_rest(m, options.rest)
+
+
 def copies_of(nbytes: int, options: argparse.Namespace) -> int:
     if options.device == "cpu" or options.no_graph:
         return 1
@@ -519,6 +530,7 @@ def matmul_times(
             x = a.half()
             views = [w.t() if transposed else w for w in weights]
             calls = [lambda w=w, x=x: torch.matmul(x, w) for w in views]
+            rest_before(m, options)
             measured = timed(calls, labels(shape, BASELINE, m), options)
             if m not in best or measured.median < best[m].median:
                 best[m] = measured
@@ -555,6 +567,7 @@ def bench_product(
             text = f"{product.name} at M={m}, K={shape.k}, N={shape.n}: error {error:.2g}"
             raise ArithmeticError(text)
         calls = [partial(product, x, token_scales, i) for i in range(len(product.held))]
+        rest_before(m, options)
         found[m] = (timed(calls, labels(shape, product.name, m), options), error)
     return found
 

@@ -107,12 +107,21 @@ def positive(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A time of 0 s or more, as a type of argparse."""
+    return _not_negative(text, "seconds")
+
+
+def percent(text: str) -> float:
+    """0 % or more, as a type of argparse."""
+    return _not_negative(text, "percent")
+
+
+def _not_negative(text: str, unit: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of {unit}, 0 or more")
     return value
 
 

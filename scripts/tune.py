@@ -8,8 +8,9 @@
 
 For every shape (K x N) and number of tokens the `--candidates` configurations that
 kernel_configs.estimate ranks first (0: all), the present choice, and all of the small-batch kernel
-that fit, are timed, and the fastest becomes the table's choice. Choices for other numbers of tokens
-are kept.
+that fit, are timed, and the fastest becomes the table's choice, unless the present one comes within
+`--keep` of it. A type's second dtype of activations has a choice of its own only where it is faster
+than the first one's by more than that. Choices for other numbers of tokens are kept.
 """
 
 from __future__ import annotations
@@ -30,8 +31,16 @@ import torch
 from marlin_kernel import WEIGHT_TYPES, kernel_configs, launch
 from marlin_kernel.compiler import CompileError
 from marlin_kernel.kernel_configs import DecodeConfig, KernelConfig
-from scripts.command_line import command, make_parser, positive, require_gpu, shape, write_json
-from scripts.gpu_timing import RotatingWeights, compile_first, graph_time
+from scripts.command_line import (
+    command,
+    make_parser,
+    percent,
+    positive,
+    require_gpu,
+    shape,
+    write_json,
+)
+from scripts.gpu_timing import REST_OPTION, RotatingWeights, compile_first, graph_time, let_rest
 
 SHAPES = (
     "4096x12288 4096x4096 4096x22016 11008x4096 "  # Llama-2-7B, fused
@@ -50,7 +59,8 @@ def candidates(
     dtype: str = "float16",
     gpu: str = "h200",
 ) -> list[KernelConfig]:
-    """Configurations worth timing: what the library chooses now, and the best by estimate."""
+    """Configurations worth timing: that which stays if it is as fast, what the library chooses now,
+    and the best by estimate."""
     k_tiles, column_tiles = k // kernel_configs.TILE_K, n // kernel_configs.TILE_N
 
     def estimate(config: KernelConfig) -> float:
@@ -69,10 +79,13 @@ def candidates(
     if m >= 1024:  # few differ there, and each takes long
         limit = min(limit or 8, 8)
     small = [config for config in fitting if isinstance(config, DecodeConfig)]
-    now = kernel_configs.select_config(
-        m, k_tiles, column_tiles, group_size, weight_type=weight_type, dtype=dtype, gpu=gpu
-    )
-    return list(dict.fromkeys([now, *(fitting[:limit] if limit else fitting), *small]))
+    known = [
+        kernel_configs.select_config(
+            m, k_tiles, column_tiles, group_size, weight_type=weight_type, dtype=each, gpu=gpu
+        )
+        for each in (WEIGHT_TYPES[weight_type].activations[0], dtype)
+    ]
+    return list(dict.fromkeys([*known, *(fitting[:limit] if limit else fitting), *small]))
 
 
 def _plausible(config: KernelConfig, m: int) -> bool:
@@ -104,6 +117,10 @@ def main() -> None:
         "--candidates", type=int, default=40, help="timed for each entry; 0: all that fit"
     )
     parser.add_argument(
+        "--keep", type=percent, default=1, help="percent by which another choice must be faster"
+    )
+    parser.add_argument("--rest", **REST_OPTION)
+    parser.add_argument(
         "--output", type=Path, help="the table (default: this GPU's of marlin_kernel/tuning)"
     )
     parser.add_argument("--measurements", type=Path, help="also write every time that was taken")
@@ -126,14 +143,20 @@ def main() -> None:
             table[row["k"], row["n"]] = {choice["m"]: choice for choice in row["choices"]}
     for k, n in options.shapes:
         choices = table.setdefault((k, n), {})
-        choices.update((choice["m"], choice) for choice in tune_shape(k, n, options, measurements))
+        found = tune_shape(k, n, options, measurements)
+        for m in options.m:
+            choices.pop(m, None)
+        choices.update((choice["m"], choice) for choice in found)
         write(output, gpu, options, table)
     if options.measurements:
         write_json(options.measurements, measurements)
 
 
 def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) -> list[dict]:
-    """The table's choices for one shape: for each limit of m a configuration and its time."""
+    """The table's choices for one shape: for each limit of m a configuration and its time.
+
+    None where the type's first dtype has the same.
+    """
     weights = RotatingWeights.make(k, n, options.group_size, weight_type=options.type)
     dtype = getattr(torch, options.dtype)
     types = (options.type, options.dtype, kernel_configs.gpu_key(torch.cuda.get_device_name()))
@@ -152,6 +175,7 @@ def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) 
         launches = max(2, weights.copies if m <= 256 else weights.copies // 4)
         times = {}
         for config in tried:
+            let_rest(m, options.rest)
             try:
                 times[config] = graph_time(
                     [_launch(config, a, weights, i, out) for i in range(launches)], replays=5
@@ -159,10 +183,14 @@ def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) 
             except (launch.LaunchError, CompileError) as error:
                 print(f"{config}: {str(error)[:120]}", file=sys.stderr)
         best = min(times, key=times.__getitem__)
+        if times.get(tried[0], math.inf) <= (1 + options.keep / 100) * times[best]:
+            best = tried[0]
         flops = 2 * m * n * k / times[best] * 1e-6
         print(f"{k}x{n} m={m}: {times[best]:.2f} us, {flops:.0f} TFLOP/s, {best}", flush=True)
-        kind = "decode" if isinstance(best, DecodeConfig) else "gemm"
-        choices.append({"m": m, "us": round(times[best], 2), "kind": kind, "config": asdict(best)})
+        if options.dtype == WEIGHT_TYPES[options.type].activations[0] or best != tried[0]:
+            kind = "decode" if isinstance(best, DecodeConfig) else "gemm"
+            us = round(times[best], 2)
+            choices.append({"m": m, "us": us, "kind": kind, "config": asdict(best)})
         measurements += [[k, n, m, round(us, 3), repr(config)] for config, us in times.items()]
     return choices
 
@@ -195,6 +223,8 @@ def write(
     }
     lines = []
     for (k, n), by_tokens in sorted(table.items()):
+        if not by_tokens:
+            continue
         text = ",\n   ".join(json.dumps(by_tokens[m]) for m in sorted(by_tokens))
         lines.append(f' {{"k": {k}, "n": {n}, "choices": [\n   {text}]}}')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from statistics import geometric_mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from marlin_kernel import WEIGHT_TYPES, kernel_configs  # noqa: E402
+from marlin_kernel import WEIGHT_TYPES  # noqa: E402
 from scripts.command_line import make_parser  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
@@ -291,36 +291,46 @@ def _bench(dtype: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _types() -> list[dict]:
+    """Times of weight types on Hopper, and of torch.matmul beside them."""
+    files = sorted(path.name for path in RESULTS.glob("types_sm90_h200_*.json"))
+    return [_results(name) for name in files]
+
+
 def types() -> str:
-    """Of every weight type with a tuned table, its times against torch.matmul's of `kernels`."""
-    tokens = (1, 4, 16, 64, 256, 1024)
+    """Of every weight type its times against torch.matmul's of the same run."""
+    contents = _types()
+    rows = [row for content in contents for row in content["rows"]]
+    tokens = (1, 4, 16, 64, 256, 1024, 4096)
     lines = [
         f"| weights, by tokens | {' | '.join(map(str, tokens))} |",
         "|---" * (len(tokens) + 1) + "|",
     ]
-    for name, weight_type in WEIGHT_TYPES.items():
-        path = kernel_configs.tuning_path("h200", name, weight_type.activations[0])
-        if name == "uint4b8" or not path.is_file():
-            continue
-        table = json.loads(path.read_text(encoding="utf-8"))
-        dense = {(r["k"], r["n"], r["m"]): r["cublas"] for r in _bench(table["dtype"])["rows"]}
-        cells = [f"{name}, {'one group' if (g := table['group_size']) < 0 else f'groups of {g}'}"]
-        cells[0] += ", BF16" if weight_type.activations[0] == "bfloat16" else ""
+    dense, kinds = {}, {}
+    for row in rows:
+        problem = (row["k"], row["n"], row["m"])
+        if row["weight_type"] == "torch.matmul":
+            dense[(row["activation"], *problem)] = row["us"]
+        elif not row.get("act_order", True):
+            kind = (row["weight_type"], row["activation"], row["group_size"])
+            kinds.setdefault(kind, {}).setdefault(row["m"], []).append((problem, row["us"]))
+    order = list(WEIGHT_TYPES)
+    for kind in sorted(kinds, key=lambda kind: order.index(kind[0])):
+        name, activation, group_size = kind
+        cells = [f"{name}, {'one group' if group_size < 0 else f'groups of {group_size}'}"]
+        cells[0] += ", BF16" if activation == "bfloat16" else ""
         for m in tokens:
-            times = [
-                (dense[row["k"], row["n"], m], choice["us"])
-                for row in table["rows"]
-                for choice in row["choices"]
-                if choice["m"] == m and choice["us"] and (row["k"], row["n"], m) in dense
-            ]
-            cells.append(_mean_and_least([matmul / us for matmul, us in times]))
+            ratios = [dense[(activation, *problem)] / us for problem, us in kinds[kind][m]]
+            cells.append(_mean_and_least(ratios))
         lines.append(f"| {' | '.join(cells)} |")
+    where = [content["circumstances"] for content in contents]
+    commits = " and ".join(dict.fromkeys(w["commit"] for w in where))
     lines.append(
         f"\nTimes as fast as torch.matmul in the dtype of the activations, FP16 unless said: "
-        f"geometric means over {SHAPES}, in brackets the worst; tuned tables "
-        "(`marlin_kernel/tuning/`, by `python scripts/tune.py --type NAME`: times of the tuner, "
-        "of several candidates the least) against torch.matmul of the table above, which rested "
-        "before many tokens as the tuner did not."
+        f"geometric means over {SHAPES}, in brackets the worst. "
+        f"{where[0]['gpu'].split(',')[0]}, torch {where[0]['torch']}, commit {commits}: "
+        + ", ".join(f"`python {w['command']}`" for w in where)
+        + "."
     )
     return "\n".join(lines)
 
@@ -340,44 +350,53 @@ class Duel:
 
 
 def _duels() -> list[Duel]:
-    tuning = kernel_configs.tuning_path("h200", "uint4b8", "float16").parent
+    four_bit = _results("w4a8_h200.json")["rows"]
+    others = [row for content in _types() for row in content["rows"]]
+    sparse = _results("sparse_marlin_h200.json")["rows"]
+    kernels = _results("sparse_fp8_h200.json")["rows"]
+    scaled = {(r["kernel"], r["k"], r["n"], r["m"]): r["us"] for r in kernels}
 
-    def rows(name: str, **wanted: object) -> list[tuple[int, int, int, float, None]]:
-        found = json.loads((tuning / name / "h200.json").read_text(encoding="utf-8"))["rows"]
-        flat = [row | choice for row in found for choice in row.get("choices", [row])]
-        chosen = [row for row in flat if wanted.items() <= row.items() and row["us"]]
-        return [(row["k"], row["n"], row["m"], row["us"], None) for row in chosen]
-
-    measured = _results("w4a8_h200.json")["rows"]
-
-    def four_bits(
-        activation: str, group_size: int, dense: str = ""
+    def ours(
+        rows: list[dict], dense: str = "", **wanted: object
     ) -> list[tuple[int, int, int, float, float | None]]:
-        kind = {"weight_type": "uint4b8", "activation": activation, "group_size": group_size}
-        chosen = [row for row in measured if kind.items() <= row.items()]
+        """Of `rows` those that have what is wanted; dense: of them, the time of another kernel."""
+        chosen = [row for row in rows if wanted.items() <= row.items()]
         return [
             (row["k"], row["n"], row["m"], row["us"], row.get(dense))
             for row in chosen
             if not dense or dense in row
         ]
 
-    int8, fp8 = ("int8", 0), ("float8_e4m3fn", 128)
-    sparse, scaled = rows("sparse", bits=4), rows("scaled", sparse=True)
-    vllm, best = ("vllm-marlin", "vLLM-Marlin"), "Machete, vLLM-Marlin"
-    scaled_mm, fast = "`torch._scaled_mm`, dense", "scaled_mm-rowwise"
+    def wide(weight_type: str) -> list[tuple[int, int, int, float, None]]:
+        kind = {"weight_type": weight_type, "activation": "float16", "act_order": False}
+        return ours(others, group_size=128, **kind)
+
+    def beside(theirs: str) -> list[tuple[int, int, int, float, float]]:
+        return [
+            (*problem, us, scaled[(theirs, *problem)])
+            for (kernel, *problem), us in scaled.items()
+            if kernel == "ours_sparse_token-channel"
+        ]
+
+    int8 = {"weight_type": "uint4b8", "activation": "int8", "group_size": 0}
+    fp8 = {"weight_type": "uint4b8", "activation": "float8_e4m3fn", "group_size": 128}
+    vllm, scaled_mm = ("vllm-marlin", "vLLM-Marlin"), "`torch._scaled_mm`, dense"
     machete = ("machete", "w8a16-int8"), ("machete-best", "w8a16-int8")
     int8_peers = ("humming", "w4a8-int8"), (vllm[0], "w4a8-int8")
     fp8_peers = ("humming", "w4a8-fp8"), ("vllm-cutlass-w4a8", "w4a8-fp8")
+    fp8_exact = ours(four_bit, "us_scaled_mm_slow", **fp8)
+    four_sparse, sparse_peer = ours(sparse, bits=4), (("sparse-marlin-2:4", "sp-w4a16"),)
     return [
-        Duel("uint8b128 x FP16", best, rows("uint8b128"), ((vllm[0], "w8a16-int8"), *machete)),
-        Duel("float8_e4m3fn x FP16", vllm[1], rows("float8_e4m3fn"), ((vllm[0], "w8a16-fp8"),)),
-        Duel("uint4b8 x INT8", "Humming, vLLM-Marlin", four_bits(*int8), int8_peers),
-        Duel("uint4b8 x INT8", "`torch._int_mm`, dense", four_bits(*int8, "us_int_mm")),
-        Duel("uint4b8 x FP8", "CUTLASS of vLLM, Humming", four_bits(*fp8), fp8_peers),
-        Duel("uint4b8 x FP8", f"{scaled_mm}, exact sums", four_bits(*fp8, "us_scaled_mm_slow")),
-        Duel("uint4b8 2:4 x FP16", "sparse Marlin", sparse, (("sparse-marlin-2:4", "sp-w4a16"),)),
-        Duel("FP8 2:4 x FP8", "cuSPARSELt", scaled, (("cusparselt-2:4-search", "sp-fp8"),)),
-        Duel("FP8 2:4 x FP8", f"{scaled_mm}, row-wise", scaled, ((fast, "w8a8-fp8"),)),
+        Duel("uint8b128 x FP16", vllm[1], wide("uint8b128"), ((vllm[0], "w8a16-int8"),)),
+        Duel("uint8b128 x FP16", "Machete", wide("uint8b128"), machete),
+        Duel("float8_e4m3fn x FP16", vllm[1], wide("float8_e4m3fn"), ((vllm[0], "w8a16-fp8"),)),
+        Duel("uint4b8 x INT8", "Humming, vLLM-Marlin", ours(four_bit, **int8), int8_peers),
+        Duel("uint4b8 x INT8", "`torch._int_mm`, dense", ours(four_bit, "us_int_mm", **int8)),
+        Duel("uint4b8 x FP8", "CUTLASS of vLLM, Humming", ours(four_bit, **fp8), fp8_peers),
+        Duel("uint4b8 x FP8", f"{scaled_mm}, exact sums", fp8_exact),
+        Duel("uint4b8 2:4 x FP16", "sparse Marlin", four_sparse, sparse_peer),
+        Duel("FP8 2:4 x FP8", "cuSPARSELt", beside("cusparselt")),
+        Duel("FP8 2:4 x FP8", f"{scaled_mm}, row-wise", beside("torch_fp8_token-channel")),
     ]
 
 
@@ -408,10 +427,9 @@ def peers() -> str:
         "brackets the worst; empty: not measured. uint4b8 x "
         "INT8 has one group of weights per column, FP8 2:4 one scale per token and feature, the "
         "others have groups of 128; other kernels count with whichever group size is faster. "
-        "uint4b8 x INT8 and x FP8, and the dense products beside them, are of one run with rests "
-        "(`docs/results/w4a8_h200.json`). Ours otherwise: the tuned tables "
-        "(`marlin_kernel/tuning/`: times of the tuner, of several candidates the least); others: "
-        "`docs/results/h200_peers.csv`, of runs of their own. All on an H200, torch 2.11."
+        "torch's products and cuSPARSELt ran beside ours, the others before: "
+        "`docs/results/h200_peers.csv`. Ours: `types_sm90_h200_*.json`, `w4a8_h200.json`, "
+        "`sparse_marlin_h200.json` and `sparse_fp8_h200.json` there. All on an H200, torch 2.11."
     )
     return "\n".join(lines)
 
@@ -487,20 +505,10 @@ def scaled(dtype: str) -> str:
 
 
 def sweep(half_sums: bool) -> str:
-    """Every kind of product that benchmark_marlin.py times; half_sums: those that add in FP16.
-
-    What the files named after act-order have takes the place of what the others have of the same
-    kinds: it was timed again when act-order had changed.
-    """
-    names = sorted(path.name for path in RESULTS.glob("benchmark_marlin_*.json"))
-    contents = [_results(name) for name in names if "act_order" not in name]
-    again = [_results(name) for name in names if "act_order" in name]
-    rows = [row for content in contents for row in content["rows"]]
-    order = dict.fromkeys(row["what"] for row in rows)
-    new = [row for content in again for row in content["rows"]]
-    replaced = {row["what"] for row in new}
+    """Every kind of product that benchmark_marlin.py times; half_sums: those that add in FP16."""
+    contents = [_results(path.name) for path in sorted(RESULTS.glob("benchmark_marlin_*.json"))]
     repacking, kinds = {}, {}
-    for row in (*(row for row in rows if row["what"] not in replaced), *new):
+    for row in (row for content in contents for row in content["rows"]):
         if row["speedup"] is None:
             repacking.setdefault(row["what"].removeprefix("repack "), []).append(row["us"])
         elif row["what"] != "torch.matmul" and row["what"].endswith("-reduce16") == half_sums:
@@ -508,14 +516,12 @@ def sweep(half_sums: bool) -> str:
     tokens = sorted({m for times in kinds.values() for m in times})
     lines = [f"| | {' | '.join(f'M = {m}' for m in tokens)} | repacking |"]
     lines.append(f"|---|{'---|' * (len(tokens) + 1)}")
-    for kind in filter(kinds.get, order):
-        cells = [_mean_and_least(kinds[kind][m]) for m in tokens]
+    for kind, times in kinds.items():
+        cells = [_mean_and_least(times[m]) for m in tokens]
         repack = f"{geometric_mean(repacking[kind]):.0f} us" if kind in repacking else ""
         lines.append(f"| `{kind}` | {' | '.join(cells)} | {repack} |")
     where = contents[0]["circumstances"]
     commits = " and ".join(dict.fromkeys(c["circumstances"]["commit"] for c in contents))
-    if again and not half_sums:
-        commits += f" (act-order {again[0]['circumstances']['commit']})"
     lines.append(
         f"\n{where['gpu'].split(',')[0]}, torch {where['torch']}, commit {commits}; two of four "
         f"shapes beside each other, on a GPU each, one by `python {where['command']}`."

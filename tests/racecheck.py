@@ -61,13 +61,14 @@ ALL_LANES = {  # header: its text, and what every lane does instead
         ),
     ),
 }
-CONFIGS = (  # scales on sums and on weights, one and two tiles of 64 k in a stage, three warpgroups
+CONFIGS = (  # scales on sums and weights, one and two tiles of 64 k in a stage, three warpgroups
     GemmConfig(16, 1, 6, 2, 2, True),
     GemmConfig(32, 1, 4, 2, 2, False),
     GemmConfig(64, 2, 8, 1, 1, False),
     GemmConfig(64, 2, 5, 1, 2, True),
     GemmConfig(128, 1, 3, 1, 2, False, warpgroups=3),
     GemmConfig(128, 1, 3, 1, 2, False, split=0, tail=True),
+    GemmConfig(256, 1, 4, 1, 1, False),  # whose output is written in turns
 )
 DECODE_CONFIG = DecodeConfig(1, 2, 4, 2, 4, 1)
 SPARSE_CONFIGS = (

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from marlin_kernel import kernel_configs
+from marlin_kernel.kernel_configs import GemmConfig
 from scripts import command_line, tuned_tables
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -364,21 +365,38 @@ def test_types_benchmark_honours_its_options(script, tmp_path, monkeypatch):
 
     def measure(case, k, n, path, rest):
         assert rest == 0.5
-        asked.append((case[0], path))
+        asked.append((case[0], k, n, path))
         return [{"weight_type": case[0], "us": 1.0}]
 
-    baseline, repacking = [{"weight_type": "torch.matmul", "us": 2.0}], [{"what": "repack"}]
+    repacking = [{"what": "repack"}]
     ordered = [{"k": 1, "n": 1, "ways": {"front": 1.0}}]
-    fake(module, monkeypatch, measure=measure, baseline=lambda *_: list(baseline),
-         repacking=lambda: list(repacking), act_order=lambda rest: list(ordered),
+    matmul, quantized = [], []
+
+    def baseline(k, n, dtype, rest):
+        matmul.append(dtype)
+        return [{"weight_type": "torch.matmul", "us": 2.0}]
+
+    def quantizing(k, n):
+        quantized.append((k, n))
+        return [{"weight_type": "quantize_activations", "us": 1.0}]
+
+    fake(module, monkeypatch, measure=measure, baseline=baseline, quantizing=quantizing,
+         repacking=lambda: list(repacking), act_order=lambda sizes, rest: list(ordered),
          compile_first=compiled.extend)  # fmt: skip
     words = ["x", "--types", "uint4", "nvfp4", "--paths", "sm90", "sm80", "--json", str(output)]
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, "--shapes", "4096x4096"])
     module.main()
-    assert {path for _, path in asked} == {"sm80", "sm90"}
-    assert {name for name, _ in asked} == {"uint4", "nvfp4"}
+    assert {path for *_, path in asked} == {"sm80", "sm90"}
+    assert {name for name, *_ in asked} == {"uint4", "nvfp4"}
+    assert {(k, n) for _, k, n, _ in asked} == {(4096, 4096)} == {*quantized}
+    assert matmul == ["float16", "bfloat16"]
     assert compiled and all("uint4," in s.expression or "nvfp4" in s.expression for s in compiled)
     assert json.loads(output.read_text())["rows"][-1] == {"what": "repack"}
+    asked.clear()
+    quantized.clear()
+    monkeypatch.setattr(sys, "argv", ["x", "--paths", "sm90"])
+    module.main()
+    assert len({(k, n) for _, k, n, _ in asked}) == 8 and not quantized
     asked.clear()
     table = tmp_path / "table.json"
     monkeypatch.setattr(sys, "argv", ["x", "--act_order", "--table", str(table)])
@@ -387,6 +405,32 @@ def test_types_benchmark_honours_its_options(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--table", str(table)])
     with pytest.raises(SystemExit):
         module.main()
+
+
+def test_tuner_keeps_what_is_as_fast(script, monkeypatch):
+    """A choice changes for more than `--keep` percent; bfloat16 has those that differ only."""
+    module = script("tune")
+    usual, other = (GemmConfig(tokens, 1, 4, 1, 1, False) for tokens in (128, 256))
+    times = {}
+    weights = SimpleNamespace(copies=2)
+    fake(module, monkeypatch, candidates=lambda *_: [usual, other], compile_first=list,
+         RotatingWeights=SimpleNamespace(make=lambda *_, **__: weights), let_rest=lambda *_: None,
+         graph_time=lambda launches, **_: times[launches[0]],
+         _launch=lambda config, *_: config)  # fmt: skip
+    cpu = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device: cpu(*size))
+
+    def chosen(dtype, us):
+        times.update({usual: 100.0, other: us})
+        options = argparse.Namespace(type="uint8b128", dtype=dtype, group_size=128, candidates=2,
+                                     m=[256], keep=2.0, rest=0.0)  # fmt: skip
+        found = module.tune_shape(64, 64, options, [])
+        return [(choice["config"]["tokens"], choice["us"]) for choice in found]
+
+    assert chosen("float16", 99.0) == [(128, 100.0)]
+    assert chosen("float16", 97.0) == [(256, 97.0)]
+    assert chosen("bfloat16", 99.0) == []
+    assert chosen("bfloat16", 97.0) == [(256, 97.0)]
 
 
 def test_plots_of_stored_runs(script, tmp_path, capsys):

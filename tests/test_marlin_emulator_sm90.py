@@ -37,6 +37,7 @@ GEMM_CONFIGS = (
     GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=4),
     GemmConfig(32, 1, 3, 1, stage_tiles=2, scale_sums=False, split=2, warpgroups=3),
     GemmConfig(16, 1, 4, 1, stage_tiles=1, scale_sums=True, split=2, cluster=True, warpgroups=3),
+    GemmConfig(256, 1, 3, 1, stage_tiles=1, scale_sums=False),
 )
 
 # M, N, K, multiprocessors
@@ -119,6 +120,19 @@ def test_bf16_weights_from_subnormals_are_the_same() -> None:
     assert torch.equal(runs[0][1], runs[1][1])
 
 
+def test_rows_of_large_tiles_are_written_in_turns() -> None:
+    """Without a barrier behind them a turn's rows are overwritten by those of the next."""
+    kernel = Kernel(GemmConfig(128, 2, 2, 1, 1, scale_sums=False), torch.float16, 64)
+    behind = "kTileN);\n      ptx::named_sync(1 + group_, kWarpgroupThreads);"
+    careless = ("sm90/gemm.cuh", behind, "kTileN);")
+    p = problem(130, 301, 192, kernel.dtype, 64)
+    for edit in (None, careless):
+        built = Sm90Library([kernel], edit)
+        runs = [run(built, kernel, p, 3, seed) for seed in range(6)]
+        right = [v == "finished" and p.error(c) < TOLERANCE[torch.float16] for v, c in runs]
+        assert all(right) if edit is None else not all(right)
+
+
 MUTANTS = (
     Kernel(
         DecodeConfig(token_tiles=2, warps_n=2, warps_k=2, split=2, stages=2, blocks_per_sm=1),
@@ -197,7 +211,7 @@ MUTATIONS = {
     "gemm: the last products are not waited for": ("sm90/gemm.cuh", "ptx::wgmma_wait<0>();", ""),
     "gemm: output rows are copied before they are complete": (
         "sm90/gemm.cuh",
-        "ptx::named_sync(1 + group_, kWarpgroupThreads);\n    copy_out(",
+        "ptx::named_sync(1 + group_, kWarpgroupThreads);\n      copy_out(",
         "copy_out(",
     ),
     "gemm: parts are added before the last has arrived": (

@@ -778,41 +778,50 @@ class Consumer {
 
   __device__ __forceinline__ void write_tile(const WorkItem& item) {
     using Out = typename Storage::Out;
+    constexpr int kTokens = Config::OUT_TOKENS;
     auto& out = (*reinterpret_cast<Out*>(shared_.out))[group_];
     const int block_n = item.column_block * Config::FEATURES;
+    float scale[Config::M_TILES][2], shift[Config::M_TILES][2];
 #pragma unroll
-    for (int m = 0; m < Config::M_TILES; ++m) {
-      const int n = block_n + feature(m);
-      const float scale[2] = {column_scale(n), column_scale(n + 8)};
-      const float shift[2] = {bias(n), bias(n + 8)};
+    for (int m = 0; m < Config::M_TILES; ++m)
 #pragma unroll
-      for (int j = 0; j < Config::TOKENS / 8; ++j) {
-        uint32_t packed[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          Pair pair;
-          pair.x = Element<Scalar>::from_float(total_[m][4 * j + 2 * h] * scale[h] + shift[h]);
-          pair.y = Element<Scalar>::from_float(total_[m][4 * j + 2 * h + 1] * scale[h] + shift[h]);
-          packed[h] = *reinterpret_cast<const uint32_t*>(&pair);
-        }
-        ptx::stmatrix_x2_transposed(
-            &out[j * 8 + lane_ % 8][m * kTileN + warp_ * 16 + lane_ / 8 % 2 * 8], packed[0],
-            packed[1]);
+      for (int h = 0; h < 2; ++h) {
+        scale[m][h] = column_scale(block_n + feature(m) + 8 * h);
+        shift[m][h] = bias(block_n + feature(m) + 8 * h);
       }
+#pragma unroll
+    for (int first = 0; first < Config::TOKENS; first += kTokens) {
+      const int token = item.token_block * Config::TOKENS + first;
+      if (first > 0 && token >= p_.m) break;
+#pragma unroll
+      for (int m = 0; m < Config::M_TILES; ++m)
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j) {
+          uint32_t packed[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float* sums = &total_[m][first / 2 + 4 * j + 2 * h];
+            Pair pair;
+            pair.x = Element<Scalar>::from_float(sums[0] * scale[m][h] + shift[m][h]);
+            pair.y = Element<Scalar>::from_float(sums[1] * scale[m][h] + shift[m][h]);
+            packed[h] = *reinterpret_cast<const uint32_t*>(&pair);
+          }
+          ptx::stmatrix_x2_transposed(
+              &out[j * 8 + lane_ % 8][m * kTileN + warp_ * 16 + lane_ / 8 % 2 * 8], packed[0],
+              packed[1]);
+        }
+      ptx::named_sync(1 + group_, kWarpgroupThreads);
+      copy_out(out, token, block_n + group_ * Config::M_TILES * kTileN);
+      ptx::named_sync(1 + group_, kWarpgroupThreads);
     }
-    ptx::named_sync(1 + group_, kWarpgroupThreads);
-    copy_out(out, item);
-    ptx::named_sync(1 + group_, kWarpgroupThreads);
   }
 
-  // Shared [TOKENS][M_TILES * 64] to global rows, 16 bytes at a time where alignment allows.
+  // Shared [OUT_TOKENS][M_TILES * 64] to global rows, 16 bytes at a time where alignment allows.
   __device__ __forceinline__ void copy_out(
-      const Scalar (&tile)[Config::TOKENS][Config::OUT_ROW], const WorkItem& work) {
+      const Scalar (&tile)[Config::OUT_TOKENS][Config::OUT_ROW], int first_token, int first_n) {
     constexpr int kChunk = 8;
     constexpr int kChunks = Config::M_TILES * kTileN / kChunk;  // of a row
-    const int first_token = work.token_block * Config::TOKENS;
-    const int first_n = work.column_block * Config::FEATURES + group_ * Config::M_TILES * kTileN;
-    const int tokens = min(Config::TOKENS, p_.m - first_token);
+    const int tokens = min(Config::OUT_TOKENS, p_.m - first_token);
     const bool aligned =
         (reinterpret_cast<unsigned long long>(p_.out) | p_.n * sizeof(Scalar)) % 16 == 0;
     for (int item = threadIdx.x % kWarpgroupThreads; item < tokens * kChunks;

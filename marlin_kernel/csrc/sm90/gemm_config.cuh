@@ -77,6 +77,8 @@ struct GemmConfig {
 
   static constexpr int FEATURES_PER_RANK = ceil_div(FEATURES, CLUSTER);
   static constexpr int PARTIAL_ROW = TOKENS + 4;        // floats; padded against bank conflicts
+  // Tokens of large tiles are written in turns, so that memory is left for stages.
+  static constexpr int OUT_TOKENS = M_TILES * TOKENS > 128 ? 64 : TOKENS;
   static constexpr int OUT_ROW = M_TILES * kTileN + 8;  // elements; likewise
 
   static_assert(STAGES > 2 || STEPS * STAGE_TILES > 1,
@@ -106,7 +108,7 @@ struct GemmStorage {
     alignas(128) uint8_t weights[Config::STAGES][Config::SLOTS][Config::SLOT_BYTES];
   };
   using Partial = float[Config::FEATURES][Config::PARTIAL_ROW];
-  using Out = typename Config::Scalar[Config::WARPGROUPS][Config::TOKENS][Config::OUT_ROW];
+  using Out = typename Config::Scalar[Config::WARPGROUPS][Config::OUT_TOKENS][Config::OUT_ROW];
 
   Ring ring;
   // The output has its own place, so that the next item's copies run while a tile is written.
