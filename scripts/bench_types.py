@@ -1,10 +1,8 @@
-"""Time every weight and activation type beside torch.matmul in FP16.
+"""Time every weight and activation type beside torch.matmul in the dtype of the outputs.
 
     python scripts/bench_types.py --json docs/results/types.json
     python scripts/bench_types.py --paths sm90 --json docs/results/types_sm90.json
     python scripts/bench_types.py --act_order --json docs/results/act_order.json --table H200.json
-
---shapes K x N, of all runs; without it those of configs/bench/anchors.yaml.
 
 --act_order times uint4b8, FP16, group size 128 on Hopper with and without act-order side by side,
 each way of gathering the activations included: inside the small-batch kernel and in front. --table
