@@ -781,35 +781,31 @@ class Consumer {
     constexpr int kTokens = Config::OUT_TOKENS;
     auto& out = (*reinterpret_cast<Out*>(shared_.out))[group_];
     const int block_n = item.column_block * Config::FEATURES;
-    float scale[Config::M_TILES][2], shift[Config::M_TILES][2];
-#pragma unroll
-    for (int m = 0; m < Config::M_TILES; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scale[m][h] = column_scale(block_n + feature(m) + 8 * h);
-        shift[m][h] = bias(block_n + feature(m) + 8 * h);
-      }
 #pragma unroll
     for (int first = 0; first < Config::TOKENS; first += kTokens) {
       const int token = item.token_block * Config::TOKENS + first;
       if (first > 0 && token >= p_.m) break;
 #pragma unroll
-      for (int m = 0; m < Config::M_TILES; ++m)
+      for (int m = 0; m < Config::M_TILES; ++m) {
+        const int n = block_n + feature(m);
+        const float scale[2] = {column_scale(n), column_scale(n + 8)};
+        const float shift[2] = {bias(n), bias(n + 8)};
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
+          const float* sums = &total_[m][first / 2 + 4 * j];
           uint32_t packed[2];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const float* sums = &total_[m][first / 2 + 4 * j + 2 * h];
             Pair pair;
-            pair.x = Element<Scalar>::from_float(sums[0] * scale[m][h] + shift[m][h]);
-            pair.y = Element<Scalar>::from_float(sums[1] * scale[m][h] + shift[m][h]);
+            pair.x = Element<Scalar>::from_float(sums[2 * h] * scale[h] + shift[h]);
+            pair.y = Element<Scalar>::from_float(sums[2 * h + 1] * scale[h] + shift[h]);
             packed[h] = *reinterpret_cast<const uint32_t*>(&pair);
           }
           ptx::stmatrix_x2_transposed(
               &out[j * 8 + lane_ % 8][m * kTileN + warp_ * 16 + lane_ / 8 % 2 * 8], packed[0],
               packed[1]);
         }
+      }
       ptx::named_sync(1 + group_, kWarpgroupThreads);
       copy_out(out, token, block_n + group_ * Config::M_TILES * kTileN);
       ptx::named_sync(1 + group_, kWarpgroupThreads);
