@@ -64,6 +64,7 @@ from scripts.gpu_timing import (
     circumstances,
     compile_first,
     graph_time,
+    launch_count,
     let_rest,
     relative_error,
 )
@@ -222,7 +223,7 @@ def bench_shape(
         config = select(k, n, m, group_size, dtype_name, batch_invariant=False)
         a = torch.randn(m, k, device="cuda").to(dtype)
         error = checked_error(config, a, weights, exact)
-        count = max(2, weights.copies if m <= 256 else weights.copies // 4)
+        count = launch_count(m, weights.copies)
         out = torch.empty(m, n, device="cuda", dtype=dtype)
 
         def timed(config: KernelConfig, pdl: bool, a=a, out=out, count=count) -> float:

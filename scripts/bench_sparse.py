@@ -35,6 +35,7 @@ from scripts.gpu_timing import (  # noqa: E402
     circumstances,
     compile_first,
     graph_time,
+    launch_count,
     let_rest,
 )
 
@@ -71,7 +72,7 @@ def bench_shape(k: int, n: int, tokens: list[int], bits: int, rest: float) -> li
         error = float((out[:64] - want).norm() / want.norm())
         if not error < ERROR_LIMITS[torch.float16]:
             raise RuntimeError(f"{config}: error {error:.2g} at M={m}, K={k}, N={n}, {bits} bits")
-        count = max(2, len(copies) if m <= 256 else len(copies) // 4)
+        count = launch_count(m, len(copies))
         let_rest(m, rest)
         row = {
             **{"bits": bits, "k": k, "n": n, "m": m},
@@ -81,7 +82,7 @@ def bench_shape(k: int, n: int, tokens: list[int], bits: int, rest: float) -> li
         }
         if others is not None:
             plan = select(k, n, m, GROUP, "float16", batch_invariant=False)
-            count = max(2, others.copies if m <= 256 else others.copies // 4)
+            count = launch_count(m, others.copies)
             calls = [_launch(plan, a, others, i, out) for i in range(count)]
             let_rest(m, rest)
             row |= {"us_dense": graph_time(calls), "config_dense": repr(plan)}

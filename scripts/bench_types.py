@@ -57,6 +57,7 @@ from scripts.gpu_timing import (
     circumstances,
     compile_first,
     graph_time,
+    launch_count,
     let_rest,
 )
 
@@ -179,7 +180,7 @@ def measure(
         error = float((out.float() - a.float() @ dense).norm() / (a.float() @ dense).norm())
         limit = 0.05 if scales is not None else 0.01
         assert error < limit, f"{case} at {k} x {n}, M={m}: error {error}"
-        count = max(2, len(copies) if m <= 256 else len(copies) // 4)  # as scripts/bench.py does
+        count = launch_count(m, len(copies))
         launches = [
             partial(product, path, held, operand, out, name, scales) for held in copies[:count]
         ]

@@ -99,6 +99,12 @@ def let_rest(m: int, rest: float) -> None:
         time.sleep(rest)
 
 
+def launch_count(m: int, copies: int) -> int:
+    """Launches of a graph, each with another one of so many copies of the weights: fewer where a
+    product of many tokens takes long, and reads much besides them."""
+    return max(2, copies if m <= 256 else copies // 4)
+
+
 def graph_time(launches: Sequence[Callable[[], None]], replays: int = 7) -> float:
     """Median microseconds of one launch."""
     return statistics.median(replay_times(launches, replays)) * 1e6 / len(launches)

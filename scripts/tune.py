@@ -40,7 +40,14 @@ from scripts.command_line import (
     shape,
     write_json,
 )
-from scripts.gpu_timing import REST_OPTION, RotatingWeights, compile_first, graph_time, let_rest
+from scripts.gpu_timing import (
+    REST_OPTION,
+    RotatingWeights,
+    compile_first,
+    graph_time,
+    launch_count,
+    let_rest,
+)
 
 SHAPES = (
     "4096x12288 4096x4096 4096x22016 11008x4096 "  # Llama-2-7B, fused
@@ -172,7 +179,7 @@ def tune_shape(k: int, n: int, options: argparse.Namespace, measurements: list) 
     for m, tried in tried_for.items():
         a = torch.randn(m, k, device="cuda").to(dtype)
         out = a.new_empty(m, n)
-        launches = max(2, weights.copies if m <= 256 else weights.copies // 4)
+        launches = launch_count(m, weights.copies)
         times = {}
         for config in tried:
             let_rest(m, options.rest)
