@@ -123,8 +123,9 @@ def test_bf16_weights_from_subnormals_are_the_same() -> None:
 def test_rows_of_large_tiles_are_written_in_turns() -> None:
     """Without a barrier behind them a turn's rows are overwritten by those of the next."""
     kernel = Kernel(GemmConfig(128, 2, 2, 1, 1, scale_sums=False), torch.float16, 64)
-    behind = "kTileN);\n      ptx::named_sync(1 + group_, kWarpgroupThreads);"
-    careless = ("sm90/gemm.cuh", behind, "kTileN);")
+    copied = "threadIdx.x % kWarpgroupThreads);"
+    behind = f"{copied}\n      ptx::named_sync(1 + group_, kWarpgroupThreads);"
+    careless = ("sm90/gemm.cuh", behind, copied)
     p = problem(130, 301, 192, kernel.dtype, 64)
     for edit in (None, careless):
         built = Sm90Library([kernel], edit)
@@ -211,8 +212,9 @@ MUTATIONS = {
     "gemm: the last products are not waited for": ("sm90/gemm.cuh", "ptx::wgmma_wait<0>();", ""),
     "gemm: output rows are copied before they are complete": (
         "sm90/gemm.cuh",
-        "ptx::named_sync(1 + group_, kWarpgroupThreads);\n      copy_out(",
-        "copy_out(",
+        "ptx::named_sync(1 + group_, kWarpgroupThreads);\n"
+        "      constexpr int kFeatures = Config::M_TILES",
+        "constexpr int kFeatures = Config::M_TILES",
     ),
     "gemm: parts are added before the last has arrived": (
         "sm90/gemm.cuh",

@@ -101,6 +101,29 @@ def test_matches_float64(kernel: Kernel) -> None:
     assert check(kernel, c, DECODE_SHAPES if decode else GEMM_SHAPES) >= 2
 
 
+FAR = [
+    k
+    for name in ("float8_e4m3fn", "mxfp4", "nvfp4")
+    for k in kernels(name)
+    if k.dtype == torch.bfloat16 and isinstance(k.config, DecodeConfig)
+]
+
+
+@pytest.mark.parametrize("kernel", FAR, ids=name_of)
+def test_activations_far_from_one(kernel: Kernel) -> None:
+    """Small-batch kernels multiply BF16 activations by 2^80: values are as much too small."""
+    c = Combination(WEIGHT_TYPES[kernel.weight_type], "bfloat16", "bfloat16", kernel.group_size)
+    built = library(kernel.weight_type, kernel.dtype, kernel.group_size)
+    p = TypedProblem(c, 5, 130, 448)
+    p.bias.zero_()
+    verdict, expected = p.run(built, kernel, 1, 0)
+    assert verdict == "finished" and expected.isfinite().all()
+    a = p.a.clone()
+    for power in (2.0**40, 2.0**-40):
+        p.a.copy_(a * power)
+        assert torch.equal(p.run(built, kernel, 1, 0)[1], expected * power), power
+
+
 @pytest.mark.parametrize("weight_type", ["uint4", "uint8", "nvfp4", "uint4_hqq"])
 def test_one_group_is_repeated(weight_type: str) -> None:
     t = WEIGHT_TYPES[weight_type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -188,6 +188,24 @@ def test_every_shape_of_kernel(name: str, dtype: str, group_size: int) -> None:
                 first = w.run(a, config)
                 w.check(a, first)
                 assert torch.equal(first, w.run(a, config)), config
+
+
+@pytest.mark.parametrize("m", [1, 7, 16])
+@pytest.mark.parametrize(
+    "name, group_size",
+    [("float8_e4m3fn", -1), ("float8_e4m3fn", 128), ("mxfp4", 32), ("nvfp4", 16)],
+)
+def test_activations_far_from_one(name: str, group_size: int, m: int) -> None:
+    """Small-batch kernels multiply BF16 activations by 2^80: values are as much too small."""
+    c = typed(name, "bfloat16", group_size)
+    w = weights(c, 4096, 1024)
+    w = replace(w, bias=torch.zeros_like(w.bias))
+    a = activations(m, 4096, c)
+    config = DecodeConfig(1 + m // 9, 1, 8, split=1, stages=2, blocks_per_sm=1)
+    expected = w.run(a, config)
+    w.check(a, expected)
+    for power in (2.0**40, 2.0**-40):
+        assert torch.equal(w.run(a * power, config), expected * power), power
 
 
 @pytest.mark.parametrize("name, dtype, group_size", OTHERS)

@@ -15,9 +15,11 @@
 // 2^120 that registers lack (an fp16 scale has room for so much in bf16), the output the rest.
 //
 // float4_e2m1f: a table of the eight magnitudes in two registers, from which prmt picks four bytes by
-// the nibbles of a selector. In fp16 a magnitude is its upper byte alone; bf16 needs a second table.
-// The selectors are the magnitudes themselves; signs lie in bit 3 of the nibbles, where a mask finds
-// those of four results in place. So, of the eight codes of a lane (sm90_layout.arrange_floats):
+// the nibbles of a selector. In fp16 a magnitude is its upper byte alone. In bf16 the lower one is
+// enough for w * 2^-128: 32 w units of the smallest subnormal (192 and 128 lie above the subnormals,
+// where the unit is still the same). The selectors are the magnitudes themselves; signs lie in bit 3
+// of the nibbles, where a mask finds those of four results in place. So, of the eight codes of a lane
+// (sm90_layout.arrange_floats):
 //     magnitude of nibble q: byte q % 4 of result q / 4
 //     sign of byte i of result 0: bit 8 i + 7;  of result 1: bit 8 i + 3
 //     bytes 0 and 2 of result r are the pair a[2 r], bytes 1 and 3 the pair a[2 r + 1]
@@ -136,22 +138,22 @@ struct Operand<weights::float8_e4m3fn, __nv_bfloat16, true> {
 };
 
 constexpr uint32_t kMagnitudes = 0x77777777, kByteSigns = 0x80808080, kUpperBytes = 0xff00ff00;
+constexpr uint32_t kBf16_2To118 = 0x7a807a80;
 
-// Magnitudes 0, .5, 1, 1.5 | 2, 3, 4, 6: upper bytes, and lower ones in bf16. zero: 0, but neither
-// known to the compiler nor, as far as it knows, the same in all lanes: a constant combined with it
-// stays in a register, where the compiler would rather fetch it again for every use.
+// Magnitudes 0, .5, 1, 1.5 | 2, 3, 4, 6 as bytes. zero: 0, but neither known to the compiler nor, as
+// far as it knows, the same in all lanes: a constant combined with it stays in a register, where the
+// compiler would rather fetch it again for every use.
 template <class Scalar>
 struct Float4Tables {
-  uint32_t upper[2], lower[2];
+  uint32_t bytes[2];
   __device__ __forceinline__ explicit Float4Tables(uint32_t zero) {
     constexpr bool kHalf = kIsSame<Scalar, __half>;
-    upper[0] = (kHalf ? 0x3e3c3800 : 0x3f3f3f00) ^ zero;
-    upper[1] = (kHalf ? 0x46444240 : 0x40404040) ^ zero;
-    lower[0] = 0xc0800000 ^ zero;
-    lower[1] = 0xc0804000 ^ zero;
+    bytes[0] = (kHalf ? 0x3e3c3800 : 0x30201000) ^ zero;
+    bytes[1] = (kHalf ? 0x46444240 : 0xc0806040) ^ zero;
   }
 };
 
+// In fp16 the weights, in bf16 2^-128 times the weights.
 template <class Scalar>
 __device__ __forceinline__ void float4_values(uint32_t (&a)[4], uint32_t word,
                                               const Float4Tables<Scalar>& tables) {
@@ -160,51 +162,111 @@ __device__ __forceinline__ void float4_values(uint32_t (&a)[4], uint32_t word,
   for (int r = 0; r < 2; r++) {
     const uint32_t selector = r == 0 ? magnitudes : magnitudes >> 16;
     const uint32_t signs = r == 0 ? word : word << 4;
-    const uint32_t magnitude =
-        ptx::permute_bytes(tables.upper[0], tables.upper[1], selector);
-    const uint32_t upper = ptx::and_or(signs, kByteSigns, magnitude);
+    const uint32_t bytes = ptx::permute_bytes(tables.bytes[0], tables.bytes[1], selector);
     if constexpr (kIsSame<Scalar, __half>) {
+      const uint32_t upper = ptx::and_or(signs, kByteSigns, bytes);
       a[2 * r] = ptx::permute_bytes(upper, 0, 0x2404);
       a[2 * r + 1] = upper & kUpperBytes;
     } else {
-      const uint32_t lower = ptx::permute_bytes(tables.lower[0], tables.lower[1], selector);
-      a[2 * r] = ptx::permute_bytes(lower, upper, 0x6240);
-      a[2 * r + 1] = ptx::permute_bytes(lower, upper, 0x7351);
+      const uint32_t upper = signs & kByteSigns;
+      a[2 * r] = ptx::permute_bytes(bytes, upper, 0x6240);
+      a[2 * r + 1] = ptx::permute_bytes(bytes, upper, 0x7351);
     }
   }
 }
 
-template <class Scalar, bool SCALED>
-struct Operand<weights::nvfp4, Scalar, SCALED> {
-  using Tables = Float4Tables<Scalar>;
+template <bool SCALED>
+struct Operand<weights::nvfp4, __half, SCALED> {
+  using Tables = Float4Tables<__half>;
   static constexpr float UNIT = 1.f, SCALED_UNIT = 1.f;
   static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[1],
                                                   const uint32_t*, int, const Tables& tables) {
-    float4_values<Scalar>(a, words[0], tables);
+    float4_values<__half>(a, words[0], tables);
   }
-  static __device__ __forceinline__ void apply(uint32_t (&a)[4], const uint32_t* scales, int) {
-    if constexpr (kIsSame<Scalar, __half>) {
-      scale_rows<Scalar>(a, ptx::e4m3_pair_to_half2(scales[0], false));
-    } else {
-      const float2 s = ScalePair<weights::nvfp4>::get(scales, 0);
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(s.x, s.y);
-      scale_rows<Scalar>(a, *reinterpret_cast<const uint32_t*>(&pair));
-    }
+  static __device__ __forceinline__ void apply(uint32_t (&a)[4], const uint32_t* scales, int j) {
+    scale_rows<__half>(a, ptx::e4m3_pair_to_half2(scales[j / 2], j % 2 != 0));
   }
 };
 
-template <bool SCALED>
-struct Operand<weights::mxfp4, __nv_bfloat16, SCALED> {
+// Halves of the weights: 2^128 is out of range.
+struct Float4HalvesBf16 {
   using Tables = Float4Tables<__nv_bfloat16>;
-  static constexpr float UNIT = 1.f, SCALED_UNIT = 1.f;
+  static constexpr float UNIT = 2.f, SCALED_UNIT = 2.f;
+  static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[1],
+                                                  const uint32_t*, int, const Tables& tables) {
+    float4_values<__nv_bfloat16>(a, words[0], tables);
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = ptx::mul2(a[i], kBf16_2To127, __nv_bfloat16());
+  }
+};
+
+template <>
+struct Operand<weights::nvfp4, __nv_bfloat16, false> : Float4HalvesBf16 {};
+
+template <>
+struct Operand<weights::nvfp4, __nv_bfloat16, true> {
+  using Tables = Float4Tables<__nv_bfloat16>;
+  static constexpr float SCALED_UNIT = 1024.f;
   static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[1],
                                                   const uint32_t*, int, const Tables& tables) {
     float4_values<__nv_bfloat16>(a, words[0], tables);
   }
+  // scales bring 2^118 of the 2^128 that registers lack: 448 times that is within the range
+  static __device__ __forceinline__ void apply(uint32_t (&a)[4], const uint32_t* scales, int j) {
+    const float2 s = ScalePair<weights::nvfp4>::get(scales, j);
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(s.x, s.y);
+    scale_rows<__nv_bfloat16>(a, ptx::mul2(*reinterpret_cast<const uint32_t*>(&pair),
+                                           kBf16_2To118, __nv_bfloat16()));
+  }
+};
+
+template <bool SCALED>
+struct Operand<weights::mxfp4, __nv_bfloat16, SCALED> : Float4HalvesBf16 {
   static __device__ __forceinline__ void apply(uint32_t (&a)[4], const uint32_t* scales, int) {
     const uint32_t pair = ptx::permute_bytes(scales[0], 0, 0x1404) >> 1 & 0x7f807f80;
     scale_rows<__nv_bfloat16>(a, pair);
   }
+};
+
+// True value of the sums of a kernel.
+template <class Operand, bool SCALED>
+__device__ constexpr float unit_of_sums() {
+  if constexpr (SCALED)
+    return Operand::SCALED_UNIT;
+  else
+    return Operand::UNIT;
+}
+
+// ---- codes of the small-batch kernel ----
+// Its tokens are in registers, so they can be multiplied (by TOKENS, a pair of powers of two, unless
+// that is 0) instead of every value. 2^80 leaves bf16 activations room from 2^-54, below which sums in
+// fp32 lose bits, to 2^48, above which they are infinite.
+template <class Weight, class Scalar, bool SCALED>
+struct SmallBatchOperand : Operand<Weight, Scalar, SCALED> {
+  static constexpr uint32_t TOKENS = 0;
+};
+
+constexpr uint32_t kBf16_2To80 = 0x67806780;
+
+struct Float4Bf16 {
+  using Tables = Float4Tables<__nv_bfloat16>;
+  static constexpr uint32_t TOKENS = kBf16_2To80;
+  static constexpr float UNIT = 281474976710656.f;  // 2^48
+  static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&words)[1],
+                                                  const uint32_t*, int, const Tables& tables) {
+    float4_values<__nv_bfloat16>(a, words[0], tables);
+  }
+};
+template <>
+struct SmallBatchOperand<weights::nvfp4, __nv_bfloat16, false> : Float4Bf16 {};
+template <>
+struct SmallBatchOperand<weights::mxfp4, __nv_bfloat16, false> : Float4Bf16 {};
+
+template <>
+struct SmallBatchOperand<weights::float8_e4m3fn, __nv_bfloat16, false>
+    : Operand<weights::float8_e4m3fn, __nv_bfloat16, true> {
+  static constexpr uint32_t TOKENS = kBf16_2To80;
+  static constexpr float UNIT = 1099511627776.f;  // 2^40
 };
 
 }  // namespace dequant

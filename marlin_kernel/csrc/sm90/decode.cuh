@@ -27,12 +27,15 @@ class Decoder : public SmallBatch<Config, Decoder<Config>> {
   using Weight = typename Config::Weight;
   using Scalar = typename Config::Scalar;
   using Rows = typename Config::Rows;
-  using Operand = dequant::Operand<Weight, Scalar>;
   // 4-bit integers are multiplied with their bias, all others as values.
   static constexpr bool BIASED = dequant::kIsBiased4<Weight>;
+  // A fragment is a group: scaling it takes as many instructions as scaling the sums of one tile of
+  // tokens. e4m3 times 4-bit floats is exact.
+  static constexpr bool SCALE_WEIGHTS = Config::GROUP == 16 && Config::TOKEN_TILES > 1;
+  using Operand = dequant::SmallBatchOperand<Weight, Scalar, SCALE_WEIGHTS>;
   // True value of a sum.
-  static constexpr float kUnit =
-      BIASED ? dequant::BiasedPair<Scalar>::kUnit : Operand::UNIT;
+  static constexpr float kUnit = BIASED ? dequant::BiasedPair<Scalar>::kUnit
+                                        : dequant::unit_of_sums<Operand, SCALE_WEIGHTS>();
   using Tokens = uint32_t[Config::TOKEN_TILES][2][4];  // as in multiply_tile
   using Base::activations_, Base::block_range_, Base::cursor_, Base::first_tile_, Base::lane_;
   using Base::p_, Base::row_bytes_, Base::shared_, Base::tiles_, Base::total_, Base::warp_;
@@ -217,6 +220,15 @@ class Decoder : public SmallBatch<Config, Decoder<Config>> {
               tokens[t][half],
               rows[t] + tile * (kTileK * static_cast<int>(sizeof(Scalar))) + half * 64);
         }
+    if constexpr (!BIASED && Operand::TOKENS != 0) {
+#pragma unroll
+      for (int t = 0; t < Config::TOKEN_TILES; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            tokens[t][half][i] = ptx::mul2(tokens[t][half][i], Operand::TOKENS, Scalar());
+    }
 
     const uint8_t* rows_of_groups = stage + kTileBytes<Weight>;
     if constexpr (BIASED) {
@@ -227,7 +239,7 @@ class Decoder : public SmallBatch<Config, Decoder<Config>> {
                                        rows_of_groups + first * kRowBytes<Weight>);
     } else if constexpr (Config::GROUP == 0) {
 #pragma unroll
-      for (int m = 0; m < 4; ++m) multiply_steps<4>(total_[m], words, tokens, m, 0, nullptr);
+      for (int m = 0; m < 4; ++m) multiply_steps<4>(total_[m], words, tokens, m, 0, nullptr, nullptr);
     } else {
       constexpr int kSteps = Config::GROUP < kTileK ? Config::GROUP / 16 : kStepsPerTile;
 #pragma unroll
@@ -239,11 +251,12 @@ class Decoder : public SmallBatch<Config, Decoder<Config>> {
 
   // ---- values of the codes, exact ----
   // sums += products of STEPS * 16 k, beginning with step `first`, with the 16 features of m.
+  // scales: of the features, if SCALE_WEIGHTS.
   template <int STEPS, int WORDS>
   __device__ __forceinline__ void multiply_steps(
       float (&sums)[Config::TOKEN_TILES][4], const uint4 (&words)[WORDS],
       const uint32_t (&tokens)[Config::TOKEN_TILES][2][4], int m, int first,
-      const uint32_t* zeros) {
+      const uint32_t* zeros, const uint32_t* scales) {
 #pragma unroll
     for (int step = first; step < first + STEPS; ++step) {
       uint32_t code[kLaneWords<Weight>];
@@ -257,6 +270,7 @@ class Decoder : public SmallBatch<Config, Decoder<Config>> {
       }
       uint32_t a[4];
       Operand::fragment(a, code, zeros, m, tables_);
+      if constexpr (SCALE_WEIGHTS) Operand::apply(a, scales, m);
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t) {
         const uint32_t(&chunks)[4] = tokens[t][step / 2];
@@ -276,8 +290,12 @@ class Decoder : public SmallBatch<Config, Decoder<Config>> {
     group.load_zeros(row + kScaleRowBytes<Weight>, lane_ / 4);
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
+      if constexpr (SCALE_WEIGHTS) {
+        multiply_steps<STEPS>(total_[m], words, tokens, m, first, group.zeros, group.scales);
+        continue;
+      }
       float sums[Config::TOKEN_TILES][4] = {};
-      multiply_steps<STEPS>(sums, words, tokens, m, first, group.zeros);
+      multiply_steps<STEPS>(sums, words, tokens, m, first, group.zeros, nullptr);
       const float2 scale = dequant::ScalePair<Weight>::get(group.scales, m);
 #pragma unroll
       for (int t = 0; t < Config::TOKEN_TILES; ++t)

@@ -15,6 +15,7 @@
 // last part (nothing waits for another block), or (SPREAD) by the block that has the last stretch.
 #pragma once
 
+#include "common/copy_rows.cuh"
 #include "dequant/operand.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
@@ -765,7 +766,7 @@ class Consumer {
 
   // What the sums of feature n lack.
   __device__ __forceinline__ float column_scale(int n) const {
-    float scale = Config::SCALE_WEIGHTS ? Operand::SCALED_UNIT : Operand::UNIT;
+    float scale = dequant::unit_of_sums<Operand, Config::SCALE_WEIGHTS>();
     if constexpr (Weight::SCALES == Scales::E4M3) scale *= *p_.global_scale;
     if constexpr (Config::GROUP != 0) return scale;
     if (n >= p_.n) return 0.f;
@@ -807,31 +808,11 @@ class Consumer {
         }
       }
       ptx::named_sync(1 + group_, kWarpgroupThreads);
-      copy_out(out, token, block_n + group_ * Config::M_TILES * kTileN);
+      constexpr int kFeatures = Config::M_TILES * kTileN;  // of a warpgroup
+      common::copy_rows<kFeatures, kWarpgroupThreads>(out, p_.out, p_.m, p_.n, token,
+                                                      block_n + group_ * kFeatures,
+                                                      threadIdx.x % kWarpgroupThreads);
       ptx::named_sync(1 + group_, kWarpgroupThreads);
-    }
-  }
-
-  // Shared [OUT_TOKENS][M_TILES * 64] to global rows, 16 bytes at a time where alignment allows.
-  __device__ __forceinline__ void copy_out(
-      const Scalar (&tile)[Config::OUT_TOKENS][Config::OUT_ROW], int first_token, int first_n) {
-    constexpr int kChunk = 8;
-    constexpr int kChunks = Config::M_TILES * kTileN / kChunk;  // of a row
-    const int tokens = min(Config::OUT_TOKENS, p_.m - first_token);
-    const bool aligned =
-        (reinterpret_cast<unsigned long long>(p_.out) | p_.n * sizeof(Scalar)) % 16 == 0;
-    for (int item = threadIdx.x % kWarpgroupThreads; item < tokens * kChunks;
-         item += kWarpgroupThreads) {
-      const int token = item / kChunks;
-      const int at = item % kChunks * kChunk;
-      const int n = first_n + at;
-      Scalar* target = p_.out + static_cast<long long>(first_token + token) * p_.n + n;
-      if (aligned && n + kChunk <= p_.n) {
-        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(&tile[token][at]);
-      } else {
-        for (int i = 0; i < kChunk; ++i)
-          if (n + i < p_.n) target[i] = tile[token][at + i];
-      }
     }
   }
 
