@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock, create_autospec
+from unittest.mock import MagicMock, call, create_autospec
 
 import pytest
 import torch
@@ -258,13 +258,13 @@ def test_types_are_compared_with_reading_their_bytes(script, monkeypatch):
     module, anything = script("bench_types"), MagicMock()
     floor = create_autospec(script("bench").read_floor, return_value=1.0)
     yardstick = SimpleNamespace(nbytes=64, copies=3)
-    fake(module, monkeypatch, read_floor=floor, TOKENS=(), layer_of=anything, formats=anything,
-         PATHS={"sm90": anything}, copies_of=anything,
+    fake(module, monkeypatch, read_floor=floor, TOKENS=(), PASSES=((), ()), layer_of=anything,
+         formats=anything, PATHS={"sm90": anything}, copies_of=anything,
          RotatingWeights=SimpleNamespace(make=lambda *_, **__: yardstick))  # fmt: skip
     case = ("uint4b8", "float16", "float16", 128, False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert module.measure(case, 64, 64, "sm90", 0.0) == []
-    floor.assert_called_once_with(64, 3, True)
+    assert floor.call_args_list == [call(64, 3, True)] * 2  # in every pass
 
 
 def test_results_of_8_bit_activations_are_stored(script, tmp_path, monkeypatch):
