@@ -71,6 +71,7 @@ CONFIGS = (  # scales on sums and weights, one and two tiles of 64 k in a stage,
     GemmConfig(256, 1, 4, 1, 1, False),  # whose output is written in turns
 )
 DECODE_CONFIG = DecodeConfig(1, 2, 4, 2, 4, 1)
+NVFP4_CONFIG = DecodeConfig(2, 1, 4, 2, 2, 1)  # in BF16: scales on weights
 SPARSE_CONFIGS = (
     SparseConfig(16, 1, 2, 4, 1),
     SparseConfig(64, 2, 1, 3, 1),
@@ -115,18 +116,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stored["B_24"], stored["B_meta"], stored["s"], GROUP_SIZE
     )
     held = kernel_tensors(tensors, quantized.spec)
+    nvfp4 = QuantizedLinear.quantize(torch.randn(K, N), WEIGHT_TYPES["nvfp4"], 16)
+    held_nvfp4 = kernel_tensors(formats.write(nvfp4.to("cuda"), "marlin"), nvfp4.spec)
     packed = records(tensors, quantized.spec, TYPES.activation)
     good = True
     with tempfile.TemporaryDirectory() as directory:
         if options.all_lanes:
             compiler.SOURCE_ROOT = write_variant(Path(directory))
-        for config in (*CONFIGS, DECODE_CONFIG, *SPARSE_CONFIGS, *EIGHT_BIT_CONFIGS):
+        dense = (*CONFIGS, DECODE_CONFIG, NVFP4_CONFIG)
+        for config in (*dense, *SPARSE_CONFIGS, *EIGHT_BIT_CONFIGS):
             m = getattr(config, "tokens", 8)
             a = torch.randint(-127, 128, (m, K)) / 128
             a[:, 0] = 127 / 128  # so that rounding to 8 bits changes nothing
             out = torch.empty(m, N, dtype=torch.float16, device="cuda")
-            x, layer = a.half().cuda(), quantized
-            if isinstance(config, SparseConfig | SparseDecodeConfig):
+            x, layer, limit = a.half().cuda(), quantized, 1e-3
+            if config == NVFP4_CONFIG:
+                layer, limit = nvfp4, 8e-3
+                out = out.bfloat16()
+                operands = (x.bfloat16(), held_nvfp4.weights, held_nvfp4.scales, None, out)
+                typed = {"weight_type": "nvfp4", "global_scale": held_nvfp4.global_scale}
+                launch.launch_config(config, *operands, K, N, K, N, 16, **typed)
+            elif isinstance(config, SparseConfig | SparseDecodeConfig):
                 layer = sparse
                 sparse_marlin.launch_config(config, x, *sparse_weights, None, out, 4, GROUP_SIZE)
             elif isinstance(config, GemmConfig | DecodeConfig):
@@ -138,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sm90_8bit_path.launch_config(config, TYPES, *operands)
             expected = a.double() @ layer.dequantize(torch.float64)
             error = float((out.cpu().double() - expected).norm() / expected.norm())
-            good = good and error < 1e-3
+            good = good and error < limit
             print(f"{config}: relative error {error:.5f}")
     return 0 if good else 1
 

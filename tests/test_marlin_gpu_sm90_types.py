@@ -201,7 +201,8 @@ def test_activations_far_from_one(name: str, group_size: int, m: int) -> None:
     w = weights(c, 4096, 1024)
     w = replace(w, bias=torch.zeros_like(w.bias))
     a = activations(m, 4096, c)
-    config = DecodeConfig(1 + m // 9, 1, 8, split=1, stages=2, blocks_per_sm=1)
+    config = DecodeConfig(1 + m // 9, 1, 8, split=2, stages=2, blocks_per_sm=1)
+    assert config.fits(m, w.k_tiles, w.group_size, name)
     expected = w.run(a, config)
     w.check(a, expected)
     for power in (2.0**40, 2.0**-40):
